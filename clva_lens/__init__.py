@@ -1,0 +1,1 @@
+"""clva_lens: look inside vision-language models, and act on what you see."""

@@ -1,0 +1,1 @@
+"""The models: facts about families, not algorithms."""
