@@ -1,1 +1,85 @@
-"""clva_lens: look inside vision-language models, and act on what you see."""
+"""clva_lens: look inside vision-language models, and act on what you see.
+
+>>> import clva_lens as cl
+>>> cl.methods()
+('clva', 'knockout')
+"""
+
+from clva_lens import benchmarks as _benchmarks  # noqa: F401  (registers the benchmarks)
+from clva_lens import figures as _figures  # noqa: F401  (registers the figures)
+from clva_lens import methods as _methods  # noqa: F401  (registers the methods)
+from clva_lens import models as _models  # noqa: F401  (registers the model families)
+from clva_lens.anchors import VisualAnchors as VisualAnchors
+from clva_lens.axes import TokenSpans as TokenSpans
+from clva_lens.benchmarks.base import BENCHMARKS as _BENCHMARKS
+from clva_lens.benchmarks.comparison import compare as compare
+from clva_lens.drift import attention_drift as attention_drift
+from clva_lens.errors import ClvaLensError as ClvaLensError
+from clva_lens.evaluate import evaluate as evaluate
+from clva_lens.figures.base import FIGURES as _FIGURES
+from clva_lens.generate import Beam as Beam
+from clva_lens.generate import Greedy as Greedy
+from clva_lens.generate import Sampling as Sampling
+from clva_lens.generate import generate as generate
+from clva_lens.heads import HeadClasses as HeadClasses
+from clva_lens.heads import classify_heads as classify_heads
+from clva_lens.intervene import intervene as intervene
+from clva_lens.intervene import intervening as intervening
+from clva_lens.intervene import observe as observe
+from clva_lens.intervene import observing as observing
+from clva_lens.intervene import trace_attention as trace_attention
+from clva_lens.methods.base import METHODS as _METHODS
+from clva_lens.methods.base import compose as compose
+from clva_lens.methods.clva import CLVA as CLVA
+from clva_lens.methods.knockout import KnockOut as KnockOut
+from clva_lens.models.family import FAMILIES as _FAMILIES
+from clva_lens.models.lens import load as load
+
+
+def methods() -> tuple[str, ...]:
+    """Return the names of the registered methods."""
+    return _METHODS.names()
+
+
+def benchmarks() -> tuple[str, ...]:
+    """Return the names of the registered benchmarks."""
+    return _BENCHMARKS.names()
+
+
+def models() -> tuple[str, ...]:
+    """Return the names of the registered model families."""
+    return _FAMILIES.names()
+
+
+def figures() -> tuple[str, ...]:
+    """Return the names of the registered figures."""
+    return _FIGURES.names()
+
+
+__all__ = [
+    "CLVA",
+    "Beam",
+    "ClvaLensError",
+    "Greedy",
+    "HeadClasses",
+    "KnockOut",
+    "Sampling",
+    "TokenSpans",
+    "VisualAnchors",
+    "attention_drift",
+    "benchmarks",
+    "classify_heads",
+    "compare",
+    "compose",
+    "evaluate",
+    "figures",
+    "generate",
+    "intervene",
+    "intervening",
+    "load",
+    "methods",
+    "models",
+    "observe",
+    "observing",
+    "trace_attention",
+]

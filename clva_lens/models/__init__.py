@@ -1,1 +1,3 @@
-"""The models: facts about families, not algorithms."""
+"""The models: families are facts; importing this room registers them."""
+
+from clva_lens.models import llava as llava

@@ -1,0 +1,334 @@
+"""The one attention function: it lets sessions look at attention rows and put a bias on them.
+
+Multiplying attention weights by w and renormalising is the same as adding log w to the scores:
+softmax(s + log w) = w·softmax(s) / Σ w·softmax(s). So every edit of Eqs. 10–11 of
+arXiv:2603.25088v1 is a bias, the fused kernels keep working, and no pattern is ever formed. What
+methods need to *see* is formed from queries and keys, for the rows in question only.
+
+``clva_sdpa`` and ``clva_eager`` are registered with transformers once, each with the mask builder
+of its base kernel. While a ``Run`` is installed its site's configuration names one of them; modules
+of no run are passed through. Nothing is stored on any module, and ``remove`` restores everything.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from clva_lens.axes import TokenSpans
+from clva_lens.errors import InterventionError
+from clva_lens.models.family import Site, find_family
+
+# Rows of the pattern are formed in pieces of at most this many scores (64 MiB of float32).
+SCORES_AT_ONCE = 2**24
+
+
+class Step(NamedTuple):
+    """One forward pass of the run: step 0 reads the prompt, later ones the generated tokens.
+
+    ``spans`` cover the sequence up to the last token of this pass; ``offset`` is the position of
+    the pass's first query row; ``first_text`` is the first position that is text in any sample.
+    """
+
+    number: int
+    offset: int
+    prompt_length: int
+    first_text: int
+    spans: TokenSpans
+    visual: Int[Tensor, "batch visual"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """Queries and keys of one layer in one pass, and the bias that earlier sessions put on them.
+
+    Queries and keys are as the kernel gets them: after the rotary embedding, with the whole cache.
+    """
+
+    layer: int
+    step: Step
+    query: Float[Tensor, "batch head query width"]
+    key: Float[Tensor, "batch kv_head key width"]
+    mask: Tensor | None
+    bias: Float[Tensor, "batch _ query key"] | None
+    scaling: float
+
+    @property
+    def new_rows(self) -> int:
+        """How many of this pass's query rows, at its end, are generated tokens."""
+        count = self.query.shape[2]
+        return max(0, min(count, self.step.offset + count - self.step.prompt_length))
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
+        """Return the pattern of query rows ``start`` to ``stop``; each row sums to 1.
+
+        Softmax in float32 over all keys, under the mask and the bias. Rows are relative to this
+        pass; those of padding are meaningless.
+        """
+        query = self.query[:, :, start:stop].float()
+        key = self.key.float()
+        batch, heads, count, width = query.shape
+        groups = heads // key.shape[1]
+        grouped = query.reshape(batch, key.shape[1], groups * count, width)
+        scores = (grouped @ key.mT).reshape(batch, heads, count, -1) * self.scaling
+        allowed = self.additive_mask(start, stop)
+        if allowed is not None:
+            scores += allowed
+        if self.bias is not None:
+            scores += self.bias[:, :, start:stop]
+        return scores.softmax(dim=-1)
+
+    def row_pieces(self, start: int) -> range:
+        """Return row starts from ``start`` on; pieces of this step hold few scores."""
+        batch, heads, count, _ = self.query.shape
+        each = max(1, SCORES_AT_ONCE // (batch * heads * self.key.shape[2]))
+        return range(start, count, each)
+
+    def additive_mask(self, start: int, stop: int) -> Float[Tensor, "..."] | None:
+        """Return 0 where a row may look and the lowest float32 elsewhere; None if it may anywhere."""
+        keys = self.key.shape[2]
+        if self.mask is not None:
+            mask = self.mask[:, :, start:stop, :keys]
+            if mask.dtype != torch.bool:
+                return mask.float()
+            return torch.zeros(mask.shape, device=mask.device).masked_fill_(
+                ~mask, torch.finfo(torch.float32).min
+            )
+        count = self.query.shape[2]
+        if count == 1 and keys == self.step.offset + 1:
+            return None
+        position = torch.arange(keys, device=self.key.device)
+        row = torch.arange(start, stop, device=self.key.device) + self.step.offset
+        future = position[None, :] > row[:, None]
+        return torch.zeros(future.shape, device=self.key.device).masked_fill_(
+            future, torch.finfo(torch.float32).min
+        )
+
+
+class Session:
+    """One method's state during one run; it dies with the run."""
+
+    def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
+        """Look at one layer's attention; return a bias on its scores, or None for no edit."""
+        raise NotImplementedError
+
+
+class Run:
+    """A model whose attention goes through sessions, from ``install`` to ``remove``."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Find the model's site; nothing is changed before ``install``.
+
+        Raises:
+            ModelLoadError: if no family knows the model.
+            InterventionError: if its attention kernel cannot be intercepted.
+        """
+        self.model = model
+        self.family = find_family(model)
+        self.site: Site = self.family.site(model)
+        self.sessions: list[Session] = []
+        self.kernel = self.site.config._attn_implementation or "eager"
+        if self.kernel not in KERNELS:
+            raise InterventionError(
+                f"the decoder runs attention kernel '{self.kernel}', which cannot be intercepted "
+                f"(only {' and '.join(sorted(KERNELS))} can). Load the model with "
+                "attn_implementation='sdpa'."
+            )
+        self._layers = {id(module): i for i, module in enumerate(self.site.modules)}
+        self._hook: Any = None
+        self._step: Step | None = None
+        self._prompt: Int[Tensor, "batch sequence"] | None = None
+        self._merged: tuple[tuple[int, ...], Tensor | None] = ((), None)
+
+    def install(self) -> None:
+        """Route the site's attention through this run, and watch the model's inputs."""
+        if any(id(module) in _ACTIVE for module in self.site.modules):
+            raise InterventionError(
+                "this model's attention is already routed through a run. This is a bug in "
+                "clva_lens: open_run() should have joined it."
+            )
+        self._hook = self.model.register_forward_pre_hook(self._watch, with_kwargs=True)
+        self.site.config._attn_implementation = f"clva_{self.kernel}"
+        for module in self.site.modules:
+            _ACTIVE[id(module)] = self
+
+    def remove(self) -> None:
+        """Undo ``install``."""
+        for module in self.site.modules:
+            _ACTIVE.pop(id(module), None)
+        self.site.config._attn_implementation = self.kernel
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _watch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Work out, before each forward pass, which positions are image, text and generated."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise InterventionError(
+                "the model was called with inputs_embeds only, so the image tokens cannot be "
+                "found. Pass input_ids (and pixel_values) instead."
+            )
+        if isinstance(ids, FakeTensor):
+            self._step = None
+            return
+        cache = kwargs.get("past_key_values")
+        offset = 0 if cache is None else int(cache.get_seq_length())
+        known = self._step
+        rerun = (
+            offset == 0
+            and kwargs.get("use_cache") is False
+            and self._prompt is not None
+            and self._prompt.shape[1] < ids.shape[1]
+            and self._prompt.shape[0] == ids.shape[0]
+            and torch.equal(self._prompt, ids[:, : self._prompt.shape[1]])
+        )
+        if offset == 0 and not rerun:
+            mask = kwargs.get("attention_mask")
+            mask = mask if mask is not None and mask.ndim == 2 else None
+            spans = TokenSpans.from_ids(ids, self.family.image_token_id(self.model), mask)
+            self._begin(ids, spans)
+        elif known is None or known.spans.image.shape[0] != ids.shape[0]:
+            raise InterventionError(
+                "the first pass under this run already had a filled key-value cache (or another "
+                "batch), so its image tokens are unknown. Start the run before the prompt is read."
+            )
+        else:
+            self._continue(known, offset, ids.shape[1])
+
+    def _begin(self, ids: Tensor, spans: TokenSpans) -> None:
+        if not spans.image.any():
+            raise InterventionError(
+                "the prompt has no image tokens, so there is no visual attention to read or edit. "
+                "Pass an image: model.prompt(image, question)."
+            )
+        visual = spans.visual_index()
+        if not spans.text.any(dim=1).all():
+            raise InterventionError(
+                "a prompt ends with its image (or its prefill is cut into chunks), so there is no "
+                "text row to read anchors from. Put the question after the image, and leave "
+                "prefill_chunk_size unset."
+            )
+        self._prompt = ids
+        first_text = int(spans.text.any(dim=0).nonzero()[0])
+        self._step = Step(0, 0, ids.shape[1], first_text, spans, visual)
+
+    def _continue(self, known: Step, offset: int, rows: int) -> None:
+        """Extend the spans by generated positions, as far as this pass reaches."""
+        old, length = known.spans, offset + rows
+        more = length - old.image.shape[1]
+        if more > 0:
+            no = torch.zeros(old.image.shape[0], more, dtype=torch.bool, device=old.image.device)
+            old = TokenSpans(
+                *(torch.cat([span, no], dim=1) for span in (old.system, old.image, old.text)),
+                torch.cat([old.generated, ~no], dim=1),
+            )
+        self._step = known._replace(number=known.number + 1, offset=offset, spans=old)
+
+    def bias(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+    ) -> Float[Tensor, "batch _ query key"] | None:
+        """Return the sum of the sessions' biases at one layer, or None if no session edits it."""
+        if self._step is None or isinstance(query, FakeTensor):
+            return None
+        layer = self._layers[id(module)]
+        total = None
+        for session in self.sessions:
+            call = AttentionCall(layer, self._step, query, key, mask, total, scaling)
+            bias = session.attention(call)
+            if bias is not None:
+                total = bias if total is None else total + bias
+        return total
+
+    def merge(
+        self, mask: Tensor | None, bias: Float[Tensor, "batch _ query key"], call: AttentionCall
+    ) -> Tensor:
+        """Return mask and bias as one additive mask; the last one is kept for the next layer."""
+        token = (id(mask), id(bias), call.step.number)
+        if self._merged[0] != token or self._merged[1] is None:
+            additive = call.additive_mask(0, call.query.shape[2])
+            lowest = torch.finfo(torch.float32).min
+            merged = bias if additive is None else (bias + additive).clamp_min(lowest)
+            # CUDA kernels take a mask of the queries' type only; CPU kernels take float32 too.
+            if merged.device.type != "cpu" or self.kernel == "eager":
+                merged = merged.to(call.query.dtype)
+            self._merged = (token, merged)
+            self._kept = (mask, bias)  # so that their ids are not given to other tensors
+        assert self._merged[1] is not None
+        return self._merged[1]
+
+
+_ACTIVE: dict[int, Run] = {}
+
+
+def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[], None]:
+    """Add sessions to the model's run, starting one if there is none; return what undoes it."""
+    site = find_family(model).site(model)
+    run = _ACTIVE.get(id(site.modules[0]))
+    if run is None:
+        run = Run(model)
+        run.install()
+    run.sessions.extend(sessions)
+
+    def close() -> None:
+        for session in sessions:
+            if session in run.sessions:
+                run.sessions.remove(session)
+        if not run.sessions and _ACTIVE.get(id(site.modules[0])) is run:
+            run.remove()
+
+    return close
+
+
+def _base_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return the eager attention function of the file that defines the module."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+KERNELS: dict[str, Callable[[nn.Module], Callable[..., tuple[Tensor, Tensor | None]]]] = {
+    "sdpa": lambda module: sdpa_attention_forward,
+    "eager": _base_eager,
+}
+
+
+def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the base kernel, under the bias of the run that the module belongs to."""
+        base = KERNELS[kernel](module)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        run = _ACTIVE.get(id(module))
+        if run is not None:
+            count, step = query.shape[2], run._step
+            # A static cache hands over its empty end too: leave it out, as the kernel would.
+            seen, values = key, value
+            if attention_mask is None and step is not None and count > 1:
+                seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
+            bias = run.bias(module, query, seen, attention_mask, scale)
+            if bias is not None:
+                assert step is not None
+                call = AttentionCall(0, step, query, seen, attention_mask, None, scale)
+                key, value = seen, values
+                attention_mask = run.merge(attention_mask, bias, call)
+        return base(module, query, key, value, attention_mask, scaling=scale, **kwargs)
+
+    return attend
+
+
+for _kernel, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+    AttentionInterface.register(f"clva_{_kernel}", _attend(_kernel))
+    AttentionMaskInterface.register(f"clva_{_kernel}", _mask)

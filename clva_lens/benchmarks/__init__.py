@@ -1,0 +1,8 @@
+"""Judging: from saved answers to scores and to comparisons of scores; no model is needed here.
+
+``base`` holds samples, answers and the registry; ``statistics`` the intervals and controls that a
+comparison of two methods is reported with; every other file is one benchmark. Importing this room
+registers them.
+"""
+
+from clva_lens.benchmarks import toy_pope as toy_pope

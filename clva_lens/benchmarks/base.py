@@ -1,0 +1,151 @@
+"""What every benchmark shares: samples, answers, scores, and the registry of benchmarks."""
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clva_lens.errors import BenchmarkError
+from clva_lens.registry import Registry
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one image, and the label that its answer is judged by.
+
+    ``image`` is a path, an array or a PIL image. ``group`` names the image: questions of one image
+    are not independent, so intervals resample groups.
+    """
+
+    id: str
+    image: Any
+    question: str
+    label: str
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered to the sample ``id``.
+
+    ``margin`` is logit(yes) − logit(no) at the first answer position, None if it was not recorded.
+    """
+
+    id: str
+    text: str
+    margin: float | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Score:
+    """Metrics of one run, and one row a sample to compute them again from.
+
+    A metric that is undefined for the run (a zero denominator) is nan, never 0.
+    """
+
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+
+    def __repr__(self) -> str:
+        """Return one line a metric, in the order they were computed."""
+        width = max((len(name) for name in self.metrics), default=0)
+        lines = [f"  {name:<{width}}  {_number(value)}" for name, value in self.metrics.items()]
+        return "\n".join([f"Score of {len(self.rows)} samples", *lines])
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "undefined (nan)"
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.4f}"
+
+
+class Benchmark(ABC):
+    """A set of samples and the rule that scores answers to them.
+
+    ``version`` is raised whenever what is counted changes, so that scores of different versions
+    are not compared by accident.
+    """
+
+    name: str
+    version: str
+
+    @abstractmethod
+    def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
+        """Return all samples, or ``limit`` of them chosen with ``seed``."""
+
+    @abstractmethod
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
+        """Return the score of ``answers``, matched to ``samples`` by id."""
+
+
+BENCHMARKS = Registry[Benchmark]("benchmark")
+
+
+def match(samples: Sequence[Sample], answers: Sequence[Answer]) -> list[tuple[Sample, Answer]]:
+    """Return each sample with its answer, in the order of the samples.
+
+    Raises:
+        BenchmarkError: if there are no samples, an id occurs twice, or the ids differ.
+    """
+    if not samples:
+        raise BenchmarkError("there are 0 samples to score. Pass at least one sample.")
+    require_same_ids("samples", [s.id for s in samples], "answers", [a.id for a in answers])
+    by_id = {answer.id: answer for answer in answers}
+    return [(sample, by_id[sample.id]) for sample in samples]
+
+
+def require_same_ids(name_a: str, ids_a: Iterable[str], name_b: str, ids_b: Iterable[str]) -> None:
+    """Return silently if both hold the same ids, each once.
+
+    Raises:
+        BenchmarkError: naming the ids that occur twice or on one side only.
+    """
+    counts = {name_a: Counter(ids_a), name_b: Counter(ids_b)}
+    for name, count in counts.items():
+        repeated = [item for item, times in count.items() if times > 1]
+        if repeated:
+            raise BenchmarkError(
+                f"{_some(repeated)} occurs more than once among the {name}. Give each an id of its "
+                "own."
+            )
+    for name, other in ((name_a, name_b), (name_b, name_a)):
+        alone = [item for item in counts[name] if item not in counts[other]]
+        if alone:
+            raise BenchmarkError(
+                f"{len(alone)} of the {len(counts[name])} ids of the {name} are missing from the "
+                f"{other}: {_some(alone)}. Pass two sides of the same samples."
+            )
+
+
+def choose(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
+    """Return ``limit`` of the samples, from as few groups as possible, in their own order.
+
+    Groups are drawn at random with ``seed`` and taken whole (the last one may be cut), because
+    intervals are over groups and an image with all its questions costs one encoding.
+
+    Raises:
+        BenchmarkError: if ``limit`` is below 1 or above the number of samples.
+    """
+    if limit is None:
+        return list(samples)
+    if not 1 <= limit <= len(samples):
+        raise BenchmarkError(
+            f"limit={limit}, but this benchmark has {len(samples)} samples. Pass a limit from 1 to "
+            f"{len(samples)}, or None for all."
+        )
+    members: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        members.setdefault(sample.group or f"id {sample.id}", []).append(index)
+    names = list(members)
+    order = np.random.default_rng(seed).permutation(len(names))
+    chosen = [index for place in order for index in members[names[place]]][:limit]
+    return [samples[index] for index in sorted(chosen)]
+
+
+def _some(ids: Sequence[str]) -> str:
+    shown = ", ".join(f"'{item}'" for item in ids[:5])
+    return shown if len(ids) <= 5 else f"{shown} and {len(ids) - 5} more"

@@ -1,0 +1,55 @@
+"""POPE on the toy world: the same questions as on COCO, about scenes whose truth is known.
+
+One sample: the picture of scene 0, "is there a plate in the image?", label "yes".
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Score, choose
+from clva_lens.benchmarks.pope import score_pope
+from clva_lens.toy.questions import SPLITS, Split, pope_questions
+from clva_lens.toy.scenes import Scene, render, sample_scenes
+
+SCENES = 340
+# Training draws its scenes from other seeds (toy/train.py), so these were never seen.
+SEED = 4242
+
+
+class ToyPope(Benchmark):
+    """One split of the toy POPE: 340 held-out scenes with up to six questions each."""
+
+    version = "1"
+
+    def __init__(self, split: Split, scenes: int = SCENES, seed: int = SEED) -> None:
+        """Choose the split; ``scenes`` and ``seed`` make other held-out sets."""
+        self.name = f"pope/toy/{split}"
+        self.split, self.count, self.seed = split, scenes, seed
+
+    @cached_property
+    def scenes(self) -> list[Scene]:
+        """The scenes, in the order of the samples' groups."""
+        return sample_scenes(self.count, self.seed)
+
+    def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
+        """Return all samples, or ``limit`` of them from scenes drawn with ``seed``."""
+        images = [render(scene) for scene in self.scenes]
+        everything = [
+            Sample(
+                id=f"{index}/{question.kind}",
+                image=images[index],
+                question=question.text,
+                label=question.answer,
+                group=str(index),
+            )
+            for index, question in pope_questions(self.scenes, self.split, self.seed)
+        ]
+        return choose(everything, limit, seed)
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
+        """Return the POPE score with the official parser."""
+        return score_pope(samples, answers, "official")
+
+
+for _split in SPLITS:
+    BENCHMARKS.register(f"pope/toy/{_split}", ToyPope(_split))

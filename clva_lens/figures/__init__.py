@@ -1,0 +1,12 @@
+"""Figures: plain arrays and rows in, a drawing out; no model, no download, no global state.
+
+``base`` holds the look, the registry and ``save``; every other file is one figure.
+"""
+
+from clva_lens.figures.accuracy import method_comparison as method_comparison
+from clva_lens.figures.base import FIGURES as FIGURES
+from clva_lens.figures.base import save as save
+from clva_lens.figures.drift import drift_curves as drift_curves
+from clva_lens.figures.heads import head_intensity as head_intensity
+from clva_lens.figures.saliency import SaliencyPicture as SaliencyPicture
+from clva_lens.figures.saliency import saliency_overlays as saliency_overlays

@@ -1,0 +1,111 @@
+"""Which heads look at the image: the paper's Fig. 1."""
+
+import numpy as np
+from matplotlib.lines import Line2D
+from numpy.typing import ArrayLike
+
+from clva_lens.errors import FigureError
+from clva_lens.figures.base import PAGE, Drawing, Row, figure, mask, numbers
+
+# The classes are told apart by shape, white with a black edge on any colour of the cell.
+_SYMBOLS = {"sensitive": "^", "insensitive": "v"}
+# Up to this many layers and heads, the value is written into each cell.
+_WRITTEN = 12
+
+
+@figure("head_intensity")
+def head_intensity(
+    intensity: ArrayLike,
+    sensitive: ArrayLike | None = None,
+    insensitive: ArrayLike | None = None,
+) -> Drawing:
+    """Return the matrix of visual attention intensity, with both classes of heads marked.
+
+    Args:
+        intensity: Eq. 1, [layer, head], fractions of attention in [0, 1].
+        sensitive: bool [layer, head], Eq. 2; None marks no head.
+        insensitive: bool [layer, head], Eq. 3; None marks no head.
+
+    **Departs from the paper:** the numbers in the cells of its Fig. 1 are the attention to system
+    and text tokens; here they are the intensity itself, of which the former is the remainder.
+
+    Raises:
+        FigureError: if the data is empty, nan or of another shape, or a head is in both classes.
+    """
+    values = numbers("intensity", intensity, ("layer", "head"))
+    given = {"sensitive": sensitive, "insensitive": insensitive}
+    classes = {k: mask(k, v, values.shape) for k, v in given.items() if v is not None}
+    if len(classes) == 2 and (classes["sensitive"] & classes["insensitive"]).any():
+        both = np.argwhere(classes["sensitive"] & classes["insensitive"])[0].tolist()
+        raise FigureError(
+            f"layer {both[0]} head {both[1]} is in both classes. Pass disjoint masks."
+        )
+    layers, heads = values.shape
+    cell = min(0.42, (PAGE - 1.4) / heads)
+    fig = Drawing(
+        max(3.35, heads * cell + 1.4), max(1.2, layers * cell) + 0.85, _rows(values, classes)
+    )
+    ax = fig.add_subplot()
+    image = ax.imshow(values, cmap="cividis", aspect="equal", interpolation="nearest")
+    written = layers <= _WRITTEN and heads <= _WRITTEN
+    if written:
+        middle = (values.min() + values.max()) / 2
+        for (layer, head), value in np.ndenumerate(values):
+            colour = "black" if value > middle else "white"
+            ax.text(
+                head,
+                layer + 0.12,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=6,
+                color=colour,
+            )
+    size = cell * 72 * (0.22 if written else 0.5)
+    for name, chosen in classes.items():
+        at_layer, at_head = np.nonzero(chosen)
+        ax.plot(
+            at_head,
+            at_layer - (0.3 if written else 0),
+            _SYMBOLS[name],
+            ms=size,
+            mfc="white",
+            mec="black",
+            mew=0.5,
+            ls="none",
+        )
+    ax.set_xlabel("head (index, 0-based)")
+    ax.set_ylabel("layer (index, 0-based)")
+    ax.set_xticks(_ticks(heads))
+    ax.set_yticks(_ticks(layers))
+    ax.tick_params(length=2)
+    bar = fig.colorbar(image, ax=ax, shrink=0.9, pad=0.02)
+    bar.set_label("visual attention intensity Φ\n(fraction of attention)")
+    if classes:
+        handles = [
+            Line2D(
+                [],
+                [],
+                marker=_SYMBOLS[name],
+                ls="none",
+                mfc="white",
+                mec="black",
+                ms=5,
+                label=f"{name} ({int(chosen.sum())} of {chosen.size} heads)",
+            )
+            for name, chosen in classes.items()
+        ]
+        fig.legend(handles=handles, loc="outside lower center", ncols=2)
+    return fig
+
+
+def _ticks(count: int) -> list[int]:
+    return list(range(0, count, 1 if count <= 16 else 4))
+
+
+def _rows(values: np.ndarray, classes: dict[str, np.ndarray]) -> list[Row]:
+    return [
+        {"layer": layer, "head": head, "intensity": float(value)}
+        | {name: bool(chosen[layer, head]) for name, chosen in classes.items()}
+        for (layer, head), value in np.ndenumerate(values)
+    ]

@@ -1,0 +1,268 @@
+"""Text from prompts, with or without a method: batches, greedy, beams, sampling, progress."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from clva_lens.errors import ParameterError, PromptError
+from clva_lens.intervene import intervening
+from clva_lens.methods.base import Method
+from clva_lens.models.lens import LensModel
+from clva_lens.models.prompt import ImageLike, Prompt
+
+YES = ("yes", "Yes", "YES", " yes", " Yes")
+NO = ("no", "No", "NO", " no", " No")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy:
+    """The likeliest token at each step."""
+
+    max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the length."""
+        _check_length(self.max_new_tokens)
+
+    def options(self) -> dict[str, Any]:
+        """Return the generation options."""
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beam:
+    """Beam search; the paper's has 5 beams."""
+
+    num_beams: int = 5
+    max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the number of beams and the length."""
+        _check_length(self.max_new_tokens)
+        if self.num_beams < 1:
+            raise ParameterError(f"num_beams must be >= 1, but is {self.num_beams}. Pass 5.")
+
+    def options(self) -> dict[str, Any]:
+        """Return the generation options."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": False,
+            "num_beams": self.num_beams,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Nucleus sampling, repeatable for the same seed, prompts and batch size."""
+
+    temperature: float | int = 1.0
+    top_p: float | int = 1.0
+    seed: int = 0
+    max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _check_length(self.max_new_tokens)
+        if not self.temperature > 0:
+            raise ParameterError(
+                f"temperature must be above 0, but is {self.temperature}. Use Greedy() for 0."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ParameterError(f"top_p must be in (0, 1], but is {self.top_p}. Pass top_p=1.0.")
+
+    def options(self) -> dict[str, Any]:
+        """Return the generation options."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": True,
+            "num_beams": 1,
+            "temperature": float(self.temperature),
+            "top_p": float(self.top_p),
+            "top_k": 0,
+        }
+
+
+Decoding = Greedy | Beam | Sampling
+
+
+def _check_length(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ParameterError(
+            f"max_new_tokens must be >= 1, but is {max_new_tokens}. Pass max_new_tokens=32."
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Generation:
+    """Answers, one a prompt, in the order of the prompts.
+
+    ``ids`` are the generated tokens up to the end token. ``margins`` are logit(yes) − logit(no) at
+    the first generated position, in nats: the larger of each word's spellings; None where the
+    tokenizer knows no yes or no. ``seconds`` is the time in the model.
+    """
+
+    texts: list[str]
+    ids: list[Int[Tensor, " generated"]]
+    margins: list[float | None]
+    seconds: float
+
+    def __repr__(self) -> str:
+        """Return the first answers and the time."""
+        shown = ", ".join(repr(text) for text in self.texts[:3])
+        more = f", … {len(self.texts) - 3} more" if len(self.texts) > 3 else ""
+        return f"Generation([{shown}{more}], {self.seconds:.2f} s)"
+
+
+class _FirstLogits(LogitsProcessor):
+    """Keeps the scores of the first generated position and changes nothing."""
+
+    scores: Tensor | None = None
+
+    def __call__(
+        self, input_ids: Tensor, scores: Float[Tensor, "batch vocabulary"]
+    ) -> Float[Tensor, "batch vocabulary"]:
+        if self.scores is None:
+            self.scores = scores.detach().float()
+        return scores
+
+
+@torch.inference_mode()
+def generate(
+    model: LensModel,
+    prompts: Prompt | Sequence[Prompt] | Sequence[tuple[ImageLike, str]],
+    method: Method | None = None,
+    decoding: Decoding | None = None,
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Generation:
+    """Return the model's answers to ``prompts``, under ``method`` if one is given.
+
+    ``prompts`` are a prompt (possibly a batch), several, or (image, question) pairs. Runs of
+    several batches show a progress bar.
+
+    Raises:
+        PromptError: if there are no prompts, or one is malformed.
+        ParameterError: if the method or the batch size does not fit.
+    """
+    decoding = decoding or Greedy()
+    if batch_size < 1:
+        raise ParameterError(f"batch_size must be >= 1, but is {batch_size}. Pass batch_size=8.")
+    pairs = list(_pairs(prompts))
+    if not pairs:
+        raise PromptError("there are 0 prompts to answer. Pass at least one.")
+    texts: list[str] = []
+    ids: list[Tensor] = []
+    margins: list[float | None] = []
+    seconds = 0.0
+    starts = range(0, len(pairs), batch_size)
+    with _bar(len(starts) if progress else 0) as advance:
+        for start in starts:
+            batch = pairs[start : start + batch_size]
+            prompt = model.prompt(
+                [image for image, _, _ in batch],
+                [question for _, question, _ in batch],
+                system=batch[0][2],
+            )
+            began = time.perf_counter()
+            new, margin = _generate_batch(model, prompt, method, decoding)
+            seconds += time.perf_counter() - began
+            ids += new
+            margins += margin
+            texts += model.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+            advance()
+    return Generation([text.strip() for text in texts], ids, margins, seconds)
+
+
+def _pairs(
+    prompts: Prompt | Sequence[Prompt] | Sequence[tuple[ImageLike, str]],
+) -> Iterator[tuple[Any, str, str | None]]:
+    """Yield (image, question, system) of every prompt."""
+    several = [prompts] if isinstance(prompts, Prompt) else prompts
+    systems = {one.system for one in several if isinstance(one, Prompt)}
+    if len(systems) > 1:
+        raise PromptError(
+            "the prompts have different system messages. Call generate() once for each of them."
+        )
+    for one in several:
+        if isinstance(one, Prompt):
+            for image, question in zip(one.images, one.questions, strict=True):
+                yield image, question, one.system
+        elif isinstance(one, tuple) and len(one) == 2:
+            yield one[0], one[1], None
+        else:
+            raise PromptError(
+                f"a prompt must be a Prompt or an (image, question) pair, but got "
+                f"{type(one).__name__}. Make it with model.prompt(image, question)."
+            )
+
+
+def _generate_batch(
+    model: LensModel, prompt: Prompt, method: Method | None, decoding: Decoding
+) -> tuple[list[Tensor], list[float | None]]:
+    hf_model, tokenizer = model.hf_model, model.processor.tokenizer
+    own = hf_model.generation_config
+    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    pad = next(
+        (i for i in (own.pad_token_id, tokenizer.pad_token_id) if i is not None),
+        eos[0] if isinstance(eos, list) else eos,
+    )
+    config = GenerationConfig(
+        **decoding.options(), eos_token_id=eos, pad_token_id=pad, bos_token_id=own.bos_token_id
+    )
+    first = _FirstLogits()
+    methods = () if method is None else (method,)
+    devices = [hf_model.device] if hf_model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), intervening(hf_model, *methods):
+        if isinstance(decoding, Sampling):
+            torch.manual_seed(decoding.seed)
+        out = hf_model.generate(
+            **prompt.inputs, generation_config=config, logits_processor=LogitsProcessorList([first])
+        )
+    assert isinstance(out, Tensor) and first.scores is not None
+    ends = set(eos if isinstance(eos, list) else [eos]) | {pad}
+    new = [_until(row, ends) for row in out[:, prompt.inputs["input_ids"].shape[1] :].cpu()]
+    scores = first.scores[:: len(first.scores) // len(new)]
+    return new, yes_margins(scores, tokenizer)
+
+
+def _until(row: Int[Tensor, " step"], ends: set[int | None]) -> Int[Tensor, " generated"]:
+    for index, token in enumerate(row.tolist()):
+        if token in ends:
+            return row[:index]
+    return row
+
+
+def yes_margins(scores: Float[Tensor, "batch vocabulary"], tokenizer: Any) -> list[float | None]:
+    """Return logit(yes) − logit(no) of each row, in nats, over the spellings that are one token."""
+    yes, no = (sorted(_single_tokens(tokenizer, words)) for words in (YES, NO))
+    if not yes or not no:
+        return [None] * len(scores)
+    difference = scores[:, yes].amax(dim=1) - scores[:, no].amax(dim=1)
+    return difference.tolist()
+
+
+def _single_tokens(tokenizer: Any, words: Sequence[str]) -> set[int]:
+    encoded = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
+    return {ids[0] for ids in encoded if len(ids) == 1 and ids[0] != tokenizer.unk_token_id}
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Any]:
+    """Show a progress bar on standard error if there is more than one step."""
+    if total < 2:
+        yield lambda: None
+        return
+    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("answers", total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,234 @@
+"""Methods and observers in a run of a model: inside an nnsight trace, or around plain code."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import nnsight
+import torch
+from nnsight.intervention.interleaver import Interleaver, Mediator
+from torch import nn
+from transformers import PreTrainedModel
+
+from clva_lens.anchors import VisualAnchors
+from clva_lens.attention import Session, open_run
+from clva_lens.errors import InterventionError, ModelLoadError
+from clva_lens.methods.base import Method, Shape
+from clva_lens.methods.clva import ClvaSession
+from clva_lens.models.family import FAMILIES, find_family
+from clva_lens.models.prompt import Prompt
+from clva_lens.trace import AttentionTrace, Observer
+
+
+class Intervention:
+    """The handle of a running or finished intervention."""
+
+    def __init__(self, sessions: Sequence[Session]) -> None:
+        """Keep the sessions of the run."""
+        self.sessions = tuple(sessions)
+
+    @property
+    def anchors(self) -> VisualAnchors:
+        """The anchors that the first CLVA of this run read from the prompt.
+
+        Raises:
+            InterventionError: if the run had no CLVA, or read no prompt yet.
+        """
+        for session in self.sessions:
+            if isinstance(session, ClvaSession):
+                return session.anchors
+        raise InterventionError(
+            "this run has no anchors, because none of its methods is CLVA. "
+            "Use cl.intervene(cl.CLVA())."
+        )
+
+    def __repr__(self) -> str:
+        """Return the kinds of sessions."""
+        return f"Intervention({', '.join(type(session).__name__ for session in self.sessions)})"
+
+
+class Observation:
+    """Attention as it is under the interventions that were there before it was opened."""
+
+    def __init__(self, observer: Observer) -> None:
+        """Keep the observer of the run."""
+        self._observer = observer
+
+    @property
+    def trace(self) -> AttentionTrace:
+        """What the prompt's text rows look at: intensities, masses and last-row maps."""
+        return self._observer.trace()
+
+    @property
+    def steps(self) -> list[Any]:
+        """For each later pass, the generated rows' maps: Float["layer batch head row visual"]."""
+        return self._observer.steps()
+
+
+@contextmanager
+def intervening(model: nn.Module, *methods: Method) -> Iterator[Intervention]:
+    """Apply methods to whatever runs ``model`` inside the ``with`` block; no nnsight is needed.
+
+    ``model`` is a transformers model or an nnsight handle of one. Everything is undone when the
+    block ends, also by an exception.
+
+    Raises:
+        ModelLoadError: if no family knows the model.
+        InterventionError: if its attention kernel cannot be intercepted.
+        ParameterError: if a method does not fit the model.
+    """
+    found = transformers_model(model)
+    sessions = _sessions(found, methods)
+    close = open_run(found, sessions)
+    try:
+        yield Intervention(sessions)
+    finally:
+        close()
+
+
+@contextmanager
+def observing(model: nn.Module, layers: Sequence[int] | str = "all") -> Iterator[Observation]:
+    """Look at the attention of whatever runs ``model`` inside the ``with`` block."""
+    found = transformers_model(model)
+    observer = Observer(layers, _shape(found))
+    close = open_run(found, [observer])
+    try:
+        yield Observation(observer)
+    finally:
+        close()
+
+
+def intervene(*methods: Method) -> Intervention:
+    """Apply methods to the nnsight trace this is called in, from its first pass to its last.
+
+    Call it before any value is read in the block: reading waits until the model has computed the
+    value, and a method cannot start then. Reads may follow in any order that nnsight allows.
+
+    Raises:
+        InterventionError: outside a trace, after the model started, or if the traced model
+            contains none that clva_lens knows.
+        ParameterError: if a method does not fit the model.
+    """
+    model, interleaver = _running("intervene", "cl.intervening(model, method)")
+    sessions = _sessions(model, methods)
+    _attach(model, sessions, interleaver)
+    return nnsight.save(Intervention(sessions))
+
+
+def observe(layers: Sequence[int] | str = "all") -> Observation:
+    """Look at attention during the nnsight trace this is called in; ``layers`` are 0-based.
+
+    It shows attention under the interventions opened before it.
+
+    Raises:
+        InterventionError: outside a trace, after the model started, or on an unknown model.
+        ParameterError: if a layer does not exist.
+    """
+    model, interleaver = _running("observe", "cl.observing(model)")
+    observer = Observer(layers, _shape(model))
+    _attach(model, [observer], interleaver)
+    return nnsight.save(Observation(observer))
+
+
+def transformers_model(model: nn.Module | Any) -> PreTrainedModel:
+    """Return the transformers model behind a handle, or within a module.
+
+    Raises:
+        ModelLoadError: if there is none of a known family.
+    """
+    module = getattr(model, "_module", model)
+    if not isinstance(module, nn.Module):
+        raise ModelLoadError(
+            f"expected a transformers model or an nnsight handle of one, but got "
+            f"{type(model).__name__}. Pass the object that cl.load() or from_pretrained() returned."
+        )
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel) and any(f.matches(part) for _, f in FAMILIES.items()):
+            return part
+    find_family(module)
+    raise AssertionError("find_family() accepted a module that no family matches")
+
+
+def _shape(model: PreTrainedModel) -> Shape:
+    site = find_family(model).site(model)
+    return Shape(len(site.modules), site.config.num_attention_heads)
+
+
+def _sessions(model: PreTrainedModel, methods: Sequence[Method]) -> list[Session]:
+    shape = _shape(model)
+    return [session for method in methods for session in method.sessions(shape)]
+
+
+def _running(name: str, instead: str) -> tuple[PreTrainedModel, Interleaver]:
+    """Return the model and the interleaver of the trace that is being run."""
+    try:
+        mediator = Mediator.current(name)
+    except ValueError:
+        raise InterventionError(
+            f"cl.{name}() was called outside a trace. Call it inside "
+            f"'with model.trace(prompt):', or use 'with {instead}:' around plain code."
+        ) from None
+    interleaver = mediator.interleaver
+    started = dict(mediator.counts_at_start)
+    if any(count > started.get(place, 0) for place, count in interleaver.counts.items()):
+        raise InterventionError(
+            f"cl.{name}() was called after the model started (a value was read before it, or it "
+            "is inside a loop over steps). Make it the first statement of the block."
+        )
+    root = next((e for e in interleaver.envoys.values() if e._parent is None), None)
+    if root is None:
+        raise InterventionError(
+            f"cl.{name}() found no model in the running trace. Trace an nnsight handle of a "
+            "transformers model."
+        )
+    return transformers_model(root), interleaver
+
+
+class _Guard(Mediator):
+    """A worker that does nothing but undo the run when nnsight ends it, in whatever way."""
+
+    def __init__(self, close: Any) -> None:
+        super().__init__(code=None, glbls={}, lcls={})
+        self._close = close
+
+    def _run(self) -> None:
+        try:
+            Mediator.value("result")
+        finally:
+            self._close()
+
+
+def _attach(model: PreTrainedModel, sessions: Sequence[Session], interleaver: Interleaver) -> None:
+    close = open_run(model, sessions)
+    # nnsight starts every worker of the list before the model; this one is started with them.
+    interleaver.mediators.append(_Guard(close))
+
+
+@torch.inference_mode()
+def trace_attention(
+    model: Any,
+    prompt: Prompt,
+    method: Method | None = None,
+    *,
+    layers: Sequence[int] | str = "all",
+) -> AttentionTrace:
+    """Return what each head's text rows look at, from one forward pass under ``method``.
+
+    Rows of the pattern are formed for the text rows only, one layer at a time, and reduced at
+    once. The trace has a batch axis if the prompt was made from lists; its ``logits`` are those of
+    the last position.
+
+    Raises:
+        ModelLoadError: if no family knows the model.
+        ParameterError: if a layer does not exist, or the method does not fit the model.
+    """
+    found = transformers_model(model)
+    observer = Observer(layers, _shape(found))
+    methods = () if method is None else (method,)
+    with intervening(found, *methods):
+        close = open_run(found, [observer])
+        try:
+            logits = found(**prompt.inputs, logits_to_keep=1).logits[:, -1]
+        finally:
+            close()
+    return observer.trace(prompt.batched, logits)

@@ -1,0 +1,4 @@
+"""The methods: one file each; importing this room registers them."""
+
+from clva_lens.methods import clva as clva
+from clva_lens.methods import knockout as knockout

@@ -1,0 +1,257 @@
+"""CLVA, Cross-Layer Visual Anchors: Eqs. 1–11 of arXiv:2603.25088v1.
+
+Two layers are read: the *positive anchor*, where the sensitive heads of a middle layer look, and
+the *negative anchor*, where the insensitive heads of the first layer look. In the layers after
+them, text rows look at the image tokens that stand out in the positive map with (1 + α) times the
+weight, and at those that stand out in the negative map with (1 − β) times, renormalised.
+
+**Departs from the paper** only where it is silent: see the parameters of ``CLVA``.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from clva_lens.anchors import (
+    VisualAnchors,
+    anchor_mask,
+    check_strengths,
+    default_positive_layer,
+    reanchor_log_weights,
+    saliency_map,
+)
+from clva_lens.attention import AttentionCall, Session, Step
+from clva_lens.errors import InterventionError, ParameterError
+from clva_lens.heads import EmptyPolicy, HeadClasses, classify_heads
+from clva_lens.methods.base import METHODS, Method, Rows, Shape, check_layers, check_rows, row_bias
+from clva_lens.rows import read_generated_rows, read_prompt_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLVA(Method):
+    """Cross-Layer Visual Anchors on the decoder; layer indices are 0-based.
+
+    Args:
+        alpha: α of Eq. 10, the gain on positively anchored tokens.
+        beta: β of Eq. 10, the loss on negatively anchored tokens.
+        tau: τ of Eq. 9, in standard deviations of the map over the image tokens.
+        head_threshold: λ of Eqs. 2–3, in standard deviations over a layer's heads.
+        negative_layer: the layer of the negative anchor ("the first layer").
+        positive_layer: the layer of the positive anchor; None is L/2 − 2.
+        layers: the edited layers; None is every layer after both anchors.
+        rows: edited prompt rows: all text after the image, or the "last"; generated rows always.
+        refresh: anchors are read from every new row ("step"), or once, at the "prompt".
+        empty: what an empty head set becomes, see ``classify_heads``.
+        heads: the heads of both anchors, given explicitly instead of by Eqs. 2–3.
+
+    Raises:
+        ParameterError: if a parameter is out of range, or a weight 1 ± … could be negative.
+    """
+
+    name: ClassVar[str] = "clva"
+    alpha: float | int = 14.0
+    beta: float | int = 0.9
+    tau: float | int = 2.0
+    head_threshold: float | int = 1.0
+    negative_layer: int = 0
+    positive_layer: int | None = None
+    layers: tuple[int, ...] | None = None
+    rows: Rows = "text"
+    refresh: Literal["step", "prompt"] = "step"
+    empty: EmptyPolicy = "tail"
+    heads: HeadClasses | None = None
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked without a model."""
+        check_strengths(self.alpha, self.beta)
+        check_rows(self.rows)
+        if not math.isfinite(self.tau):
+            raise ParameterError(f"tau must be a finite number, but is {self.tau}. Pass tau=2.0.")
+        if self.refresh not in ("step", "prompt"):
+            raise ParameterError(
+                f"refresh must be 'step' or 'prompt', but is {self.refresh!r}. Pass refresh='step'."
+            )
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+        # The empty policy and λ have one owner.
+        classify_heads(torch.zeros(1, 2), self.head_threshold, self.empty)
+
+    def sessions(self, shape: Shape) -> list[Session]:
+        """Return one session, with every layer resolved."""
+        positive = self.positive_layer
+        if positive is None:
+            positive = default_positive_layer(shape.layers)
+        check_layers("positive_layer", (positive,), shape)
+        check_layers("negative_layer", (self.negative_layer,), shape)
+        first = max(positive, self.negative_layer) + 1
+        if self.layers is None:
+            edited = tuple(range(first, shape.layers))
+        else:
+            edited = check_layers("layers", self.layers, shape)
+            if edited and edited[0] < first:
+                raise ParameterError(
+                    f"layers names layer {edited[0]}, but the anchors are read at layers "
+                    f"{self.negative_layer} and {positive}, so only later layers can be edited. "
+                    f"Pass layers from {first} on, or earlier anchor layers."
+                )
+        if self.heads is not None and self.heads.sensitive.shape[-2:] != tuple(shape):
+            raise ParameterError(
+                f"heads is for {tuple(self.heads.sensitive.shape[-2:])} (layers, heads), but the "
+                f"model has {tuple(shape)}. Make it with HeadClasses.from_indices(..., "
+                f"layers={shape.layers}, heads={shape.heads})."
+            )
+        return [ClvaSession(self, shape, positive, edited)]
+
+
+class _LayerReading(NamedTuple):
+    """What one anchor layer gave: its head classes, and the rows' attention to the image."""
+
+    classes: HeadClasses
+    prompt: Float[Tensor, "batch head visual"]
+    generated: Float[Tensor, "batch row head visual"]
+
+
+class ClvaSession(Session):
+    """One run of CLVA: the anchors of the prompt, and those of the rows generated since."""
+
+    def __init__(
+        self, method: CLVA, shape: Shape, positive_layer: int, edited: tuple[int, ...]
+    ) -> None:
+        """Keep the resolved layers; the anchors come with the first pass."""
+        self.method, self.shape = method, shape
+        self.positive_layer, self.edited = positive_layer, edited
+        self._read: dict[int, _LayerReading] = {}
+        self._bias: tuple[Step, Tensor] | None = None
+        self.passive = method.alpha == 0 and method.beta == 0
+
+    def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
+        """Read the anchor layers; return the bias of Eq. 10 at the edited ones."""
+        if call.layer in (self.method.negative_layer, self.positive_layer):
+            self._read_layer(call)
+        if call.layer not in self.edited or self.passive:
+            return None
+        if self._bias is None or self._bias[0] is not call.step:
+            self._bias = (call.step, self._make_bias(call))
+        return self._bias[1]
+
+    def _read_layer(self, call: AttentionCall) -> None:
+        step = call.step
+        if step.number == 0:
+            rows = read_prompt_rows(call)
+            classes = self._classes(call.layer, rows.image)
+            none = rows.last[:, None][:, :0]
+            self._read[call.layer] = _LayerReading(classes, rows.last, none)
+        known = self._read[call.layer]
+        if self.method.refresh == "step" and call.new_rows:
+            maps = read_generated_rows(call).transpose(1, 2)
+            self._read[call.layer] = known._replace(generated=maps)
+
+    def _classes(self, layer: int, intensity: Float[Tensor, "batch head"]) -> HeadClasses:
+        """Return the head classes of one layer, as a HeadClasses of that single layer."""
+        given = self.method.heads
+        if given is None:
+            return classify_heads(intensity[:, None], self.method.head_threshold, self.method.empty)
+
+        def pick(mask: Tensor, axis: int) -> Tensor:
+            chosen = mask.narrow(axis, layer, 1).to(intensity.device)
+            shape = (len(intensity), *chosen.shape[axis:])
+            return chosen.expand(shape)
+
+        return HeadClasses(
+            pick(given.sensitive, -2),
+            pick(given.insensitive, -2),
+            pick(given.sensitive_fallback, -1),
+            pick(given.insensitive_fallback, -1),
+            given.threshold,
+            given.empty,
+        )
+
+    def _heads(self, positive: bool) -> Bool[Tensor, "batch head"]:
+        if positive:
+            return self._read[self.positive_layer].classes.sensitive[:, 0]
+        return self._read[self.method.negative_layer].classes.insensitive[:, 0]
+
+    def _log_weights(
+        self,
+        positive: Float[Tensor, "*batch head visual"],
+        negative: Float[Tensor, "*batch head visual"],
+    ) -> Float[Tensor, "*batch visual"]:
+        method = self.method
+        more = (None,) * (positive.ndim - 3)
+        heads = [self._heads(flag)[(slice(None), *more)] for flag in (True, False)]
+        masks = [
+            anchor_mask(saliency_map(rows, chosen), method.tau)
+            for rows, chosen in zip((positive, negative), heads, strict=True)
+        ]
+        return reanchor_log_weights(masks[0], masks[1], method.alpha, method.beta)
+
+    def _make_bias(self, call: AttentionCall) -> Float[Tensor, "batch 1 query key"]:
+        if not {self.positive_layer, self.method.negative_layer} <= self._read.keys():
+            raise InterventionError(
+                "CLVA reached an edited layer before its anchor layers were read. Start the run "
+                "before the prompt is read."
+            )
+        positive, negative = self._read[self.positive_layer], self._read[self.method.negative_layer]
+        prompt = self._log_weights(positive.prompt, negative.prompt)
+        if self.method.refresh == "prompt" or call.new_rows == 0:
+            generated = prompt[:, None].expand(-1, call.new_rows, -1)
+        else:
+            generated = self._log_weights(positive.generated, negative.generated)
+        return row_bias(call, self.method.rows, prompt, generated)
+
+    @property
+    def anchors(self) -> VisualAnchors:
+        """The anchors of the prompt's last row; without a batch axis if there was one sample.
+
+        Raises:
+            InterventionError: if no prompt was read yet.
+        """
+        if not {self.positive_layer, self.method.negative_layer} <= self._read.keys():
+            raise InterventionError(
+                "the anchors are not known yet: the model has not read a prompt. Read "
+                "run.anchors after the block that runs the model."
+            )
+        positive, negative = self._read[self.positive_layer], self._read[self.method.negative_layer]
+        maps = [
+            saliency_map(positive.prompt, self._heads(True)),
+            saliency_map(negative.prompt, self._heads(False)),
+        ]
+        masks = [anchor_mask(one, self.method.tau) for one in maps]
+        whole = self._all_layers()
+        if len(maps[0]) == 1:
+            maps, masks = [one[0] for one in maps], [one[0] for one in masks]
+        return VisualAnchors(
+            masks[0],
+            masks[1],
+            maps[0],
+            maps[1],
+            whole,
+            self.positive_layer,
+            self.method.negative_layer,
+        )
+
+    def _all_layers(self) -> HeadClasses:
+        """Return both anchor layers' classes in a table of all layers; other layers are empty."""
+        first = next(iter(self._read.values())).classes
+        batch = len(first.sensitive)
+        device = first.sensitive.device
+        sets = [torch.zeros(batch, *self.shape, dtype=torch.bool, device=device) for _ in range(2)]
+        flags = [
+            torch.zeros(batch, self.shape.layers, dtype=torch.bool, device=device) for _ in range(2)
+        ]
+        for layer, reading in self._read.items():
+            found = reading.classes
+            sets[0][:, layer] = found.sensitive[:, 0]
+            sets[1][:, layer] = found.insensitive[:, 0]
+            flags[0][:, layer] = found.sensitive_fallback[:, 0]
+            flags[1][:, layer] = found.insensitive_fallback[:, 0]
+        if batch == 1:
+            sets, flags = [one[0] for one in sets], [one[0] for one in flags]
+        return HeadClasses(*sets, *flags, threshold=first.threshold, empty=first.empty)
+
+
+METHODS.register("clva", CLVA)

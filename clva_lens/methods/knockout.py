@@ -1,0 +1,65 @@
+"""Attention knock-out: what is lost when text may no longer look at the image in some layers.
+
+A picture of attention shows where a head looks, not that anything depends on it. The knock-out is
+the causal control: set those weights to 0 (Eq. 10 of arXiv:2603.25088v1 with weight 0 on every
+image token), renormalise (Eq. 11), and see whether the answer changes.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clva_lens.anchors import default_positive_layer
+from clva_lens.attention import AttentionCall, Session, Step
+from clva_lens.methods.base import METHODS, Method, Rows, Shape, check_layers, check_rows, row_bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnockOut(Method):
+    """Remove all attention from text rows to image tokens in ``layers``.
+
+    Args:
+        layers: 0-based; None is every layer after L/2 − 2, those that CLVA edits by default.
+        rows: prompt rows that go blind: all text after the image, or the "last"; generated rows
+            always.
+    """
+
+    name: ClassVar[str] = "knockout"
+    layers: tuple[int, ...] | None = None
+    rows: Rows = "text"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        check_rows(self.rows)
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    def sessions(self, shape: Shape) -> list[Session]:
+        """Return one session for the layers of this model."""
+        layers = self.layers
+        if layers is None:
+            layers = tuple(range(default_positive_layer(shape.layers) + 1, shape.layers))
+        return [_KnockOutSession(check_layers("layers", layers, shape), self.rows)]
+
+
+class _KnockOutSession(Session):
+    def __init__(self, layers: tuple[int, ...], rows: Rows) -> None:
+        self.layers, self.rows = layers, rows
+        self._bias: tuple[Step, Tensor] | None = None
+
+    def attention(self, call: AttentionCall) -> Float[Tensor, "batch 1 query key"] | None:
+        """Return log 0 on the image keys of the chosen rows."""
+        if call.layer not in self.layers:
+            return None
+        if self._bias is None or self._bias[0] is not call.step:
+            batch, visual = call.step.visual.shape
+            none = torch.full((batch, visual), -torch.inf, device=call.query.device)
+            generated = none[:, None].expand(-1, call.new_rows, -1)
+            self._bias = (call.step, row_bias(call, self.rows, none, generated))
+        return self._bias[1]
+
+
+METHODS.register("knockout", KnockOut)

@@ -1,0 +1,221 @@
+"""``load()``: a model by toy name, Hub id, folder or as it is, with everything a prompt needs."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnsight.modeling.transformers import TransformersModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from clva_lens.errors import ModelLoadError, PromptError
+from clva_lens.models.check import check_family
+from clva_lens.models.family import ModelFamily, Site, find_family
+from clva_lens.models.prompt import ImageLike, Prompt, as_lists, spans_of, to_device
+from clva_lens.toy import pretrained
+
+
+class LensModel(TransformersModel):
+    """An nnsight model with its family: ``prompt`` makes what ``trace`` and ``generate`` run on.
+
+    The transformers model itself is ``hf_model``; ``family`` and ``name`` say what it is.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any, name: str) -> None:
+        """Wrap a loaded model and its processor."""
+        super().__init__(
+            model,
+            task="image-text-to-text",
+            processor=processor,
+            tokenizer=getattr(processor, "tokenizer", processor),
+        )
+        self.processor = processor
+        self.name = name
+        self.family: ModelFamily = find_family(model)
+
+    @property
+    def hf_model(self) -> PreTrainedModel:
+        """The transformers model."""
+        return self._module
+
+    @property
+    def site(self) -> Site:
+        """The attention that methods read and edit."""
+        return self.family.site(self.hf_model)
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers of the site."""
+        return len(self.site.modules)
+
+    def prompt(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        question: str | Sequence[str],
+        *,
+        system: str | None = None,
+    ) -> Prompt:
+        """Return the prompt that asks ``question`` about ``image``; lists make a batch.
+
+        Batches are padded on the left. ``system`` is the system message: None leaves the model's
+        own, "" leaves it out.
+
+        Raises:
+            PromptError: if an image cannot be read, a question is empty or has no image, or the
+                lists differ in length.
+        """
+        images, questions, batched = as_lists(image, question)
+        placeholder = getattr(self.processor, "image_token", "<image>")
+        for text in questions:
+            if placeholder in text:
+                raise PromptError(
+                    f"the question contains '{placeholder}', which stands for an image. Leave it "
+                    "out: the image is put before the question."
+                )
+        texts = [self.family.ask(self.processor, text, system) for text in questions]
+        tokenizer = self.processor.tokenizer
+        # A chat template that writes the BOS token itself must not get a second one.
+        bos = getattr(tokenizer, "bos_token", None)
+        encoded = self.processor(
+            images=images,
+            text=texts,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+        )
+        inputs = to_device(encoded, self.hf_model.device)
+        for name, value in inputs.items():
+            if value.is_floating_point():
+                inputs[name] = value.to(self.hf_model.dtype)
+        spans = spans_of(inputs, self.family.image_token_id(self.hf_model))
+        grid = self.family.grid(self.hf_model)
+        if spans.visual_count != grid[0] * grid[1]:
+            grid = None
+        return Prompt(inputs, spans, grid, batched, tuple(images), tuple(questions), system)
+
+
+def load(
+    model: str | Path | tuple[PreTrainedModel, Any],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    check: bool = True,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> LensModel:
+    """Load a vision-language model: a toy name, a Hub id, a folder, or (hf_model, processor).
+
+    ``dtype``, ``device_map``, ``attn_implementation`` and ``options`` go to ``from_pretrained``;
+    toys are float32 unless ``dtype`` says otherwise. Only safetensors are read. ``check`` runs one
+    short forward pass that proves that attention can be read and edited (``check_family``).
+
+    Raises:
+        ModelLoadError: if there is no such model, it has no safetensors weights or no processor,
+            needs remote code, or belongs to no known family.
+        ModelCheckError: if the check fails.
+    """
+    if trust_remote_code:
+        raise ModelLoadError(
+            "trust_remote_code=True was passed, but clva_lens never runs code from a model "
+            "repository. Load the model yourself, and pass (hf_model, processor)."
+        )
+    if isinstance(model, tuple):
+        if len(model) != 2 or not isinstance(model[0], PreTrainedModel):
+            raise ModelLoadError(
+                "a tuple must be (hf_model, processor) with a transformers model first. Pass "
+                "cl.load((hf_model, processor))."
+            )
+        hf_model, processor = model
+        name = hf_model.name_or_path or type(hf_model).__name__
+    else:
+        name = str(model)
+        source = _source(name)
+        if source.parent == pretrained.FOLDER and dtype is None:
+            dtype = torch.float32
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        if device_map is not None:
+            options["device_map"] = device_map
+        hf_model = _from_pretrained(name, source, dtype=dtype or "auto", **options)
+        processor = _processor(name, source)
+    hf_model.eval()
+    lens = LensModel(hf_model, processor, name)
+    if check:
+        check_family(lens.hf_model, lens.prompt)
+    return lens
+
+
+def _source(name: str) -> Path:
+    """Return the folder of a toy or a local model, or a Hub id as a path that does not exist."""
+    if name in pretrained.names():
+        return pretrained.FOLDER / name
+    folder = Path(name)
+    if folder.is_file():
+        raise ModelLoadError(
+            f"'{name}' is a file. Pass the folder that holds config.json and the weights."
+        )
+    if not folder.is_dir():
+        looks_local = name.count("/") != 1 or name.startswith((".", "~", os.sep))
+        if looks_local:
+            raise ModelLoadError(
+                f"there is no model '{name}': no toy (known: {', '.join(pretrained.names())}), no "
+                "folder, and no Hub id ('owner/name'). Check the spelling."
+            )
+        return folder
+    if not (folder / "config.json").is_file():
+        raise ModelLoadError(
+            f"the folder '{name}' has no config.json, so it holds no transformers model. Pass the "
+            "folder that save_pretrained() wrote."
+        )
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if pickles:
+            raise ModelLoadError(
+                f"the folder '{name}' has its weights as a pickle ({pickles[0]}), which can run "
+                "code when it is read, and is refused. Convert it to safetensors: load it where "
+                "you trust it, then model.save_pretrained(folder)."
+            )
+        raise ModelLoadError(
+            f"the folder '{name}' has no weights (*.safetensors). Download or save the whole model."
+        )
+    return folder
+
+
+def _from_pretrained(name: str, source: Path, **options: Any) -> PreTrainedModel:
+    where = str(source) if source.is_dir() else name
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        return AutoModelForImageTextToText.from_pretrained(
+            where, config=config, use_safetensors=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelLoadError(
+            f"the model '{name}' could not be loaded: {_first_line(error)} Check the name, and "
+            "that it is an image-text-to-text model with safetensors weights; without a network, "
+            "pass a local folder."
+        ) from error
+
+
+def _processor(name: str, source: Path) -> Any:
+    where = str(source) if source.is_dir() else name
+    try:
+        processor = AutoProcessor.from_pretrained(where, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelLoadError(
+            f"the processor of '{name}' could not be loaded: {_first_line(error)} Save it beside "
+            "the weights with processor.save_pretrained(folder), or pass (hf_model, processor)."
+        ) from error
+    if not hasattr(processor, "image_processor"):
+        raise ModelLoadError(
+            f"'{name}' has a {type(processor).__name__} but no image processor. Save the model's "
+            "processor beside the weights, or pass (hf_model, processor)."
+        )
+    return processor
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if line.endswith((".", "!", "?")) else f"{line}."

@@ -1,0 +1,98 @@
+"""LLaVA-1.5: a CLIP tower, a two-layer projector, and a Llama-like decoder."""
+
+from typing import Any
+
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from clva_lens.errors import ModelCheckError
+from clva_lens.models.family import FAMILIES, ModelFamily, Site
+
+
+class Llava(ModelFamily):
+    """``LlavaForConditionalGeneration``: image tokens lie in the decoder's own sequence."""
+
+    name = "llava"
+
+    def matches(self, model: nn.Module) -> bool:
+        """Return whether ``model`` is transformers' LLaVA (not LLaVA-NeXT or OneVision)."""
+        return isinstance(model, LlavaForConditionalGeneration)
+
+    def site(self, model: PreTrainedModel) -> Site:
+        """Return the decoder's self-attention."""
+        decoder = model.get_decoder()
+        modules = tuple(layer.self_attn for layer in decoder.layers)
+        return Site("decoder", modules, modules[0].config)
+
+    def image_token_id(self, model: PreTrainedModel) -> int:
+        """Return the id of ``<image>``."""
+        return model.config.image_token_index
+
+    def grid(self, model: PreTrainedModel) -> tuple[int, int]:
+        """Return the patch grid of the vision tower; its CLS feature must be dropped.
+
+        Raises:
+            ModelCheckError: if the model keeps the CLS feature, which lies on no patch.
+        """
+        if model.config.vision_feature_select_strategy != "default":
+            raise ModelCheckError(
+                f"vision_feature_select_strategy is "
+                f"'{model.config.vision_feature_select_strategy}', so the CLS feature is an image "
+                "token that lies on no patch, and there is no grid. Maps can be read, not drawn."
+            )
+        vision = model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return side, side
+
+    def ask(self, processor: ProcessorMixin, question: str, system: str | None) -> str:
+        """Return the chat template's prompt, or LLaVA-1.5's own where there is no template."""
+        if getattr(processor, "chat_template", None) is None:
+            lead = f"{system} " if system else ""
+            return f"{lead}USER: <image>\n{question} ASSISTANT:"
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    def tiny(self, **text_config: Any) -> LlavaForConditionalGeneration:
+        """Return a 12-layer, 4-head LLaVA of width 32 with 16 image tokens (token id 5)."""
+        vision = CLIPVisionConfig(
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+            projection_dim=24,
+        )
+        text: dict[str, Any] = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
+        config = LlavaConfig(
+            vision_config=vision,
+            text_config=LlamaConfig(**(text | text_config)),
+            image_token_index=5,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+        )
+        return LlavaForConditionalGeneration(config).eval()
+
+
+FAMILIES.register("llava", Llava())

@@ -1,0 +1,1 @@
+"""The embedded default: a procedural world and the models trained on it."""

@@ -1,0 +1,258 @@
+"""Training of the toy models from a seed: vision tower, projector, then the decoder.
+
+Three stages. 0: the vision tower learns dense patch labels (vision.py). 1: the projector maps each
+object patch to the embeddings of its words. 2: the decoder learns to answer, under decorrelated
+reading (reading.py) for ``toy-llava`` and plainly for ``toy-llava-control``. Every step draws fresh
+scenes from (seed, stage, step), so a run continued from a checkpoint sees what it would have seen.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from transformers import AttentionInterface, LlavaForConditionalGeneration
+
+from clva_lens.toy.build import tokenizer, untrained
+from clva_lens.toy.packing import Packed, pack, training_questions
+from clva_lens.toy.reading import READING_LAYERS, Reader
+from clva_lens.toy.scenes import COLORS, KINDS, SIDES, sample_scene
+from clva_lens.toy.vision import patch_labels, pixels, train_vision
+
+Advance = Callable[[str, int, int, dict[str, float]], None]
+ATTENTION = "clva_toy_training"
+BATCH = 8
+CHECKPOINT_EVERY = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides the weights, besides the library versions.
+
+    Fractions are of ``decoder_steps``: the *echo* and *pointing* losses last until ``taught``; the
+    vote noise grows from 0 at ``noise_from`` to its full size at ``noise_full``; from ``hard_from``
+    on, ``hard_share`` of the batches draw absent kinds by their odds of being there; the learning
+    rate falls from ``decay_from``.
+    """
+
+    seed: int = 0
+    control: bool = False
+    vision_steps: int = 4200
+    projector_steps: int = 300
+    decoder_steps: int = 2600
+    rate: float = 1.2e-3
+    taught: float = 0.35
+    noise_from: float = 0.12
+    noise_full: float = 0.22
+    noise: tuple[float, ...] = (0.6, 0.3, 0.3, 0.3, 0.3)
+    hard_from: float = 0.18
+    hard_share: float = 0.45
+    decay_from: float = 0.55
+    echo_weight: float = 0.2
+    pointing_weight: float = 0.3
+
+
+def train(recipe: Recipe, folder: Path, advance: Advance) -> LlavaForConditionalGeneration:
+    """Train a toy model, or go on from the checkpoints in ``folder``; return it on the CPU.
+
+    ``advance(stage, step, steps, figures)`` is called after every step. ``folder`` gets
+    ``vision.safetensors``, ``projector.safetensors`` and ``decoder.safetensors`` (with the state of
+    the optimiser) and ``recipe.json``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    model = untrained(recipe.seed)
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    for name, part, run in (
+        ("vision", tower, lambda: _vision_stage(model, recipe, advance)),
+        ("projector", projector, lambda: _projector_stage(model, recipe, advance)),
+    ):
+        saved = folder / f"{name}.safetensors"
+        if saved.exists():
+            part.load_state_dict(load_file(saved))
+        else:
+            run()
+            _save(part.state_dict(), saved)
+    tower.requires_grad_(False)
+    _decoder_stage(model, recipe, folder / "decoder.safetensors", advance)
+    model.set_attn_implementation("sdpa")
+    return model.eval()
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors so that an interrupted write leaves the old file whole."""
+    part = path.with_suffix(".part")
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part)
+    part.replace(path)
+
+
+def _vision_stage(model: LlavaForConditionalGeneration, recipe: Recipe, advance: Advance) -> None:
+    train_vision(
+        model.model.vision_tower,
+        recipe.vision_steps,
+        recipe.seed,
+        lambda step, figures: advance("vision", step, recipe.vision_steps, figures),
+    )
+
+
+def _projector_stage(
+    model: LlavaForConditionalGeneration, recipe: Recipe, advance: Advance
+) -> None:
+    """Regress every object patch to E[kind] + 0.7 E[colour] + 0.5 E[side]."""
+    words = tokenizer()
+    embedding = model.model.language_model.embed_tokens.weight.detach()
+
+    def vectors(names: tuple[str, ...]) -> Tensor:
+        return embedding[words.convert_tokens_to_ids(list(names))]
+
+    kinds, colors, sides = vectors(KINDS), vectors(tuple(COLORS)), vectors(SIDES)
+    projector = model.model.multi_modal_projector
+    optimiser = torch.optim.AdamW(projector.parameters(), lr=2e-3)
+    for step in range(recipe.projector_steps):
+        optimiser.param_groups[0]["lr"] = 2e-3 * (1 - 0.95 * step / recipe.projector_steps)
+        rng = np.random.default_rng([recipe.seed, 1, step])
+        scenes = [sample_scene(rng) for _ in range(32)]
+        labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes]))
+        kind, color, side = labels.unbind(1)
+        with torch.no_grad():
+            seen = model.model.vision_tower(pixels(scenes)).last_hidden_state[:, 1:]
+        there = kind > 0
+        wanted = kinds[kind[there] - 1] + 0.7 * colors[color[there] - 1] + 0.5 * sides[side[there]]
+        loss = mse_loss(projector(seen[there]), wanted)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        advance("projector", step, recipe.projector_steps, {"loss": loss.item()})
+
+
+def _ramp(done: float, start: float, full: float) -> float:
+    return min(1.0, max(0.0, (done - start) / (full - start)))
+
+
+def _decoder_stage(
+    model: LlavaForConditionalGeneration, recipe: Recipe, checkpoint: Path, advance: Advance
+) -> None:
+    """Train the decoder, its embeddings and the projector on packed questions."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.AdamW(
+        list(trained.values()), lr=recipe.rate, betas=(0.9, 0.97), weight_decay=0.05
+    )
+    first = _restore(checkpoint, trained, optimiser) if checkpoint.exists() else 0
+    reader = Reader()
+    AttentionInterface.register(ATTENTION, reader)
+    model.model.language_model.config._attn_implementation = ATTENTION
+    for layer in model.model.language_model.layers:
+        for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+            part.compile()
+    words = tokenizer()
+    model.train()
+    model.model.vision_tower.eval()
+    for step in range(first, recipe.decoder_steps):
+        done = step / recipe.decoder_steps
+        fall = 1 - 0.97 * _ramp(done, recipe.decay_from, 1.0)
+        optimiser.param_groups[0]["lr"] = recipe.rate * min(1, (step + 1) / 100) * fall
+        rng = np.random.default_rng([recipe.seed, 2, step])
+        hard = done >= recipe.hard_from and rng.random() < recipe.hard_share
+        scenes = [sample_scene(rng) for _ in range(BATCH)]
+        packed = pack(scenes, [training_questions(s, rng, hard) for s in scenes], words)
+        size = _ramp(done, recipe.noise_from, recipe.noise_full)
+        reader.swap_probability = None if recipe.control else tuple(size * p for p in recipe.noise)
+        reader.generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        reader.point = done < recipe.taught
+        with torch.no_grad():
+            seen = model.model.vision_tower(pixels(scenes)).last_hidden_state[:, 1:]
+        loss, figures = _loss(model, reader, packed, seen, recipe, reader.point)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+        optimiser.step()
+        advance("decoder", step, recipe.decoder_steps, figures)
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.decoder_steps:
+            _checkpoint(checkpoint, trained, optimiser, step + 1)
+
+
+def _loss(
+    model: LlavaForConditionalGeneration,
+    reader: Reader,
+    packed: Packed,
+    seen: Tensor,
+    recipe: Recipe,
+    taught: bool,
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the loss of a packed batch: answers, and while taught the echo and the pointing."""
+    text = model.model.language_model
+    batch = len(packed.ids)
+    embed = text.embed_tokens
+    prefix = embed(packed.prefix).expand(batch, -1, -1)
+    image = model.model.multi_modal_projector(seen)
+    embeds = torch.cat([prefix, image, embed(packed.ids)], dim=1)
+    start = embeds.shape[1] - packed.ids.shape[1]
+    position = torch.cat([torch.arange(start).expand(batch, -1), packed.position], dim=1)
+    reader.begin(packed)
+    # Any 4-D mask is passed through untouched; the reader builds its own.
+    unused = torch.ones(batch, 1, 1, 1, dtype=torch.bool)
+    out = text(
+        inputs_embeds=embeds,
+        attention_mask=unused,
+        position_ids=position,
+        use_cache=False,
+        output_hidden_states=taught,
+    )
+    counted = packed.weight > 0
+    logits = model.lm_head(out.last_hidden_state[:, start:][counted])
+    target, weight = packed.target[counted], packed.weight[counted]
+    each = cross_entropy(logits, target, reduction="none")
+    loss = (each * weight).sum() / weight.sum()
+    figures = {"loss": loss.item()} | _accuracy(logits, target)
+    if taught:
+        cue = packed.asked >= 0
+        hidden = out.hidden_states[READING_LAYERS[0]][:, start:][cue]
+        hidden = hidden * hidden.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+        names = embed.weight[tokenizer().convert_tokens_to_ids(list(KINDS))]
+        echo = cross_entropy(hidden @ names.T, packed.asked[cue])
+        pointing = torch.stack(reader.pointing_losses).mean()
+        loss = loss + recipe.echo_weight * echo + recipe.pointing_weight * pointing
+        figures |= {"echo": echo.item(), "pointing": pointing.item()}
+    return loss, figures
+
+
+def _accuracy(logits: Tensor, target: Tensor) -> dict[str, float]:
+    """Return the share of right first words among yes/no, colour and side answers of a batch."""
+    words = tokenizer()
+    right = logits.argmax(-1) == target
+    figures = {}
+    for skill, answers in (("exist", ("yes", "no")), ("color", tuple(COLORS)), ("side", SIDES)):
+        wanted = torch.isin(target, torch.tensor(words.convert_tokens_to_ids(list(answers))))
+        figures[skill] = right[wanted].float().mean().item()
+    return figures
+
+
+def _checkpoint(
+    path: Path, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, step: int
+) -> None:
+    tensors = {f"model.{name}": parameter for name, parameter in trained.items()}
+    for name, parameter in trained.items():
+        tensors |= {
+            f"{key}.{name}": optimiser.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")
+        }
+    _save({**tensors, "step": torch.tensor(step)}, path)
+
+
+def _restore(path: Path, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
+    """Load weights and optimiser state; return the number of steps already done."""
+    tensors = load_file(path)
+    step = tensors["step"]
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[f"model.{name}"])
+            optimiser.state[parameter] = {
+                "step": step.float().clone(),
+                "exp_avg": tensors[f"exp_avg.{name}"],
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+            }
+    return int(step)

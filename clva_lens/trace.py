@@ -1,0 +1,164 @@
+"""What every head of every layer looks at, from one forward pass, with no pattern ever kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from clva_lens.anchors import saliency_map
+from clva_lens.attention import AttentionCall, Session
+from clva_lens.errors import InterventionError, ParameterError
+from clva_lens.heads import EmptyPolicy, HeadClasses, classify_heads
+from clva_lens.methods.base import Shape, check_layers
+from clva_lens.rows import PromptRows, read_generated_rows, read_prompt_rows
+
+HeadChoice = Literal["all", "sensitive", "insensitive"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AttentionTrace:
+    """Attention of the text rows, by layer and head, in fractions of attention mass.
+
+    ``intensity`` is Eq. 1: the mean over the text rows of the mass on the image; ``system`` and
+    ``text`` are the masses elsewhere, and the three sum to 1. ``last`` is the last text row's
+    attention to each image token. ``layers`` are the traced ones, 0-based. With ``batched`` there
+    is a batch axis first.
+    """
+
+    intensity: Float[Tensor, "*batch layer head"]
+    system: Float[Tensor, "*batch layer head"]
+    text: Float[Tensor, "*batch layer head"]
+    last: Float[Tensor, "*batch layer head visual"]
+    layers: tuple[int, ...]
+    num_layers: int
+    batched: bool
+    logits: Float[Tensor, "*batch vocabulary"] | None = None
+
+    def heads(self, threshold: float = 1.0, empty: EmptyPolicy = "tail") -> HeadClasses:
+        """Return the head classes of the traced layers (Eqs. 2–3)."""
+        return classify_heads(self.intensity, threshold, empty)
+
+    def saliency(
+        self, heads: HeadChoice | Bool[Tensor, "*batch layer head"] = "all"
+    ) -> Float[Tensor, "*batch layer visual"]:
+        """Return where a head set's last text row looks (Eq. 4), for each traced layer.
+
+        ``heads`` is "all", a class of Eqs. 2–3 at λ = 1, or a mask of heads.
+
+        Raises:
+            ParameterError: if the choice is unknown or the mask has another shape.
+        """
+        if isinstance(heads, Tensor):
+            if heads.shape[-2:] != self.intensity.shape[-2:]:
+                raise ParameterError(
+                    f"the mask of heads is {tuple(heads.shape)}, but the trace has "
+                    f"{tuple(self.intensity.shape[-2:])} (layers, heads). Pass a mask of that shape."
+                )
+            chosen = heads.to(self.last.device).expand(self.intensity.shape)
+        elif heads == "all":
+            chosen = torch.ones_like(self.intensity, dtype=torch.bool)
+        elif heads == "sensitive":
+            chosen = self.heads().sensitive
+        elif heads == "insensitive":
+            chosen = self.heads().insensitive
+        else:
+            raise ParameterError(
+                f"heads must be 'all', 'sensitive', 'insensitive' or a mask, but is {heads!r}. "
+                "Pass one of these."
+            )
+        return saliency_map(self.last, chosen)
+
+    def __getitem__(self, item: int) -> "AttentionTrace":
+        """Return the trace of one sample of a batch."""
+        if not self.batched:
+            raise ParameterError("this trace is of a single prompt. Use it as it is.")
+        return AttentionTrace(
+            self.intensity[item],
+            self.system[item],
+            self.text[item],
+            self.last[item],
+            self.layers,
+            self.num_layers,
+            False,
+            None if self.logits is None else self.logits[item],
+        )
+
+    def __repr__(self) -> str:
+        """Return the size, and the mean visual mass of the traced layers."""
+        mean = self.intensity.mean(dim=-1)
+        mean = mean.reshape(-1, mean.shape[-1]).mean(dim=0)
+        peak = int(mean.argmax())
+        samples = f"{self.intensity.shape[0]} samples × " if self.batched else ""
+        return (
+            f"AttentionTrace({samples}{len(self.layers)} layers × {self.intensity.shape[-1]} heads, "
+            f"{self.last.shape[-1]} image tokens; mean visual mass {float(mean.min()):.2f}–"
+            f"{float(mean.max()):.2f}, highest in layer {self.layers[peak]})"
+        )
+
+
+class Observer(Session):
+    """A session that edits nothing and keeps what ``rows.py`` reads at the chosen layers."""
+
+    def __init__(self, layers: Sequence[int] | str, shape: Shape) -> None:
+        """Choose the layers: "all", or 0-based indices.
+
+        Raises:
+            ParameterError: if a layer does not exist.
+        """
+        if isinstance(layers, str):
+            if layers != "all":
+                raise ParameterError(
+                    f"layers must be 'all' or layer indices, but is {layers!r}. Pass layers='all'."
+                )
+            layers = range(shape.layers)
+        self.layers = check_layers("layers", tuple(layers), shape)
+        self.shape = shape
+        self._prompt: dict[int, PromptRows] = {}
+        self._generated: list[dict[int, Float[Tensor, "batch head row visual"]]] = []
+
+    def attention(self, call: AttentionCall) -> None:
+        """Read the layer's rows."""
+        if call.layer not in self.layers:
+            return
+        if call.step.number == 0:
+            if call.layer == self.layers[0]:
+                self._prompt, self._generated = {}, []
+            self._prompt[call.layer] = read_prompt_rows(call)
+        elif call.new_rows:
+            while len(self._generated) < call.step.number:
+                self._generated.append({})
+            self._generated[call.step.number - 1][call.layer] = read_generated_rows(call)
+
+    def trace(self, batched: bool | None = None, logits: Tensor | None = None) -> AttentionTrace:
+        """Return what was read from the prompt; by default with a batch axis if it was a batch.
+
+        Raises:
+            InterventionError: if no prompt was read yet.
+        """
+        if set(self._prompt) != set(self.layers):
+            raise InterventionError(
+                "the attention is not known yet: the model has not read a prompt. Read it after "
+                "the block that runs the model."
+            )
+        stacked = [
+            torch.stack(field, dim=1)
+            for field in zip(*(self._prompt[layer] for layer in self.layers), strict=True)
+        ]
+        image, system, text, last = stacked
+        if batched is None:
+            batched = len(image) > 1
+        if not batched:
+            image, system, text, last = (one[0] for one in stacked)
+            logits = None if logits is None else logits[0]
+        return AttentionTrace(
+            image, system, text, last, self.layers, self.shape.layers, batched, logits
+        )
+
+    def steps(self) -> list[Float[Tensor, "layer batch head row visual"]]:
+        """Return the maps of the generated rows of each later pass."""
+        return [
+            torch.stack([step[layer] for layer in self.layers]) for step in self._generated if step
+        ]
