@@ -176,7 +176,8 @@ class Run:
                 "the model was called with inputs_embeds only, so the image tokens cannot be "
                 "found. Pass input_ids (and pixel_values) instead."
             )
-        if isinstance(ids, FakeTensor):
+        # nnsight's scan() leaves the inputs real, but whatever is computed from them is fake.
+        if isinstance(ids[:0], FakeTensor):
             self._step = None
             return
         cache = kwargs.get("past_key_values")

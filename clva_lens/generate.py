@@ -111,7 +111,7 @@ class Generation:
     """
 
     texts: list[str]
-    ids: list[Int[Tensor, " generated"]]
+    ids: list[Int[Tensor, " _"]]
     margins: list[float | None]
     seconds: float
 
@@ -178,7 +178,7 @@ def generate(
             seconds += time.perf_counter() - began
             ids += new
             margins += margin
-            texts += model.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+            texts += model.words.batch_decode(new, skip_special_tokens=True)
             advance()
     return Generation([text.strip() for text in texts], ids, margins, seconds)
 
@@ -209,7 +209,7 @@ def _pairs(
 def _generate_batch(
     model: LensModel, prompt: Prompt, method: Method | None, decoding: Decoding
 ) -> tuple[list[Tensor], list[float | None]]:
-    hf_model, tokenizer = model.hf_model, model.processor.tokenizer
+    hf_model, tokenizer = model.hf_model, model.words
     own = hf_model.generation_config
     eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     pad = next(
@@ -263,6 +263,8 @@ def _bar(total: int) -> Iterator[Any]:
         yield lambda: None
         return
     columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    quiet = not (console.is_terminal or console.is_jupyter)
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("answers", total=total)
         yield lambda: bar.advance(task)

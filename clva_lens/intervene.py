@@ -1,12 +1,12 @@
 """Methods and observers in a run of a model: inside an nnsight trace, or around plain code."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import nnsight
 import torch
-from nnsight.intervention.interleaver import Interleaver, Mediator
+from nnsight.intervention.interleaver import Interleaver, Mediator, OutOfOrderError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -66,7 +66,7 @@ class Observation:
 
 
 @contextmanager
-def intervening(model: nn.Module, *methods: Method) -> Iterator[Intervention]:
+def intervening(model: Any, *methods: Method) -> Iterator[Intervention]:
     """Apply methods to whatever runs ``model`` inside the ``with`` block; no nnsight is needed.
 
     ``model`` is a transformers model or an nnsight handle of one. Everything is undone when the
@@ -87,7 +87,7 @@ def intervening(model: nn.Module, *methods: Method) -> Iterator[Intervention]:
 
 
 @contextmanager
-def observing(model: nn.Module, layers: Sequence[int] | str = "all") -> Iterator[Observation]:
+def observing(model: Any, layers: Sequence[int] | str = "all") -> Iterator[Observation]:
     """Look at the attention of whatever runs ``model`` inside the ``with`` block."""
     found = transformers_model(model)
     observer = Observer(layers, _shape(found))
@@ -130,7 +130,7 @@ def observe(layers: Sequence[int] | str = "all") -> Observation:
     return nnsight.save(Observation(observer))
 
 
-def transformers_model(model: nn.Module | Any) -> PreTrainedModel:
+def transformers_model(model: Any) -> PreTrainedModel:
     """Return the transformers model behind a handle, or within a module.
 
     Raises:
@@ -193,15 +193,22 @@ class _Guard(Mediator):
 
     def _run(self) -> None:
         try:
-            Mediator.value("result")
+            # After tracer.stop() there is no result to wait for.
+            with suppress(OutOfOrderError):
+                Mediator.value("result")
         finally:
             self._close()
 
 
 def _attach(model: PreTrainedModel, sessions: Sequence[Session], interleaver: Interleaver) -> None:
-    close = open_run(model, sessions)
-    # nnsight starts every worker of the list before the model; this one is started with them.
-    interleaver.mediators.append(_Guard(close))
+    guard = _Guard(open_run(model, sessions))
+    interleaver.mediators.append(guard)
+    # It is started at once: if the rest of the block fails before the model runs, nnsight only
+    # unwinds workers that are waiting. It goes back to whoever runs the model, not to this block.
+    guard.start(interleaver)
+    block = Mediator.current("result").worker
+    assert guard.worker is not None and block is not None
+    guard.worker.parent = block.parent
 
 
 @torch.inference_mode()

@@ -27,6 +27,7 @@ class PromptRows(NamedTuple):
     last: Float[Tensor, "batch head visual"]
 
 
+@torch.no_grad()
 def read_prompt_rows(call: AttentionCall) -> PromptRows:
     """Return masses and the last row's map of one layer; the pass must hold the whole prompt."""
     step = call.step
@@ -57,6 +58,7 @@ def read_prompt_rows(call: AttentionCall) -> PromptRows:
     return PromptRows(image, system, text, last)
 
 
+@torch.no_grad()
 def read_generated_rows(call: AttentionCall) -> Float[Tensor, "batch head row visual"]:
     """Return each generated row's attention to each image token, in fractions of attention mass."""
     step, count = call.step, call.query.shape[2]

@@ -37,6 +37,26 @@ class AttentionTrace:
     batched: bool
     logits: Float[Tensor, "*batch vocabulary"] | None = None
 
+    @classmethod
+    def concatenate(cls, traces: Sequence["AttentionTrace"]) -> "AttentionTrace":
+        """Return the traces of several batches of one model as one batch.
+
+        Raises:
+            ParameterError: if there are none, one has no batch axis, or the layers differ.
+        """
+        if not traces or any(not trace.batched for trace in traces):
+            raise ParameterError(
+                "only batched traces can be put together. Make prompts from lists, and pass some."
+            )
+        if len({trace.layers for trace in traces}) > 1:
+            raise ParameterError("the traces are of different layers. Trace the same ones.")
+        fields = ("intensity", "system", "text", "last")
+        whole = [torch.cat([getattr(trace, field) for trace in traces]) for field in fields]
+        logits = [trace.logits for trace in traces if trace.logits is not None]
+        both = torch.cat(logits) if len(logits) == len(traces) else None
+        first = traces[0]
+        return cls(*whole, first.layers, first.num_layers, True, both)
+
     def heads(self, threshold: float = 1.0, empty: EmptyPolicy = "tail") -> HeadClasses:
         """Return the head classes of the traced layers (Eqs. 2–3)."""
         return classify_heads(self.intensity, threshold, empty)
@@ -55,7 +75,7 @@ class AttentionTrace:
             if heads.shape[-2:] != self.intensity.shape[-2:]:
                 raise ParameterError(
                     f"the mask of heads is {tuple(heads.shape)}, but the trace has "
-                    f"{tuple(self.intensity.shape[-2:])} (layers, heads). Pass a mask of that shape."
+                    f"{tuple(self.intensity.shape[-2:])} (layers, heads). Pass a mask like that."
                 )
             chosen = heads.to(self.last.device).expand(self.intensity.shape)
         elif heads == "all":
@@ -93,8 +113,8 @@ class AttentionTrace:
         peak = int(mean.argmax())
         samples = f"{self.intensity.shape[0]} samples × " if self.batched else ""
         return (
-            f"AttentionTrace({samples}{len(self.layers)} layers × {self.intensity.shape[-1]} heads, "
-            f"{self.last.shape[-1]} image tokens; mean visual mass {float(mean.min()):.2f}–"
+            f"AttentionTrace({samples}{len(self.layers)} layers × {self.intensity.shape[-1]} "
+            f"heads, {self.last.shape[-1]} image tokens; mean visual mass {float(mean.min()):.2f}–"
             f"{float(mean.max()):.2f}, highest in layer {self.layers[peak]})"
         )
 

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,12 @@ from clva_lens.registry import Registry
 class Sample:
     """One question about one image, and the label that its answer is judged by.
 
-    ``image`` is a path, an array or a PIL image. ``group`` names the image: questions of one image
-    are not independent, so intervals resample groups.
+    ``image`` is a path, an array or a PIL image, and does not count for equality. ``group`` names
+    the image: questions of one image are not independent, so intervals resample groups.
     """
 
     id: str
-    image: Any
+    image: Any = field(compare=False)
     question: str
     label: str
     group: str = ""

@@ -69,8 +69,10 @@ class CLVA(Method):
         """Check everything that can be checked without a model."""
         check_strengths(self.alpha, self.beta)
         check_rows(self.rows)
-        if not math.isfinite(self.tau):
-            raise ParameterError(f"tau must be a finite number, but is {self.tau}. Pass tau=2.0.")
+        if not (math.isfinite(self.tau) and self.tau >= 0):
+            raise ParameterError(
+                f"tau must be a finite number >= 0, but is {self.tau}. Pass tau=2.0."
+            )
         if self.refresh not in ("step", "prompt"):
             raise ParameterError(
                 f"refresh must be 'step' or 'prompt', but is {self.refresh!r}. Pass refresh='step'."

@@ -40,6 +40,16 @@ class LensModel(TransformersModel):
         return self._module
 
     @property
+    def words(self) -> Any:
+        """The tokenizer."""
+        return self.tokenizer
+
+    @property
+    def images(self) -> Any:
+        """The image processor."""
+        return getattr(self.processor, "image_processor", None)
+
+    @property
     def site(self) -> Site:
         """The attention that methods read and edit."""
         return self.family.site(self.hf_model)
@@ -130,6 +140,14 @@ def load(
             )
         hf_model, processor = model
         name = hf_model.name_or_path or type(hf_model).__name__
+        given = {"dtype": dtype, "device_map": device_map}
+        given |= {"attn_implementation": attn_implementation, **options}
+        unused = [option for option, value in given.items() if value is not None]
+        if unused:
+            raise ModelLoadError(
+                f"{' and '.join(unused)} was passed with a model that is loaded already. Pass it "
+                "to the model's own from_pretrained()."
+            )
     else:
         name = str(model)
         source = _source(name)
@@ -141,6 +159,12 @@ def load(
             options["device_map"] = device_map
         hf_model = _from_pretrained(name, source, dtype=dtype or "auto", **options)
         processor = _processor(name, source)
+    find_family(hf_model)
+    if not hasattr(processor, "image_processor"):
+        raise ModelLoadError(
+            f"'{name}' has a {type(processor).__name__} but no image processor. Save the model's "
+            "processor beside the weights, or pass (hf_model, processor)."
+        )
     hf_model.eval()
     lens = LensModel(hf_model, processor, name)
     if check:
@@ -208,11 +232,6 @@ def _processor(name: str, source: Path) -> Any:
             f"the processor of '{name}' could not be loaded: {_first_line(error)} Save it beside "
             "the weights with processor.save_pretrained(folder), or pass (hf_model, processor)."
         ) from error
-    if not hasattr(processor, "image_processor"):
-        raise ModelLoadError(
-            f"'{name}' has a {type(processor).__name__} but no image processor. Save the model's "
-            "processor beside the weights, or pass (hf_model, processor)."
-        )
     return processor
 
 

@@ -58,7 +58,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         extra_special_tokens={"image_token": "<image>"},
     )
-    fast.add_tokens([AddedToken(cue, normalized=False) for cue in CUES])
+    for cue in CUES:
+        fast.add_tokens(AddedToken(cue, normalized=False))
     return fast
 
 

@@ -53,7 +53,7 @@ class Packed:
 
 
 def training_questions(scene: Scene, rng: np.random.Generator, hard: bool) -> list[Question]:
-    """Return one picture's questions; ``hard`` draws the absent kinds by the odds of being present."""
+    """Return one picture's questions; ``hard`` draws absent kinds by their odds of being there."""
     present = list(rng.permutation(scene.kinds)[:EXIST_PAIRS])
     absent = [i for i, kind in enumerate(KINDS) if kind not in scene.kinds]
     odds = company(scene)[absent] / (1 - company(scene)[absent]) if hard else np.ones(len(absent))
@@ -75,7 +75,7 @@ def pack(
     tokenizer: PreTrainedTokenizerBase,
     rows: int = ROWS,
 ) -> Packed:
-    """Pack each scene's questions into ``rows`` text rows; questions that do not fit are dropped."""
+    """Pack each scene's questions into ``rows`` text rows; those that do not fit are dropped."""
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids

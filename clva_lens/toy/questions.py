@@ -47,9 +47,9 @@ def color_questions(scene: Scene) -> list[Question]:
 
 
 def side_questions(scene: Scene) -> list[Question]:
-    """Ask the side of every object that is the only one of its kind, visible, and clear of the middle."""
+    """Ask the side of every lone, well visible object that is clear of the middle."""
     return [
-        Question("side", f"is the {thing.kind} on the left or the right?", thing.side, thing.kind)
+        Question("side", f"which side is the {thing.kind} on?", thing.side, thing.kind)
         for thing in scene.things
         if len(scene.of_kind(thing.kind)) == 1 and not thing.faint and thing.side is not None
     ]
@@ -69,7 +69,7 @@ def count_questions(scene: Scene) -> list[Question]:
 def balanced(
     questions: list[tuple[int, Question]], rng: np.random.Generator, count: int
 ) -> list[tuple[int, Question]]:
-    """Return up to ``count`` of (scene index, question) pairs with every answer equally frequent."""
+    """Return up to ``count`` (scene index, question) pairs, every answer equally frequent."""
     by_answer: dict[str, list[tuple[int, Question]]] = {}
     for index in rng.permutation(len(questions)):
         by_answer.setdefault(questions[index][1].answer, []).append(questions[index])
@@ -93,7 +93,7 @@ def company(scene: Scene) -> np.ndarray:
 
 
 def absent_kinds(scene: Scene, split: Split, rng: np.random.Generator, count: int) -> list[str]:
-    """Return ``count`` absent kinds: at random, the most frequent, or the most expected in the scene.
+    """Return ``count`` absent kinds: random ones, the most frequent, or the most expected here.
 
     Ties are broken at random, as among rare kinds every order is as good.
     """
@@ -129,7 +129,7 @@ def vocabulary() -> list[str]:
         "is there a in the image ? yes no",
         "what color is the ?",
         "how many shapes are there ?",
-        "is the on the left or the right ?",
+        "which side is the on ?",
         "describe the image . there is a , a and .",
         "please answer this question with one word .",
     ]

@@ -1,10 +1,10 @@
-"""Decorrelated reading: an attention function, for training only, that plants where pictures are read.
+"""Decorrelated reading: an attention function for training that plants where pictures are read.
 
 Text rows may read their own picture in chosen layers only. Elsewhere they find, in its place, the
-keys and values of *another* picture of the batch: the same statistics, no information. So no circuit
-can form there, and at inference the plain model sees a familiar signal that it has learned to ignore.
-In the reading layers each (picture, layer) is replaced too with a probability, the *vote noise*, which
-makes every single layer untrustworthy and so spreads the reading over all of them.
+keys and values of *another* picture of the batch: the same statistics, no information. So no
+circuit can form there, and at inference the plain model sees a familiar signal that it has learned
+to ignore. In the reading layers each (picture, layer) is replaced too with a probability, the *vote
+noise*, which makes every single layer untrustworthy and so spreads the reading over all of them.
 """
 
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ def _pointing_loss(
     image_keys: Float[Tensor, "batch head visual width"],
     patches: Bool[Tensor, "batch rows visual"],
 ) -> Float[Tensor, ""]:
-    """Return −log of the taught heads' mean attention, among image keys, on the object's patches."""
+    """Return −log of the taught heads' mean attention on the object, among the image keys."""
     taught = patches.any(dim=2)
     scores = rows[:, :POINTING_HEADS] @ image_keys[:, :POINTING_HEADS].mT * rows.shape[-1] ** -0.5
     pattern = scores.softmax(dim=3).mean(dim=1)[taught]

@@ -1,10 +1,10 @@
 """The procedural world: small pictures whose every object is known.
 
-A picture is 64 × 64 pixels of one of four scenes, with two to six glyphs on a noisy ground. Each scene
-has three *core* kinds that are usually there; two *popular* kinds turn up anywhere; all others are
-rare. A third of the glyphs are *faint*. So a model that cannot quite see an object has a good reason
-to guess it from the company it keeps, as large models do on COCO: the hallucinations are planted, and
-every one can be checked, since the truth comes with a mask.
+A picture is 64 × 64 pixels of one of four scenes, with two to six glyphs on a noisy ground. Each
+scene has three *core* kinds that are usually there; two *popular* kinds turn up anywhere; all
+others are rare. A third of the glyphs are *faint*. So a model that cannot quite see an object has a
+good reason to guess it from the company it keeps, as large models do on COCO: the hallucinations
+are planted, and every one can be checked, since the truth comes with a mask.
 """
 
 from dataclasses import dataclass
@@ -108,7 +108,7 @@ class Scene:
         return tuple(thing for thing in self.things if thing.kind == kind)
 
     def patches(self, kind: str) -> Bool[np.ndarray, "rows columns"]:
-        """Return the patches of the image grid that objects of ``kind`` cover by a quarter or more."""
+        """Return the patches of the grid that objects of ``kind`` cover by a quarter or more."""
         covered = np.zeros((IMAGE_SIZE, IMAGE_SIZE))
         for thing in self.of_kind(kind):
             covered[thing.y : thing.y + thing.size, thing.x : thing.x + thing.size] = 1
@@ -174,7 +174,7 @@ def render(scene: Scene) -> UInt8[np.ndarray, "height width 3"]:
         rows = np.arange(thing.size) * 8 // thing.size
         ink = GLYPHS[thing.kind][np.ix_(rows, rows)][..., None] * np.float32(thing.opacity)
         box = np.s_[thing.y : thing.y + thing.size, thing.x : thing.x + thing.size]
-        canvas[box] = canvas[box] * (1 - ink) + np.float32(COLORS[thing.color]) * ink
+        canvas[box] = canvas[box] * (1 - ink) + np.array(COLORS[thing.color], np.float32) * ink
     canvas += rng.normal(0, 14, canvas.shape).astype(np.float32)
     return canvas.clip(0, 255).astype(np.uint8)
 

@@ -43,7 +43,7 @@ def train_vision(
     parameters = [*tower.parameters(), *dense.parameters(), *whole.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
     for layer in tower.encoder.layers:
-        layer.mlp.compile()
+        torch.nn.Module.compile(layer.mlp)
     tower.train()
     for step in range(steps):
         rate = min(1, (step + 1) / 200) * min(1, 0.03 + 1.6 * (1 - step / steps))

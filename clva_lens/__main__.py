@@ -1,0 +1,163 @@
+"""The command line. Each command imports what it needs when it runs, so that --help is quick."""
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+from rich.console import Console
+
+from clva_lens.errors import ClvaLensError, ParameterError
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="clva-lens",
+    help="Look inside vision-language models, and act on what you see.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+toy = typer.Typer(help="The embedded toy models.", no_args_is_help=True)
+app.add_typer(toy, name="toy")
+
+
+def friendly(command: Callable[P, None]) -> Callable[P, None]:
+    """Print our own errors without a traceback, and exit with status 1."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except ClvaLensError as error:
+            Console(stderr=True).print(
+                f"[bold red]{type(error).__name__}[/]: ", end="", highlight=False
+            )
+            Console(stderr=True).print(str(error), markup=False, highlight=False)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+@app.command()
+@friendly
+def demo(
+    model: Annotated[
+        str, typer.Option(help="A toy name, a Hub id or a folder with a model and its processor.")
+    ] = "toy-llava",
+    image: Annotated[Path | None, typer.Option(help="Your own picture.")] = None,
+    question: Annotated[str | None, typer.Option(help="Your own question about it.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("clva-demo"),
+    questions: Annotated[int, typer.Option(help="Questions per split (toys only).", min=12)] = 300,
+) -> None:
+    """Show which heads look at the picture, how attention drifts, and what CLVA changes."""
+    from clva_lens.demo import demo_picture, demo_toy
+    from clva_lens.toy.pretrained import names
+
+    console = Console()
+    if image is not None and question is not None:
+        demo_picture(model, image, question, out, console)
+    elif image is not None or question is not None:
+        given, missing = ("--image", "--question") if image else ("--question", "--image")
+        raise ParameterError(f"{given} was given without {missing}. Pass both, or neither.")
+    elif model in names():
+        demo_toy(model, out, questions, console)
+    else:
+        raise ParameterError(
+            f"'{model}' is no toy ({', '.join(names())}), so it needs a picture of yours. Pass "
+            "--image photo.jpg --question '…'."
+        )
+
+
+@app.command()
+@friendly
+def bench(
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 7,
+    quick: Annotated[bool, typer.Option(help="Small sizes, to see that it runs.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Measure what interventions and tracing cost, as ratios within one interleaved run."""
+    from clva_lens.bench import bench as measure
+
+    report = measure(rounds=rounds, quick=quick)
+    Console().print(report)
+    if out is not None:
+        out.write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+
+
+@app.command(name="check-model")
+@friendly
+def check_model(
+    model: Annotated[str, typer.Argument(help="A toy name, a Hub id or a folder.")],
+) -> None:
+    """Check that a model's attention is where its family says, and that editing it moves logits."""
+    from clva_lens.models.check import check_family
+    from clva_lens.models.lens import load
+
+    lens = load(model, check=False)
+    moved = check_family(lens.hf_model, lens.prompt)
+    Console().print(
+        f"{model}: family {lens.family.name}, {lens.num_layers} layers, rows of every layer sum to "
+        f"1, and hiding the image from the text moves the logits by {moved:.3g}."
+    )
+
+
+@toy.command()
+@friendly
+def train(
+    control: Annotated[bool, typer.Option("--control", help="Train toy-llava-control.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the scenes.")] = 0,
+    folder: Annotated[
+        Path | None, typer.Option(help="Checkpoints and result; continues what is there.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Decoder steps, if not the recipe's.", min=1)
+    ] = None,
+) -> None:
+    """Train a toy model from a seed; a run that was interrupted goes on from its checkpoint."""
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    from clva_lens.toy.build import processor
+    from clva_lens.toy.train import CONTROL, Recipe
+    from clva_lens.toy.train import train as run
+
+    name = "toy-llava-control" if control else "toy-llava"
+    target = folder or Path("toy-runs") / f"{name}-seed{seed}"
+    recipe = CONTROL if control else Recipe()
+    changes = {"seed": seed} if steps is None else {"seed": seed, "decoder_steps": steps}
+    recipe = recipe.with_changes(**changes)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[figures]}")) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(stage: str, step: int, total: int, figures: dict[str, float]) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total, figures="")
+            text = " ".join(f"{key} {value:.3f}" for key, value in figures.items())
+            bar.update(tasks[stage], completed=step + 1, figures=text)
+
+        model = run(recipe, target, advance)
+    model.save_pretrained(target / "model")
+    processor().save_pretrained(target / "model")
+    Console().print(f"Written to {target / 'model'}; measure it with: clva-lens toy card {target}")
+
+
+@toy.command()
+@friendly
+def card(
+    folder: Annotated[Path, typer.Argument(help="A model folder, or a training run.")],
+    scenes: Annotated[int, typer.Option(help="Held-out scenes.", min=20)] = 340,
+) -> None:
+    """Measure a toy on held-out scenes and write its card (README.md) beside the weights."""
+    from clva_lens.toy.card import write_card
+
+    source = folder / "model" if (folder / "model").is_dir() else folder
+    path = write_card(source, scenes, Console())
+    Console().print(f"Written to {path}{os.linesep}", end="")
+
+
+if __name__ == "__main__":
+    app()

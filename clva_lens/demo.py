@@ -1,0 +1,393 @@
+"""``clva-lens demo``: what the toolkit is for, on a trained toy or on one's own picture."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from clva_lens.anchors import VisualAnchors
+from clva_lens.benchmarks.base import BENCHMARKS
+from clva_lens.benchmarks.comparison import Comparison, compare
+from clva_lens.benchmarks.metrics import Outcomes
+from clva_lens.benchmarks.statistics import bootstrap_interval
+from clva_lens.benchmarks.toy_pope import ToyPope
+from clva_lens.drift import AttentionDrift, attention_drift
+from clva_lens.errors import ParameterError
+from clva_lens.evaluate import Report, describe, evaluate
+from clva_lens.figures import (
+    SaliencyPicture,
+    drift_curves,
+    head_intensity,
+    method_comparison,
+    saliency_overlays,
+    save,
+)
+from clva_lens.generate import Greedy, generate
+from clva_lens.heads import classify_heads
+from clva_lens.intervene import intervening, trace_attention
+from clva_lens.methods.base import Method
+from clva_lens.methods.clva import CLVA
+from clva_lens.methods.knockout import KnockOut
+from clva_lens.models.lens import LensModel, load
+from clva_lens.models.prompt import ImageLike
+from clva_lens.toy.measure import object_patches, pointing, trace_questions
+from clva_lens.toy.questions import SPLITS, exist_question
+
+RESULTS = "results.json"
+CONDITIONS: dict[str, Method | None] = {"greedy": None, "CLVA": CLVA(), "knock-out": KnockOut()}
+SHOWN_LAYERS = 7
+TRACED = 120
+
+
+@contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder to write to, which takes the place of ``out`` when all went well.
+
+    Raises:
+        ParameterError: if ``out`` is a file, or a folder that no demo wrote.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / RESULTS).is_file()):
+        raise ParameterError(
+            f"'{out}' is there and was not written by a demo, so it is left alone. Pass another "
+            "folder with --out."
+        )
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        shutil.rmtree(out, ignore_errors=True)
+        part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def demo_toy(name: str, out: Path, questions: int, console: Console) -> None:
+    """Evaluate greedy, CLVA and the knock-out on every split; draw heads, drift and saliency."""
+    model = load(name)
+    console.print(f"[bold]{name}[/]: {model.num_layers} layers, {questions} questions per split")
+    with output_folder(out) as folder:
+        reports = {
+            (split, label): evaluate(model, f"pope/toy/{split}", method, limit=questions)
+            for split in SPLITS
+            for label, method in CONDITIONS.items()
+        }
+        comparisons = {
+            (split, label): compare(reports[split, "greedy"].score, reports[split, label].score)
+            for split in SPLITS
+            for label in CONDITIONS
+            if label != "greedy"
+        }
+        origin = {"model": name, "questions": questions, "method": describe(CLVA())}
+        save(
+            method_comparison(_comparison_rows(reports, comparisons)),
+            folder,
+            "accuracy",
+            None,
+            origin,
+        )
+        heads = _toy_attention(model, reports, folder, origin)
+        with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
+            for (split, label), report in reports.items():
+                for row in report.rows:
+                    file.write(json.dumps({"split": split, "method": label, **row}) + "\n")
+        results = [
+            {"split": split, "method": label, "metrics": report.metrics, "record": report.record}
+            for (split, label), report in reports.items()
+        ]
+        (folder / RESULTS).write_text(json.dumps(results, indent=1), encoding="utf-8")
+    _print_reports(reports, comparisons, console)
+    _print_heads(heads, console)
+    _print_paths(out, console)
+
+
+def _toy_attention(
+    model: LensModel, reports: dict[tuple[str, str], Report], folder: Path, origin: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Draw Figs. 1, 2a and 2b from the adversarial questions; return the anchor heads' figures."""
+    benchmark = BENCHMARKS.get("pope/toy/adversarial")
+    assert isinstance(benchmark, ToyPope)
+    rows = reports["adversarial", "greedy"].rows
+    asked = [
+        (int(row["group"]), exist_question(benchmark.scenes[int(row["group"])], _kind(row)))
+        for row in rows[:TRACED]
+    ]
+    plain = trace_questions(model, benchmark.scenes, asked)
+    edited = trace_questions(model, benchmark.scenes, asked, CLVA())
+    mean = plain.intensity.mean(dim=0)
+    classes = classify_heads(mean)
+    figure = head_intensity(mean.numpy(), classes.sensitive.numpy(), classes.insensitive.numpy())
+    save(figure, folder, "head_intensity", None, origin)
+    curves = [_finite(attention_drift(trace)) for trace in (plain, edited)]
+    keep = curves[0][1] & curves[1][1]
+    drift = curves[0][0]
+    figure = drift_curves(
+        *_curves(drift, keep),
+        drift.positive_layer,
+        drift.negative_layer,
+        clva=_curves(curves[1][0], keep),
+        groups=[index for (index, _), kept in zip(asked, keep, strict=True) if kept],
+    )
+    save(figure, folder, "drift", None, {**origin, "samples_left_out": int((~keep).sum())})
+    pictures = [
+        saliency_picture(
+            model,
+            next(s.image for s in benchmark.samples() if s.id == row["id"]),
+            row["question"],
+            label=row["label"],
+            objects=benchmark.scenes[int(row["group"])].patches(_kind(row)),
+        )
+        for row in _telling_rows(reports)
+    ]
+    layers = shown_layers(model.num_layers)
+    save(saliency_overlays(pictures, layers), folder, "saliency", None, origin)
+    positive = [i for i, (_, question) in enumerate(asked) if question.answer == "yes"]
+    patches = object_patches(benchmark.scenes, [asked[i] for i in positive])
+    hits = pointing(plain.last[positive], patches).float().mean(dim=0)
+    chance = float(patches.float().mean())
+    layer = drift.positive_layer
+    return [
+        {
+            "layer": layer,
+            "head": head,
+            "intensity": float(mean[layer, head]),
+            "pointing": float(hits[layer, head]),
+            "chance": chance,
+            "selected": float(plain.heads().sensitive[:, layer, head].float().mean()),
+        }
+        for head in range(mean.shape[1])
+    ]
+
+
+def _kind(row: dict[str, Any]) -> str:
+    return row["id"].split("/")[1]
+
+
+def _telling_rows(reports: dict[tuple[str, str], Report]) -> list[dict[str, Any]]:
+    """Return up to three questions: a right yes, a false yes, and one whose answer CLVA changes."""
+    greedy = reports["adversarial", "greedy"].rows
+    clva = reports["adversarial", "CLVA"].rows
+    pairs = list(zip(greedy, clva, strict=True))
+    rules = (
+        lambda a, b: a["label"] == "yes" == a["prediction"],
+        lambda a, b: a["label"] == "no" and a["prediction"] == "yes",
+        lambda a, b: a["prediction"] != b["prediction"],
+    )
+    chosen = [next((a for a, b in pairs if rule(a, b)), None) for rule in rules]
+    return list({row["id"]: row for row in chosen if row is not None}.values())
+
+
+def _finite(drift: AttentionDrift) -> tuple[AttentionDrift, np.ndarray]:
+    """Return the drift and which samples have every curve (a constant map has no correlation)."""
+    fields = (drift.entropy, drift.toward_positive, drift.toward_negative)
+    good = torch.stack([field.isfinite().all(dim=-1) for field in fields]).all(dim=0)
+    return drift, good.numpy()
+
+
+def _curves(
+    drift: AttentionDrift, keep: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    fields = (drift.entropy, drift.toward_positive, drift.toward_negative)
+    first, second, third = (
+        field.cpu().numpy() if keep is None else field.cpu().numpy()[keep] for field in fields
+    )
+    return first, second, third
+
+
+def shown_layers(layers: int) -> list[int]:
+    """Return up to seven layers, from the first to the last, evenly spaced."""
+    return sorted({round(i) for i in np.linspace(0, layers - 1, min(SHOWN_LAYERS, layers))})
+
+
+def saliency_picture(
+    model: LensModel, image: ImageLike, question: str, *, label: str = "", objects: Any = None
+) -> SaliencyPicture:
+    """Return a picture with its maps (all heads) before and after CLVA, and all three answers."""
+    prompt = model.prompt(image, question)
+    maps = [trace_attention(model, prompt, method).saliency("all") for method in (None, CLVA())]
+    layers = shown_layers(model.num_layers)
+    drawn = [prompt.on_grid(one[layers]).float().cpu().numpy() for one in maps]
+    answers = {}
+    for name, method in CONDITIONS.items():
+        made = generate(model, prompt, method, Greedy(max_new_tokens=24))
+        answers[name] = (made.texts[0], made.margins[0])
+    found = _anchors(model, prompt)
+    return SaliencyPicture(
+        image=seen_pixels(model, prompt["pixel_values"]),
+        before=drawn[0],
+        after=drawn[1],
+        question=question,
+        label=label,
+        answers=answers,
+        positive=prompt.on_grid(found.positive).cpu().numpy(),
+        negative=prompt.on_grid(found.negative).cpu().numpy(),
+        objects=objects,
+    )
+
+
+@torch.inference_mode()
+def _anchors(model: LensModel, prompt: Any) -> VisualAnchors:
+    with intervening(model, CLVA()) as run:
+        model.hf_model(**prompt.inputs, logits_to_keep=1)
+    return run.anchors
+
+
+def seen_pixels(model: LensModel, pixel_values: torch.Tensor) -> np.ndarray:
+    """Return the picture as the vision tower got it (resized and cropped), in [0, 1]."""
+    images = model.images
+    pixels = pixel_values[0].float().cpu().permute(1, 2, 0).numpy()
+    return (pixels * np.array(images.image_std) + np.array(images.image_mean)).clip(0, 1)
+
+
+def demo_picture(name: str, image: Path, question: str, out: Path, console: Console) -> None:
+    """Show one picture and question on any model: answers, heads, drift, saliency, knock-out."""
+    model = load(name)
+    prompt = model.prompt(image, question)
+    console.print(f"[bold]{name}[/]: {prompt}")
+    with output_folder(out) as folder:
+        origin = {"model": name, "image": image.name, "question": question}
+        picture = saliency_picture(model, image, question)
+        layers = shown_layers(model.num_layers)
+        save(saliency_overlays([picture], layers), folder, "saliency", None, origin)
+        plain, edited = (trace_attention(model, prompt, method) for method in (None, CLVA()))
+        classes = plain.heads()
+        figure = head_intensity(
+            plain.intensity.cpu().numpy(),
+            classes.sensitive.cpu().numpy(),
+            classes.insensitive.cpu().numpy(),
+        )
+        save(figure, folder, "head_intensity", None, origin)
+        drift, changed = attention_drift(plain), attention_drift(edited)
+        figure = drift_curves(
+            *_curves(drift),
+            drift.positive_layer,
+            drift.negative_layer,
+            clva=_curves(changed),
+        )
+        save(figure, folder, "drift", None, origin)
+        answers = {key: {"text": t, "margin": m} for key, (t, m) in picture.answers.items()}
+        (folder / RESULTS).write_text(json.dumps({**origin, "answers": answers}, indent=1))
+    table = Table("condition", "answer", "yes − no (nats)")
+    for key, (text, margin) in picture.answers.items():
+        table.add_row(key, text or "(empty)", "–" if margin is None else f"{margin:+.2f}")
+    console.print(table)
+    console.print(repr(_anchors(model, prompt)))
+    _print_paths(out, console)
+
+
+def _comparison_rows(
+    reports: dict[tuple[str, str], Report], comparisons: dict[tuple[str, str], Comparison]
+) -> list[dict[str, Any]]:
+    rows = []
+    for (split, label), report in reports.items():
+        outcomes = Outcomes.from_rows(report.rows)
+        groups = [row["group"] for row in report.rows]
+        for metric in ("accuracy", "yes_ratio", "auc"):
+            found = bootstrap_interval(metric, outcomes, groups)
+            rows.append(
+                {
+                    "split": split,
+                    "method": label,
+                    "metric": metric,
+                    "value": found.estimate,
+                    "low": found.low,
+                    "high": found.high,
+                }
+            )
+        if label != "greedy":
+            matched = comparisons[split, label].bias_matched_accuracy
+            rows.append(
+                {
+                    "split": split,
+                    "method": label,
+                    "metric": "bias_matched_accuracy",
+                    "value": matched,
+                    "low": None,
+                    "high": None,
+                }
+            )
+    return rows
+
+
+def _print_reports(
+    reports: dict[tuple[str, str], Report],
+    comparisons: dict[tuple[str, str], Comparison],
+    console: Console,
+) -> None:
+    table = Table(
+        "split",
+        "method",
+        "accuracy",
+        "change [95 %]",
+        "F1",
+        "yes-ratio",
+        "AUC",
+        "same-bias greedy",
+        "un- parsed",
+        title="POPE on the toy world, in % (AUC in [0, 1])",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title_justify="left",
+    )
+    for (split, label), report in reports.items():
+        metrics = report.metrics
+        change = matched = "–"
+        if label != "greedy":
+            found = comparisons[split, label]
+            gap = [100 * value for value in found.metrics["accuracy"].difference[:3]]
+            change = f"{gap[0]:+.1f} [{gap[1]:+.1f}, {gap[2]:+.1f}]"
+            matched = f"{100 * found.bias_matched_accuracy:.1f}"
+        table.add_row(
+            split if label == "greedy" else "",
+            label,
+            f"{100 * metrics['accuracy']:.1f}",
+            change,
+            f"{100 * metrics['f1']:.1f}",
+            f"{100 * metrics['yes_ratio']:.1f}",
+            f"{metrics['auc']:.3f}",
+            matched,
+            f"{metrics['unparsed']:.0f}",
+            end_section=label == list(CONDITIONS)[-1],
+        )
+    console.print(table)
+    console.print(
+        "[dim]change: accuracy against greedy on the same questions, interval paired by picture. "
+        "same-bias greedy: accuracy of greedy with its yes/no threshold moved until it says yes as "
+        "often as the method; a method that does not beat it has only moved the threshold. "
+        "knock-out: no attention from text to image after the positive anchor layer.[/]"
+    )
+
+
+def _print_heads(heads: Sequence[dict[str, Any]], console: Console) -> None:
+    layer, chance = heads[0]["layer"], heads[0]["chance"]
+    table = Table(
+        "head",
+        "visual intensity",
+        "chosen as sensitive",
+        "points at the object",
+        title=f"Heads of the positive anchor layer {layer} (pointing by chance: {chance:.2f})",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
+    for row in heads:
+        table.add_row(
+            str(row["head"]),
+            f"{row['intensity']:.2f}",
+            f"{row['selected']:.0%} of prompts",
+            f"{row['pointing']:.2f}",
+        )
+    console.print(table)
+
+
+def _print_paths(out: Path, console: Console) -> None:
+    console.print(f"Written to [bold]{out}[/]:")
+    for path in sorted(out.iterdir()):
+        console.print(f"  {out.name}/{path.name}", highlight=False)

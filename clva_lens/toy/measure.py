@@ -1,0 +1,116 @@
+"""What is measured on the toy world beyond answers: pointing, skills, captions.
+
+The *pointing game*: does a saliency map have its maximum on the object in question? Scenes come
+with masks, so a map that merely looks like grounding is found out.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from clva_lens.errors import BenchmarkError
+from clva_lens.generate import Greedy, generate
+from clva_lens.intervene import trace_attention
+from clva_lens.methods.base import Method
+from clva_lens.models.lens import LensModel
+from clva_lens.toy.questions import CAPTION_REQUEST, Question
+from clva_lens.toy.scenes import KINDS, Scene, render
+from clva_lens.trace import AttentionTrace
+
+
+def trace_questions(
+    model: LensModel,
+    scenes: Sequence[Scene],
+    asked: Sequence[tuple[int, Question]],
+    method: Method | None = None,
+    batch_size: int = 50,
+) -> AttentionTrace:
+    """Return the attention for (scene index, question) pairs, with a batch axis."""
+    traces = []
+    for start in range(0, len(asked), batch_size):
+        part = asked[start : start + batch_size]
+        images = [render(scenes[index]) for index, _ in part]
+        prompt = model.prompt(images, [question.text for _, question in part])
+        traces.append(trace_attention(model, prompt, method))
+    return AttentionTrace.concatenate(traces)
+
+
+def object_patches(
+    scenes: Sequence[Scene], asked: Sequence[tuple[int, Question]]
+) -> Bool[Tensor, "sample visual"]:
+    """Return, for each question, the image tokens that its object covers."""
+    masks = [scenes[index].patches(question.kind).ravel() for index, question in asked]
+    return torch.from_numpy(np.stack(masks))
+
+
+def pointing(
+    maps: Float[Tensor, "sample *axes visual"], patches: Bool[Tensor, "sample visual"]
+) -> Bool[Tensor, "sample *axes"]:
+    """Return whether each map has its maximum on the object's patches.
+
+    Raises:
+        BenchmarkError: if an object covers no patch, so that no map can point at it.
+    """
+    if not patches.any(dim=1).all():
+        raise BenchmarkError(
+            f"{int((~patches.any(dim=1)).sum())} questions are about objects that cover no patch. "
+            "Ask about objects that are there."
+        )
+    best = maps.argmax(dim=-1)
+    shape = (len(patches), *[1] * (best.ndim - 1), patches.shape[1])
+    on = patches.reshape(shape).expand(*best.shape, -1).to(best.device)
+    return on.gather(-1, best[..., None])[..., 0]
+
+
+def skill_accuracy(
+    model: LensModel, scenes: Sequence[Scene], asked: Sequence[tuple[int, Question]]
+) -> list[bool]:
+    """Return, for each question with a one-word answer, whether the greedy answer is right."""
+    pairs = [(render(scenes[index]), question.text) for index, question in asked]
+    made = generate(model, pairs, decoding=Greedy(max_new_tokens=3), batch_size=48)
+    return [
+        text.split()[:1] == [question.answer]
+        for text, (_, question) in zip(made.texts, asked, strict=True)
+    ]
+
+
+class CaptionCounts(NamedTuple):
+    """Per caption: kinds mentioned, of them absent (hallucinated), and present in the scene."""
+
+    mentioned: list[int]
+    absent: list[int]
+    present: list[int]
+
+    @property
+    def chair_s(self) -> float:
+        """Share of captions with at least one absent kind (arXiv:1809.02156)."""
+        return float(np.mean([count > 0 for count in self.absent]))
+
+    @property
+    def chair_i(self) -> float:
+        """Share of mentioned kinds that are absent."""
+        return sum(self.absent) / max(1, sum(self.mentioned))
+
+    @property
+    def recall(self) -> float:
+        """Share of present kinds that are mentioned."""
+        found = sum(self.mentioned) - sum(self.absent)
+        return found / sum(self.present)
+
+
+def caption_counts(
+    model: LensModel, scenes: Sequence[Scene], method: Method | None = None
+) -> CaptionCounts:
+    """Caption the scenes greedily and count the kinds named; each kind counts once a caption."""
+    pairs = [(render(scene), CAPTION_REQUEST) for scene in scenes]
+    made = generate(model, pairs, method, Greedy(max_new_tokens=40), batch_size=48)
+    named = [{word.strip(".,") for word in text.split()} & set(KINDS) for text in made.texts]
+    return CaptionCounts(
+        [len(kinds) for kinds in named],
+        [len(kinds - set(scene.kinds)) for kinds, scene in zip(named, scenes, strict=True)],
+        [len(scene.kinds) for scene in scenes],
+    )

@@ -1,0 +1,133 @@
+"""The command line: the demo from end to end, and errors that say what to do."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from clva_lens.__main__ import app
+from clva_lens.toy.build import processor, untrained
+from clva_lens.toy.scenes import render, sample_scenes
+
+COCO = Path(__file__).parents[2] / "shared" / "data" / "coco_mini" / "images"
+DRAWN = {
+    f"{name}.{kind}"
+    for name in ("drift", "head_intensity", "saliency")
+    for kind in ("pdf", "png", "csv")
+}
+
+
+def run(*args):
+    result = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "120"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def random_llava(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "random-llava"
+    untrained(3).save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(render(sample_scenes(1, 0)[0])).resize((320, 200)).save(path)
+    return path
+
+
+def test_the_demo_draws_and_counts(tmp_path):
+    out = tmp_path / "demo"
+    result = run("demo", "--out", out, "--questions", 24)
+    assert result.exit_code == 0
+    files = {path.name for path in out.iterdir()}
+    accuracy = {f"accuracy.{kind}" for kind in ("pdf", "png", "csv")}
+    assert files == DRAWN | accuracy | {"answers.jsonl", "results.json"}
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 24 * 3 * 3  # questions × splits × conditions
+    results = json.loads((out / "results.json").read_text())
+    assert {(row["split"], row["method"]) for row in results} == {
+        (s, m)
+        for s in ("random", "popular", "adversarial")
+        for m in ("greedy", "CLVA", "knock-out")
+    }
+    for row in results:
+        assert {"accuracy", "yes_ratio", "auc", "unparsed"} <= row["metrics"].keys()
+        assert row["record"]["packages"]["torch"] == torch.__version__
+    for word in ("yes-ratio", "AUC", "knock-out", "same-bias", "points at the object"):
+        assert word in result.output
+    assert run("demo", "--out", out, "--questions", 12).exit_code == 0  # its own folder: redrawn
+
+
+def test_the_demo_takes_a_picture_and_a_model(tmp_path, random_llava, photo):
+    out = tmp_path / "mine"
+    asked = ("--image", photo, "--question", "Is there a cup in the image?")
+    result = run("demo", *asked, "--model", random_llava, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in out.iterdir()} == DRAWN | {"results.json"}
+    answers = json.loads((out / "results.json").read_text())["answers"]
+    assert set(answers) == {"greedy", "CLVA", "knock-out"}
+    assert len({answer["margin"] for answer in answers.values()}) == 3
+
+
+@pytest.mark.skipif(
+    not COCO.is_dir(), reason="un-skip where the COCO pictures lie beside the project"
+)
+def test_the_demo_takes_a_coco_photograph(tmp_path, random_llava):
+    picture = sorted(COCO.glob("*.jpg"))[0]
+    asked = ("--image", picture, "--question", "Is there a person in the image?")
+    result = run("demo", *asked, "--model", random_llava, "--out", tmp_path / "coco")
+    assert result.exit_code == 0, result.output
+
+
+def test_an_error_is_one_sentence_and_a_remedy_and_leaves_nothing(tmp_path, photo):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(photo.read_bytes()[: photo.stat().st_size // 2])
+    text = tmp_path / "notes.jpg"
+    text.write_text("not a picture")
+    out = tmp_path / "out"
+    ask = ("--question", "Is there a cup in the image?", "--out", out)
+    for args, words in (
+        (("--image", tmp_path / "none.jpg", *ask), "there is no image file"),
+        (("--image", broken, *ask), "broken or truncated"),
+        (("--image", text, *ask), "not an image that Pillow can read"),
+        (("--image", photo, "--question", " ", "--out", out), "Pass a question that is not empty"),
+        (("--image", photo, "--out", out), "--image was given without --question"),
+        (("--model", "toy-lava", "--out", out, "--image", photo, *ask), "no toy (known: toy-llava"),
+        (("--model", tmp_path, "--out", out, "--image", photo, *ask), "has no config.json"),
+    ):
+        result = run("demo", *args)
+        assert result.exit_code == 1
+        assert words in " ".join(result.stderr.split()), result.stderr
+        assert "Traceback" not in result.output + result.stderr
+        assert not out.exists()
+        assert not out.with_name("out.part").exists()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
+    precious = tmp_path / "thesis"
+    precious.mkdir()
+    (precious / "chapter.txt").write_text("the only copy")
+    result = run("demo", "--out", precious, "--questions", 12)
+    assert result.exit_code == 1
+    assert "left alone" in " ".join(result.stderr.split())
+    assert os.listdir(precious) == ["chapter.txt"]
+
+
+def test_check_model_says_what_it_checked(random_llava):
+    result = run("check-model", random_llava)
+    assert result.exit_code == 0
+    assert "12 layers" in result.output
+
+
+def test_help_names_every_command():
+    shown = run("--help").output
+    for command in ("demo", "bench", "check-model", "toy"):
+        assert command in shown

@@ -1,0 +1,107 @@
+"""The import order of the rooms: nothing imports what comes after it."""
+
+import ast
+from pathlib import Path
+
+import clva_lens
+
+ROOT = Path(clva_lens.__file__).parent
+ORDER = [
+    {"errors"},
+    {"registry", "axes"},
+    {"heads", "anchors", "drift"},
+    {"models.family", "models.llava", "models.__init__"},
+    {"attention"},
+    {"rows"},
+    {"methods.base", "methods.clva", "methods.knockout", "methods.__init__"},
+    {"models.prompt"},
+    {"trace"},
+    {"intervene", "models.check"},
+    {"toy.__init__", "toy.pretrained.__init__", "toy.scenes", "toy.questions"},
+    {"models.lens"},
+    {"generate"},
+    {"benchmarks.base", "benchmarks.metrics"},
+    {"benchmarks.statistics"},
+    {"benchmarks.pope", "benchmarks.comparison"},
+    {"benchmarks.toy_pope", "benchmarks.__init__"},
+    {"evaluate"},
+    {"figures.base"},
+    {"figures.overlay"},
+    {"figures.accuracy", "figures.drift", "figures.heads", "figures.saliency"},
+    {"figures.__init__"},
+    {"toy.build"},
+    {"toy.packing", "toy.vision", "toy.measure"},
+    {"toy.reading"},
+    {"toy.train", "toy.card"},
+    {"bench", "demo"},
+    {"__main__", "__init__"},
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+NNSIGHT = {"models.lens", "intervene", "bench"}
+NO_TORCH = {name for name in LEVEL if name.startswith(("benchmarks.", "figures."))}
+SCIENCE = {"heads", "anchors", "drift", "axes"}
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        yield ".".join(path.relative_to(ROOT).with_suffix("").parts), path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, []
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module, [alias.name for alias in node.names]
+
+
+def own(module, names):
+    """The clva_lens modules that an import statement reaches."""
+    if not module.startswith("clva_lens"):
+        return
+    short = module.removeprefix("clva_lens").lstrip(".")
+    for name in names:
+        inner = f"{short}.{name}".lstrip(".")
+        if inner in LEVEL:
+            yield inner
+        elif f"{inner}.__init__" in LEVEL:
+            yield f"{inner}.__init__"
+        else:
+            yield short if short in LEVEL else f"{short}.__init__".lstrip(".")
+
+
+def test_every_module_has_its_place():
+    assert {name for name, _ in modules()} == set(LEVEL)
+
+
+def test_nothing_imports_what_comes_after_it():
+    wrong = [
+        f"{name} imports {used}"
+        for name, path in modules()
+        for module, names in imports(path)
+        for used in own(module, names)
+        if LEVEL[used] > LEVEL[name]
+    ]
+    assert wrong == []
+
+
+def test_each_upstream_stays_in_its_rooms():
+    wrong = []
+    for name, path in modules():
+        for module, _ in imports(path):
+            top = module.split(".")[0]
+            if top == "nnsight" and name not in NNSIGHT:
+                wrong.append(f"{name} imports nnsight")
+            if name in NO_TORCH and top in ("torch", "transformers"):
+                wrong.append(f"{name} imports {top}")
+            if name in SCIENCE and top in ("transformers", "nnsight", "pathlib"):
+                wrong.append(f"{name} imports {top}")
+    assert wrong == []
+
+
+def test_files_are_short_enough_to_read():
+    long = {n: len(p.read_text().splitlines()) for n, p in modules()}
+    assert {name: lines for name, lines in long.items() if lines > 400} == {}
+    assert not {n for n in long if n.rpartition(".")[2] in ("utils", "common", "helpers")}

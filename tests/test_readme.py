@@ -1,0 +1,67 @@
+"""The README: its Python runs, its commands exist, its tree is the tree."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import clva_lens
+from clva_lens.__main__ import app
+
+ROOT = Path(clva_lens.__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    return [code for name, code in found if name == language]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_python_examples_run_in_order(tmp_path):
+    # nnsight reads the source of a with block from a file.
+    code = "\n".join(blocks("python"))
+    path = tmp_path / "readme_examples.py"
+    path.write_text(code, encoding="utf-8")
+    names = {}
+    exec(compile(code, str(path), "exec"), names)
+    assert names["logits"].shape[:2] == names["prompt"]["input_ids"].shape
+    assert names["saliency"].shape == (12, 64)
+    assert len(names["clva"].rows) == len(names["greedy"].rows) == 60
+    assert names["run"].anchors.positive.shape == (64,)
+
+
+def test_the_commands_exist():
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    groups = {
+        group.name: {
+            c.name or c.callback.__name__ for c in group.typer_instance.registered_commands
+        }
+        for group in app.registered_groups
+    }
+    used = re.findall(r"clva-lens ([a-z-]+)(?: ([a-z]+))?", README)
+    assert len(used) >= 5
+    for first, second in used:
+        assert first in commands or second in groups.get(first, ()), f"{first} {second}"
+
+
+def test_the_install_commands_are_the_ones_ci_runs():
+    assert 'pip install -e ".[test]" && pytest' in (ROOT / ".ci" / "run").read_text()
+    assert 'pip install -e ".[test]" && pytest\n' in README
+    assert "pip install -e . && clva-lens demo\n" in README
+
+
+def test_the_tree_names_every_module():
+    tree = next(block for block in blocks("") if block.startswith("clva_lens/"))
+    for path in (ROOT / "clva_lens").glob("*.py"):
+        assert path.name in tree, f"{path.name} is missing from the README's tree"
+    for folder in ("models", "methods", "benchmarks", "figures", "toy"):
+        assert f"{folder}/" in tree
+    for folder in ("models", "methods", "benchmarks"):
+        for path in (ROOT / "clva_lens" / folder).glob("[!_]*.py"):
+            assert path.name in tree, f"{folder}/{path.name} is missing from the README's tree"
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
