@@ -2,7 +2,7 @@
 
 import functools
 import json
-import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ParamSpec
@@ -75,8 +75,8 @@ def demo(
 @app.command()
 @friendly
 def bench(
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 7,
-    quick: Annotated[bool, typer.Option(help="Small sizes, to see that it runs.")] = False,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 9,
+    quick: Annotated[bool, typer.Option(help="The toy only, to see that it runs.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
     """Measure what interventions and tracing cost, as ratios within one interleaved run."""
@@ -121,7 +121,7 @@ def train(
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     from clva_lens.toy.build import processor
-    from clva_lens.toy.train import CONTROL, Recipe
+    from clva_lens.toy.train import CONTROL, RECIPE, TIMES, Recipe
     from clva_lens.toy.train import train as run
 
     name = "toy-llava-control" if control else "toy-llava"
@@ -140,8 +140,11 @@ def train(
             bar.update(tasks[stage], completed=step + 1, figures=text)
 
         model = run(recipe, target, advance)
-    model.save_pretrained(target / "model")
-    processor().save_pretrained(target / "model")
+    finished = target / "model"
+    model.save_pretrained(finished)
+    processor().save_pretrained(finished)
+    for file in (RECIPE, TIMES):
+        shutil.copy(target / file, finished / file)
     Console().print(f"Written to {target / 'model'}; measure it with: clva-lens toy card {target}")
 
 
@@ -155,8 +158,7 @@ def card(
     from clva_lens.toy.card import write_card
 
     source = folder / "model" if (folder / "model").is_dir() else folder
-    path = write_card(source, scenes, Console())
-    Console().print(f"Written to {path}{os.linesep}", end="")
+    Console().print(f"Written to {write_card(source, scenes, Console())}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -93,7 +93,7 @@ class AttentionCall:
         return range(start, count, each)
 
     def additive_mask(self, start: int, stop: int) -> Float[Tensor, "..."] | None:
-        """Return 0 where a row may look and the lowest float32 elsewhere; None if it may anywhere."""
+        """Return 0 where a row may look, the lowest float32 elsewhere; None if it may anywhere."""
         keys = self.key.shape[2]
         if self.mask is not None:
             mask = self.mask[:, :, start:stop, :keys]
@@ -136,6 +136,12 @@ class Run:
         self.site: Site = self.family.site(model)
         self.sessions: list[Session] = []
         self.kernel = self.site.config._attn_implementation or "eager"
+        if self.kernel.startswith("clva_"):
+            raise InterventionError(
+                "another model that shares this model's configuration object is in a run, or this "
+                "model is a copy made during one. Give the models configurations of their own, or "
+                "end the other run first."
+            )
         if self.kernel not in KERNELS:
             raise InterventionError(
                 f"the decoder runs attention kernel '{self.kernel}', which cannot be intercepted "
@@ -201,6 +207,13 @@ class Run:
                 "the first pass under this run already had a filled key-value cache (or another "
                 "batch), so its image tokens are unknown. Start the run before the prompt is read."
             )
+        elif offset > 0 and ids.shape[1] > 1:
+            raise InterventionError(
+                f"a pass reads {ids.shape[1]} tokens onto a filled key-value cache (a prefill cut "
+                "into chunks, assisted decoding, or another turn), so it is unclear which of them "
+                "are prompt. Read the whole prompt in one pass: leave prefill_chunk_size and "
+                "assistant_model unset."
+            )
         else:
             self._continue(known, offset, ids.shape[1])
 
@@ -228,8 +241,10 @@ class Run:
         if more > 0:
             no = torch.zeros(old.image.shape[0], more, dtype=torch.bool, device=old.image.device)
             old = TokenSpans(
-                *(torch.cat([span, no], dim=1) for span in (old.system, old.image, old.text)),
-                torch.cat([old.generated, ~no], dim=1),
+                system=torch.cat([old.system, no], dim=1),
+                image=torch.cat([old.image, no], dim=1),
+                text=torch.cat([old.text, no], dim=1),
+                generated=torch.cat([old.generated, ~no], dim=1),
             )
         self._step = known._replace(number=known.number + 1, offset=offset, spans=old)
 
@@ -258,7 +273,7 @@ class Run:
             lowest = torch.finfo(torch.float32).min
             merged = bias if additive is None else (bias + additive).clamp_min(lowest)
             # CUDA kernels take a mask of the queries' type only; CPU kernels take float32 too.
-            if merged.device.type != "cpu" or self.kernel == "eager":
+            if merged.device.type != "cpu":
                 merged = merged.to(call.query.dtype)
             self._merged = (token, merged)
             self._kept = (mask, bias)  # so that their ids are not given to other tensors

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -225,7 +226,8 @@ def _generate_batch(
     with torch.random.fork_rng(devices=devices), intervening(hf_model, *methods):
         if isinstance(decoding, Sampling):
             torch.manual_seed(decoding.seed)
-        out = hf_model.generate(
+        run: Any = hf_model.generate  # transformers declares it on a mixin that hides the call
+        out = run(
             **prompt.inputs, generation_config=config, logits_processor=LogitsProcessorList([first])
         )
     assert isinstance(out, Tensor) and first.scores is not None
@@ -264,7 +266,8 @@ def _bar(total: int) -> Iterator[Any]:
         return
     columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    quiet = not (console.is_terminal or console.is_jupyter)
-    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
+    # In a notebook, rich draws its bars with ipywidgets only.
+    shows = find_spec("ipywidgets") if console.is_jupyter else console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shows) as bar:
         task = bar.add_task("answers", total=total)
         yield lambda: bar.advance(task)

@@ -207,7 +207,7 @@ def _attach(model: PreTrainedModel, sessions: Sequence[Session], interleaver: In
     # unwinds workers that are waiting. It goes back to whoever runs the model, not to this block.
     guard.start(interleaver)
     block = Mediator.current("result").worker
-    assert guard.worker is not None and block is not None
+    assert guard.worker is not None and block is not None and block.parent is not None
     guard.worker.parent = block.parent
 
 

@@ -55,7 +55,8 @@ class AttentionTrace:
         logits = [trace.logits for trace in traces if trace.logits is not None]
         both = torch.cat(logits) if len(logits) == len(traces) else None
         first = traces[0]
-        return cls(*whole, first.layers, first.num_layers, True, both)
+        image, system, text, last = whole
+        return cls(image, system, text, last, first.layers, first.num_layers, True, both)
 
     def heads(self, threshold: float = 1.0, empty: EmptyPolicy = "tail") -> HeadClasses:
         """Return the head classes of the traced layers (Eqs. 2–3)."""

@@ -1,7 +1,6 @@
 """The command line: the demo from end to end, and errors that say what to do."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -118,7 +117,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     result = run("demo", "--out", precious, "--questions", 12)
     assert result.exit_code == 1
     assert "left alone" in " ".join(result.stderr.split())
-    assert os.listdir(precious) == ["chapter.txt"]
+    assert [path.name for path in precious.iterdir()] == ["chapter.txt"]
 
 
 def test_check_model_says_what_it_checked(random_llava):

@@ -6,3 +6,4 @@ registers them.
 """
 
 from clva_lens.benchmarks import toy_pope as toy_pope
+from clva_lens.benchmarks import toy_skills as toy_skills

@@ -24,7 +24,8 @@ class ToyPope(Benchmark):
     def __init__(self, split: Split, scenes: int = SCENES, seed: int = SEED) -> None:
         """Choose the split; ``scenes`` and ``seed`` make other held-out sets."""
         self.name = f"pope/toy/{split}"
-        self.split, self.count, self.seed = split, scenes, seed
+        self.split: Split = split
+        self.count, self.seed = scenes, seed
 
     @cached_property
     def scenes(self) -> list[Scene]:

@@ -1,6 +1,6 @@
 """The look of all figures, their registry, and how a figure becomes files.
 
-Drawing never touches the user's matplotlib: no pyplot, no backend, and settings only inside a
+Drawing never touches the user's matplotlib: no pyplot figure, no backend, settings only inside a
 context that starts from matplotlib's own defaults, so the same data always gives the same bytes.
 """
 
@@ -71,6 +71,13 @@ class Drawing(Figure):
         super().__init__(figsize=(width, height), layout="constrained" if arranged else None)
         FigureCanvasAgg(self)
         self.rows = list(rows)
+
+    def _repr_png_(self) -> bytes:
+        """Return the picture, so that a notebook shows it."""
+        picture = io.BytesIO()
+        with look():
+            self.savefig(picture, format="png")
+        return picture.getvalue()
 
 
 FIGURES = Registry[Callable[..., Drawing]]("figure")

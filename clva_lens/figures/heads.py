@@ -1,6 +1,7 @@
 """Which heads look at the image: the paper's Fig. 1."""
 
 import numpy as np
+import seaborn as sns
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
@@ -46,27 +47,27 @@ def head_intensity(
         max(3.35, heads * cell + 1.4), max(1.2, layers * cell) + 0.85, _rows(values, classes)
     )
     ax = fig.add_subplot()
-    image = ax.imshow(values, cmap="cividis", aspect="equal", interpolation="nearest")
     written = layers <= _WRITTEN and heads <= _WRITTEN
-    if written:
-        middle = (values.min() + values.max()) / 2
-        for (layer, head), value in np.ndenumerate(values):
-            colour = "black" if value > middle else "white"
-            ax.text(
-                head,
-                layer + 0.12,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=6,
-                color=colour,
-            )
+    sns.heatmap(
+        values,
+        ax=ax,
+        cmap="cividis",
+        square=True,
+        annot=written,
+        fmt=".2f",
+        annot_kws={"fontsize": 6, "va": "top"},
+        cbar_kws={
+            "label": "visual attention intensity Φ\n(fraction of attention)",
+            "shrink": 0.9,
+            "pad": 0.02,
+        },
+    )
     size = cell * 72 * (0.22 if written else 0.5)
     for name, chosen in classes.items():
         at_layer, at_head = np.nonzero(chosen)
         ax.plot(
-            at_head,
-            at_layer - (0.3 if written else 0),
+            at_head + 0.5,
+            at_layer + (0.25 if written else 0.5),
             _SYMBOLS[name],
             ms=size,
             mfc="white",
@@ -76,11 +77,9 @@ def head_intensity(
         )
     ax.set_xlabel("head (index, 0-based)")
     ax.set_ylabel("layer (index, 0-based)")
-    ax.set_xticks(_ticks(heads))
-    ax.set_yticks(_ticks(layers))
-    ax.tick_params(length=2)
-    bar = fig.colorbar(image, ax=ax, shrink=0.9, pad=0.02)
-    bar.set_label("visual attention intensity Φ\n(fraction of attention)")
+    for axis, count in ((ax.xaxis, heads), (ax.yaxis, layers)):
+        axis.set_ticks([tick + 0.5 for tick in _ticks(count)], [str(t) for t in _ticks(count)])
+    ax.tick_params(length=2, rotation=0)
     if classes:
         handles = [
             Line2D(

@@ -128,6 +128,7 @@ class ClvaSession(Session):
         self.positive_layer, self.edited = positive_layer, edited
         self._read: dict[int, _LayerReading] = {}
         self._bias: tuple[Step, Tensor] | None = None
+        self._prompt_weights: Float[Tensor, "batch visual"] | None = None
         self.passive = method.alpha == 0 and method.beta == 0
 
     def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
@@ -184,11 +185,8 @@ class ClvaSession(Session):
     ) -> Float[Tensor, "*batch visual"]:
         method = self.method
         more = (None,) * (positive.ndim - 3)
-        heads = [self._heads(flag)[(slice(None), *more)] for flag in (True, False)]
-        masks = [
-            anchor_mask(saliency_map(rows, chosen), method.tau)
-            for rows, chosen in zip((positive, negative), heads, strict=True)
-        ]
+        heads = torch.stack([self._heads(flag)[(slice(None), *more)] for flag in (True, False)])
+        masks = anchor_mask(saliency_map(torch.stack([positive, negative]), heads), method.tau)
         return reanchor_log_weights(masks[0], masks[1], method.alpha, method.beta)
 
     def _make_bias(self, call: AttentionCall) -> Float[Tensor, "batch 1 query key"]:
@@ -198,7 +196,9 @@ class ClvaSession(Session):
                 "before the prompt is read."
             )
         positive, negative = self._read[self.positive_layer], self._read[self.method.negative_layer]
-        prompt = self._log_weights(positive.prompt, negative.prompt)
+        if call.step.number == 0 or self._prompt_weights is None:
+            self._prompt_weights = self._log_weights(positive.prompt, negative.prompt)
+        prompt = self._prompt_weights
         if self.method.refresh == "prompt" or call.new_rows == 0:
             generated = prompt[:, None].expand(-1, call.new_rows, -1)
         else:

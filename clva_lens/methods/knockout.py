@@ -47,7 +47,8 @@ class KnockOut(Method):
 
 class _KnockOutSession(Session):
     def __init__(self, layers: tuple[int, ...], rows: Rows) -> None:
-        self.layers, self.rows = layers, rows
+        self.layers = layers
+        self.rows: Rows = rows
         self._bias: tuple[Step, Tensor] | None = None
 
     def attention(self, call: AttentionCall) -> Float[Tensor, "batch 1 query key"] | None:

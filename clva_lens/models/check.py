@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from clva_lens.attention import open_run
-from clva_lens.errors import ModelCheckError
+from clva_lens.errors import InterventionError, ModelCheckError
 from clva_lens.methods.base import Shape
 from clva_lens.methods.knockout import KnockOut
 from clva_lens.models.family import find_family
@@ -44,7 +44,13 @@ def check_family(model: PreTrainedModel, prompt: Callable[[np.ndarray, str], Pro
         before = model(**asked.inputs).logits[:, -1].float()
     finally:
         close()
-    seen = observer.trace(batched=True)
+    try:
+        seen = observer.trace(batched=True)
+    except InterventionError:
+        raise ModelCheckError(
+            f"{name}: no attention was seen in some layers. The modules or the configuration named "
+            f"in the family '{find_family(model).name}' are probably not on the path."
+        ) from None
     total = seen.intensity + seen.system + seen.text
     worst = float((total - 1).abs().max())
     if not worst <= 1e-3:

@@ -1,13 +1,16 @@
 """``load()``: a model by toy name, Hub id, folder or as it is, with everything a prompt needs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from nnsight.modeling.transformers import TransformersModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import logging
 
 from clva_lens.errors import ModelLoadError, PromptError
 from clva_lens.models.check import check_family
@@ -37,6 +40,7 @@ class LensModel(TransformersModel):
     @property
     def hf_model(self) -> PreTrainedModel:
         """The transformers model."""
+        assert isinstance(self._module, PreTrainedModel)
         return self._module
 
     @property
@@ -76,18 +80,19 @@ class LensModel(TransformersModel):
                 lists differ in length.
         """
         images, questions, batched = as_lists(image, question)
-        placeholder = getattr(self.processor, "image_token", "<image>")
+        processor: Any = self.processor
+        placeholder = getattr(processor, "image_token", "<image>")
         for text in questions:
             if placeholder in text:
                 raise PromptError(
                     f"the question contains '{placeholder}', which stands for an image. Leave it "
                     "out: the image is put before the question."
                 )
-        texts = [self.family.ask(self.processor, text, system) for text in questions]
-        tokenizer = self.processor.tokenizer
+        texts = [self.family.ask(processor, text, system) for text in questions]
+        tokenizer = processor.tokenizer
         # A chat template that writes the BOS token itself must not get a second one.
         bos = getattr(tokenizer, "bos_token", None)
-        encoded = self.processor(
+        encoded = processor(
             images=images,
             text=texts,
             return_tensors="pt",
@@ -157,7 +162,8 @@ def load(
             options["attn_implementation"] = attn_implementation
         if device_map is not None:
             options["device_map"] = device_map
-        hf_model = _from_pretrained(name, source, dtype=dtype or "auto", **options)
+        with _quiet(source.parent == pretrained.FOLDER):
+            hf_model = _from_pretrained(name, source, dtype=dtype or "auto", **options)
         processor = _processor(name, source)
     find_family(hf_model)
     if not hasattr(processor, "image_processor"):
@@ -170,6 +176,19 @@ def load(
     if check:
         check_family(lens.hf_model, lens.prompt)
     return lens
+
+
+@contextmanager
+def _quiet(wanted: bool) -> Iterator[None]:
+    """Keep transformers from showing a progress bar for a load of milliseconds."""
+    if not (wanted and logging.is_progress_bar_enabled()):
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _source(name: str) -> Path:
@@ -215,7 +234,7 @@ def _from_pretrained(name: str, source: Path, **options: Any) -> PreTrainedModel
         return AutoModelForImageTextToText.from_pretrained(
             where, config=config, use_safetensors=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelLoadError(
             f"the model '{name}' could not be loaded: {_first_line(error)} Check the name, and "
             "that it is an image-text-to-text model with safetensors weights; without a network, "

@@ -28,7 +28,8 @@ class Llava(ModelFamily):
     def site(self, model: PreTrainedModel) -> Site:
         """Return the decoder's self-attention."""
         decoder = model.get_decoder()
-        modules = tuple(layer.self_attn for layer in decoder.layers)
+        layers: Any = decoder.layers
+        modules = tuple(layer.self_attn for layer in layers)
         return Site("decoder", modules, modules[0].config)
 
     def image_token_id(self, model: PreTrainedModel) -> int:

@@ -93,7 +93,8 @@ def read_image(image: ImageLike) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     if isinstance(image, Tensor):
-        image = image.detach().cpu().numpy()
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
     if not isinstance(image, np.ndarray):
         raise PromptError(
             f"an image must be a path, a PIL image or an array, but got {type(image).__name__}. "
@@ -136,6 +137,8 @@ def _open_image(path: Path) -> Image.Image:
         raise PromptError(
             f"'{path}' is not an image that Pillow can read. Pass a JPEG or PNG file."
         ) from None
+    except Image.DecompressionBombError as error:
+        raise PromptError(f"'{path}' is too large ({error}). Scale the picture down.") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise PromptError(
             f"'{path}' is broken or truncated ({error}). Replace the file with a whole one."
@@ -156,7 +159,7 @@ def as_lists(
         raise PromptError(
             "there is a question but no image. Pass a picture: model.prompt(image, question)."
         )
-    images = list(image) if isinstance(image, list | tuple) else [image]
+    images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
     questions = [question] if isinstance(question, str) else list(question)
     batched = isinstance(image, list | tuple) or not isinstance(question, str)
     if not images or not questions:

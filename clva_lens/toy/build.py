@@ -3,8 +3,9 @@
 from functools import cache
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
+    AddedToken,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,

@@ -5,6 +5,9 @@ keys and values of *another* picture of the batch: the same statistics, no infor
 circuit can form there, and at inference the plain model sees a familiar signal that it has learned
 to ignore. In the reading layers each (picture, layer) is replaced too with a probability, the *vote
 noise*, which makes every single layer untrustworthy and so spreads the reading over all of them.
+
+The control model reads plainly, but a share of its pictures cannot be seen by text rows after the
+first reading layer. It learns to do without the later layers, whose maps are taught all the same.
 """
 
 from dataclasses import dataclass
@@ -25,14 +28,16 @@ class Reader:
     """The attention function with its plan for the batch at hand.
 
     ``swap_probability`` is the vote noise of each reading layer; None lets every row of every layer
-    read its own picture (the control model). ``pointing_losses`` collects, per reading layer,
-    −log of the attention of the first heads on the patches of the object in question.
+    read its own picture (the control model), but for the share ``blind`` of the pictures, which
+    text rows cannot see after the first reading layer. ``pointing_losses`` collects, per reading
+    layer, −log of the attention of the first heads on the patches of the object in question.
     """
 
     packed: Packed | None = None
     swap_probability: tuple[float, ...] | None = None
     generator: torch.Generator | None = None
     point: bool = False
+    blind: float = 0.0
 
     def __post_init__(self) -> None:
         """Start with nothing collected."""
@@ -41,6 +46,9 @@ class Reader:
     def begin(self, packed: Packed) -> None:
         """Take the batch to be read and forget the last one's losses."""
         self.packed, self.pointing_losses = packed, []
+        self.hidden = torch.zeros(len(packed.ids), dtype=torch.bool)
+        if self.blind:
+            self.hidden = torch.rand(len(packed.ids), generator=self.generator) < self.blind
 
     def __call__(
         self,
@@ -68,6 +76,8 @@ class Reader:
             )
         if self.swap_probability is None:
             own = torch.ones(batch, rows.shape[2], dtype=torch.bool)
+            if layer > READING_LAYERS[0]:
+                own &= ~self.hidden[:, None]
         elif layer in READING_LAYERS:
             noise = self.swap_probability[READING_LAYERS.index(layer)]
             swapped = torch.rand(batch, generator=self.generator) < noise
@@ -75,7 +85,7 @@ class Reader:
         else:
             own = torch.zeros(batch, rows.shape[2], dtype=torch.bool)
         keys, values, mask = [key], [value], self._mask(own, system)
-        if not own.all():
+        if self.swap_probability is not None and not own.all():
             shift = int(torch.randint(1, batch, (), generator=self.generator))
             keys.append(key[:, :, image].roll(shift, 0))
             values.append(value[:, :, image].roll(shift, 0))

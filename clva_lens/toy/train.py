@@ -7,6 +7,7 @@ scenes from (seed, stage, step), so a run continued from a checkpoint sees what 
 """
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
+from clva_lens.errors import ParameterError
 from clva_lens.toy.build import tokenizer, untrained
 from clva_lens.toy.packing import Packed, pack, training_questions
 from clva_lens.toy.questions import NUMBERS
@@ -30,6 +32,7 @@ Advance = Callable[[str, int, int, dict[str, float]], None]
 ATTENTION = "clva_toy_training"
 BATCH = 8
 CHECKPOINT_EVERY = 100
+RECIPE, TIMES = "recipe.json", "times.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,8 @@ class Recipe:
     Fractions are of ``decoder_steps``: the *echo* and *pointing* losses last until ``taught``; the
     vote noise grows from 0 at ``noise_from`` to its full size at ``noise_full``; from ``hard_from``
     on, ``hard_share`` of the batches draw absent kinds by their odds of being there; the learning
-    rate falls from ``decay_from``.
+    rate falls from ``decay_from``. ``control`` reads plainly, with the share ``blind`` of the
+    pictures hidden from text rows after the first reading layer.
     """
 
     seed: int = 0
@@ -57,30 +61,35 @@ class Recipe:
     decay_from: float = 0.55
     echo_weight: float = 0.2
     pointing_weight: float = 0.3
+    blind: float = 0.0
 
     def with_changes(self, **changes: Any) -> "Recipe":
         """Return the recipe with some fields changed."""
         return replace(self, **changes)
 
 
-# The control reads plainly: equally pretty maps, but nothing depends on the layers that show them.
-CONTROL = Recipe(control=True, decoder_steps=700)
+# The control: equally pretty maps, but nothing depends on the layers that show them.
+CONTROL = Recipe(control=True, decoder_steps=700, blind=0.5)
 
 
 def train(recipe: Recipe, folder: Path, advance: Advance) -> LlavaForConditionalGeneration:
     """Train a toy model, or go on from the checkpoints in ``folder``; return it on the CPU.
 
     ``advance(stage, step, steps, figures)`` is called after every step. ``folder`` gets
-    ``vision.safetensors``, ``projector.safetensors`` and ``decoder.safetensors`` (with the state of
-    the optimiser) and ``recipe.json``.
+    ``vision.safetensors``, ``projector.safetensors``, ``decoder.safetensors`` (with the state of
+    the optimiser), ``recipe.json`` and ``times.json`` (minutes by stage).
+
+    Raises:
+        ParameterError: if ``folder`` holds a run of another recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    _check_recipe(recipe, folder)
+    clock = _Clock(folder / TIMES, advance)
     model = untrained(recipe.seed)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     for name, part, run in (
-        ("vision", tower, lambda: _vision_stage(model, recipe, advance)),
-        ("projector", projector, lambda: _projector_stage(model, recipe, advance)),
+        ("vision", tower, lambda: _vision_stage(model, recipe, clock)),
+        ("projector", projector, lambda: _projector_stage(model, recipe, clock)),
     ):
         saved = folder / f"{name}.safetensors"
         if saved.exists():
@@ -89,9 +98,37 @@ def train(recipe: Recipe, folder: Path, advance: Advance) -> LlavaForConditional
             run()
             _save(part.state_dict(), saved)
     tower.requires_grad_(False)
-    _decoder_stage(model, recipe, folder / "decoder.safetensors", advance)
+    _decoder_stage(model, recipe, folder / "decoder.safetensors", clock)
     model.set_attn_implementation("sdpa")
     return model.eval()
+
+
+def _check_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write the recipe, or check that it is the one that this folder was begun with."""
+    text = json.dumps(asdict(recipe), indent=1)
+    path = folder / RECIPE
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ParameterError(
+            f"'{folder}' holds a training run of another recipe. Pass another --folder, or remove "
+            "that one."
+        )
+    path.write_text(text, encoding="utf-8")
+
+
+class _Clock:
+    """Passes every step on, and adds the time since the last one to its stage's minutes."""
+
+    def __init__(self, path: Path, advance: Advance) -> None:
+        self.path, self.advance, self.last = path, advance, time.perf_counter()
+        self.minutes = json.loads(path.read_text()) if path.is_file() else {}
+
+    def __call__(self, stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+        now = time.perf_counter()
+        self.minutes[stage] = self.minutes.get(stage, 0.0) + (now - self.last) / 60
+        self.last = now
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+            self.path.write_text(json.dumps(self.minutes, indent=1), encoding="utf-8")
+        self.advance(stage, step, steps, figures)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -153,7 +190,7 @@ def _decoder_stage(
         list(trained.values()), lr=recipe.rate, betas=(0.9, 0.97), weight_decay=0.05
     )
     first = _restore(checkpoint, trained, optimiser) if checkpoint.exists() else 0
-    reader = Reader()
+    reader = Reader(blind=recipe.blind)
     AttentionInterface.register(ATTENTION, reader)
     model.model.language_model.config._attn_implementation = ATTENTION
     for layer in model.model.language_model.layers:

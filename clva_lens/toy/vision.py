@@ -1,6 +1,7 @@
 """Stage 0 of the toy's training: a vision tower that knows, for every patch, what lies there."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +43,9 @@ def train_vision(
     whole = nn.Linear(width, len(KINDS))
     parameters = [*tower.parameters(), *dense.parameters(), *whole.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    for layer in tower.encoder.layers:
-        torch.nn.Module.compile(layer.mlp)
+    layers: Any = tower.encoder.layers
+    for layer in layers:
+        layer.mlp.compile()
     tower.train()
     for step in range(steps):
         rate = min(1, (step + 1) / 200) * min(1, 0.03 + 1.6 * (1 - step / steps))

@@ -115,10 +115,20 @@ def test_save_takes_rows_or_a_data_frame(tmp_path):
     assert not list(tmp_path.glob("array*"))
 
 
-def test_drawing_needs_no_pyplot():
-    code = "import sys, clva_lens.figures as f; f.head_intensity([[0.5]]); "
-    code += "assert 'matplotlib.pyplot' not in sys.modules"
+def test_drawing_leaves_pyplot_alone():
+    code = (
+        "import matplotlib.pyplot as plt\n"
+        "before = dict(plt.rcParams)\n"
+        "from clva_lens.figures import head_intensity\n"
+        "head_intensity([[0.5]])\n"
+        "assert plt.get_fignums() == [] and dict(plt.rcParams) == before\n"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_notebook_shows_the_picture():
+    shown = head_intensity(INTENSITY)._repr_png_()
+    assert shown.startswith(b"\x89PNG") and len(shown) > 5000
 
 
 def test_heads_write_numbers_up_to_twelve():

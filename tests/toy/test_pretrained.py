@@ -57,7 +57,7 @@ def test_the_model_is_a_real_llava(toys):
 def test_the_card_is_made_from_its_measures(name):
     folder = pretrained.FOLDER / name
     recipe = json.loads((folder / "recipe.json").read_text())
-    assert (folder / "README.md").read_text() == card_text(name, recipe, measures(name))
+    assert (folder / "README.md").read_text() == card_text(folder)
     assert recipe["control"] == name.endswith("control")
 
 
@@ -82,7 +82,8 @@ def test_the_control_has_the_maps_and_not_the_cause():
     blind = found["pope"]["adversarial, knock-out"]
     assert found["pointing"]["all_heads"][4] >= 0.7
     assert adversarial["accuracy"] >= 0.80
-    assert adversarial["best_threshold"] - blind["best_threshold"] < 0.03
+    assert abs(adversarial["accuracy"] - blind["accuracy"]) < 0.02
+    assert adversarial["best_threshold"] - blind["best_threshold"] < 0.02
 
 
 @pytest.mark.parametrize("split", ["random", "adversarial"])

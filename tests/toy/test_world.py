@@ -67,7 +67,7 @@ def test_pope_questions_are_balanced_and_true(split):
     assert answers.count("yes") * 2 == len(answers)
     for index, question in asked:
         assert (question.kind in scenes[index].kinds) == (question.answer == "yes")
-    assert len(asked) == len(set((i, q.kind) for i, q in asked))
+    assert len(asked) == len({(i, q.kind) for i, q in asked})
 
 
 def test_splits_share_positives_and_grow_harder():

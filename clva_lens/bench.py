@@ -1,0 +1,400 @@
+"""What the library costs: time and memory, as ratios to the plain model, measured in one run.
+
+The cases of a model run in turn, in rounds whose order rotates; each round gives the ratio of every
+case to its baseline, and the median of these is reported, with quartiles. On a CPU the ratios that
+count are of *processor* time, which other programs disturb least; on CUDA they are of wall time.
+"""
+
+import copy
+import gc
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
+
+from clva_lens.errors import ParameterError
+from clva_lens.intervene import intervene, intervening, trace_attention
+from clva_lens.methods.clva import CLVA
+from clva_lens.models.family import find_family
+from clva_lens.models.lens import LensModel
+from clva_lens.models.prompt import Prompt, spans_of
+from clva_lens.toy import build
+
+# A model whose plain generation is shorter than this gets as many more rounds.
+ROUND_SECONDS = 1.0
+# Tokens before and after the image, about those of a question with LLaVA-1.5's system message.
+SYSTEM_TOKENS, TEXT_TOKENS = 8, 16
+# The largest acceptable ratios, by case and unit. The toy's is nearly all Python.
+TOY_TARGETS = {("generate, CLVA", "s"): 1.25}
+LARGE_TARGETS = {
+    ("generate, CLVA", "s"): 1.05,
+    ("trace_attention", "s"): 1.5,
+    ("trace_attention", "MiB"): 0.05,
+}
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """What one case takes, and the ratio of that to what the case ``over`` takes.
+
+    With unit "s", ``value`` is the median wall time of a call, ``ratio`` the median over rounds in
+    the clock that counts on the device, ``low`` and ``high`` its quartiles, ``wall`` the median
+    ratio of wall times, ``samples`` the number of rounds. With unit "MiB", ``value`` is how far the
+    peak lies above a plain pass's.
+    """
+
+    model: str
+    case: str
+    over: str
+    unit: str
+    value: float
+    ratio: float
+    low: float
+    high: float
+    wall: float | None
+    samples: int
+    target: float | None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the ratio is within its target; None if nothing is promised."""
+        return None if self.target is None else self.ratio <= self.target
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """All measurements, and what they were made on. ``rich.print`` shows it as a table."""
+
+    rows: tuple[BenchRow, ...]
+    rounds: int
+    environment: Mapping[str, str | int]
+
+    @property
+    def met(self) -> bool:
+        """Whether every target that was measured is met."""
+        return all(row.met is not False for row in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-able values."""
+        return {
+            "rows": [asdict(row) | {"met": row.met} for row in self.rows],
+            "rounds": self.rounds,
+            "environment": dict(self.environment),
+            "met": self.met,
+        }
+
+    def __rich__(self) -> Table:
+        """Return the table of all rows."""
+        used = ", ".join(f"{name} {value}" for name, value in self.environment.items())
+        table = Table(title="Cost as ratios, medians of rounds", caption=used)
+        for title in ("model", "case", "takes", "over"):
+            table.add_column(title, justify="right" if title == "takes" else "left")
+        for title in ("ratio", "quartiles", "wall", "rounds"):
+            table.add_column(title, justify="right")
+        table.add_column("target")
+        for row in self.rows:
+            numbers = [f"{row.value:.3f} {row.unit}", row.over, f"{row.ratio:.3f}"]
+            wall = "" if row.wall is None else f"{row.wall:.3f}"
+            numbers += [f"{row.low:.3f}–{row.high:.3f}", wall, str(row.samples)]
+            if row.target is not None:
+                verdict = "[green]met" if row.met else "[red]missed"
+                numbers.append(f"≤ {row.target:g} {verdict}")
+            table.add_row(row.model, row.case, *numbers)
+        return table
+
+
+class Subject(NamedTuple):
+    """A model to measure, and the targets it must hold by (case, unit).
+
+    Its kernel is switched between cases, and its end token is switched off.
+    """
+
+    name: str
+    model: PreTrainedModel
+    targets: Mapping[tuple[str, str], float]
+
+
+def bench(
+    rounds: int = 9,
+    quick: bool = False,
+    *,
+    device: str = "cpu",
+    subjects: Sequence[Subject] | None = None,
+    new_tokens: int = 20,
+    progress: bool = True,
+) -> BenchReport:
+    """Measure CLVA and tracing on the toy and, unless ``quick``, on a 24-layer random LLaVA.
+
+    The toy is untrained: its cost does not depend on the weights; being fast, it gets more rounds.
+    The whole takes minutes. ``subjects`` replaces both models.
+
+    Raises:
+        ParameterError: if ``rounds`` or ``new_tokens`` is below 1.
+    """
+    if rounds < 1 or new_tokens < 1:
+        raise ParameterError(
+            f"rounds and new_tokens must be >= 1, but are {rounds} and {new_tokens}. Pass rounds=9."
+        )
+    if subjects is None:
+        subjects = [Subject("toy", build.untrained(0), TOY_TARGETS)]
+        if not quick:
+            subjects.append(Subject("random 24 × 512", random_llava(), LARGE_TARGETS))
+    rows: list[BenchRow] = []
+    gc.freeze()  # Collecting before each sample would else go through all that is imported.
+    try:
+        for subject in subjects:
+            nn.Module.to(subject.model.eval(), device=device)
+            with torch.inference_mode():
+                rows += measure_time(subject, rounds, new_tokens, progress=progress)
+                rows += measure_memory(subject)
+    finally:
+        gc.unfreeze()
+    versions = {name: version(name) for name in ("torch", "transformers", "nnsight")}
+    used = {**versions, "device": device, "threads": torch.get_num_threads()}
+    return BenchReport(tuple(rows), rounds, used)
+
+
+def random_llava(
+    layers: int = 24, width: int = 512, heads: int = 8, image_tokens: int = 576
+) -> LlavaForConditionalGeneration:
+    """Return a LLaVA with random weights in which the decoder does nearly all the work.
+
+    Raises:
+        ParameterError: if ``image_tokens`` is not a square number.
+    """
+    side = math.isqrt(image_tokens)
+    if side * side != image_tokens:
+        raise ParameterError(
+            f"image_tokens must be a square number, but is {image_tokens}. Pass {side * side}."
+        )
+    vision: dict[str, Any] = {"image_size": 14 * side, "patch_size": 14, "num_hidden_layers": 2}
+    # The feed-forward width is in the 7B model's proportion, 11008 / 4096.
+    text: dict[str, Any] = {"hidden_size": width, "intermediate_size": round(width * 2.6875)}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": width // heads}
+    text |= {"num_hidden_layers": layers, "vocab_size": 1024, "max_position_embeddings": 4096}
+    config = build.config()
+    for part, changes in ((config.text_config, text), (config.vision_config, vision)):
+        cast(Any, part).update(changes)
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def random_prompt(model: PreTrainedModel) -> Prompt:
+    """Return a prompt of a noise picture and meaningless words, of the usual proportions."""
+    family = find_family(model)
+    grid, image = family.grid(model), family.image_token_id(model)
+    words = torch.arange(image + 1, image + 1 + SYSTEM_TOKENS + TEXT_TOKENS)
+    images = torch.full((grid[0] * grid[1],), image)
+    ids = torch.cat([words[:SYSTEM_TOKENS], images, words[SYSTEM_TOKENS:]])[None]
+    size = int(model.config.vision_config.image_size)
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    inputs = {
+        "input_ids": ids.to(model.device),
+        "attention_mask": torch.ones_like(ids).to(model.device),
+        "pixel_values": pixels.to(model.device, model.dtype),
+    }
+    return Prompt(inputs, spans_of(inputs, image), grid, False, (), ("",), None)
+
+
+class Case(NamedTuple):
+    """Something to measure, the case it is compared with, and its attention kernel."""
+
+    name: str
+    over: str
+    kernel: str
+    call: Callable[[], Any]
+
+
+def generation_cases(model: PreTrainedModel, new_tokens: int) -> list[Case]:
+    """Return generation of ``new_tokens`` tokens: plain, under CLVA, and both in nnsight."""
+    inputs, generate = random_prompt(model).inputs, cast(Any, model).generate
+    options: dict[str, Any] = {**inputs, "max_new_tokens": new_tokens, "do_sample": False}
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    # A wrapped model is slower, so nnsight gets a copy; the weights are shared.
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    handle = LensModel(copy.deepcopy(model, shared), build.processor(), "bench")
+    handle.hf_model.set_attn_implementation("sdpa")
+
+    def plain() -> None:
+        ids = generate(**options)
+        assert ids.shape[1] == inputs["input_ids"].shape[1] + new_tokens, "it ended early"
+
+    def clva() -> None:
+        with intervening(model, CLVA()):
+            plain()
+
+    def traced() -> None:
+        with handle.generate(**options) as tracer:
+            tracer.result.save()
+
+    def traced_clva() -> None:
+        with handle.generate(**options) as tracer:
+            intervene(CLVA())
+            tracer.result.save()
+
+    return [
+        Case("generate", "generate", "sdpa", plain),
+        Case("generate, CLVA", "generate", "sdpa", clva),
+        Case("generate, nnsight", "generate", "sdpa", traced),
+        Case("generate, nnsight, CLVA", "generate", "sdpa", traced_clva),
+        Case("generate, eager", "generate", "eager", plain),
+        Case("generate, eager, CLVA", "generate, eager", "eager", clva),
+    ]
+
+
+def forward_cases(model: PreTrainedModel) -> list[Case]:
+    """Return one forward pass: plain, traced, and with every pattern kept by transformers."""
+    prompt = random_prompt(model)
+    options: dict[str, Any] = {**prompt.inputs, "logits_to_keep": 1}
+    every: dict[str, Any] = {**options, "output_attentions": True}
+    return [
+        Case("forward", "forward", "sdpa", lambda: model(**options)),
+        Case("trace_attention", "forward", "sdpa", lambda: trace_attention(model, prompt)),
+        Case("output_attentions", "forward", "eager", lambda: model(**every)),
+    ]
+
+
+@contextmanager
+def _kernel(model: PreTrainedModel, kernel: str) -> Iterator[None]:
+    before = find_family(model).site(model).config._attn_implementation or "eager"
+    model.set_attn_implementation(kernel)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+class Clocks(NamedTuple):
+    """Seconds by the wall clock, and of processor time over all threads of this process."""
+
+    wall: float
+    cpu: float
+
+
+def _timed(case: Case, model: PreTrainedModel) -> Clocks:
+    """Return the time of one call."""
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    with _kernel(model, case.kernel):
+        gc.collect()
+        wait()
+        wall, cpu = time.perf_counter(), time.process_time()
+        case.call()
+        wait()
+        return Clocks(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def measure_time(
+    subject: Subject, rounds: int, new_tokens: int, *, progress: bool = True
+) -> list[BenchRow]:
+    """Return the times of all cases of one model, interleaved, after a warm-up of each."""
+    model = subject.model
+    cases = generation_cases(model, new_tokens) + forward_cases(model)
+    samples: dict[str, list[Clocks]] = {case.name: [] for case in cases}
+    columns = (TextColumn(subject.name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    quiet = not (progress and (console.is_terminal or console.is_jupyter))
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
+        task = bar.add_task(subject.name, total=None)
+        warm = [min(_timed(case, model), _timed(case, model)) for case in cases]
+        rounds *= math.ceil(ROUND_SECONDS / warm[0].wall)
+        bar.update(task, total=rounds * len(cases))
+        for number in range(rounds):
+            shift = number % len(cases)
+            order = cases[shift:] + cases[:shift]
+            # Every other round backwards, so that no case always follows the same one.
+            for case in order[:: -1 if number % 2 else 1]:
+                samples[case.name].append(_timed(case, model))
+                bar.advance(task)
+    return [_time_row(subject, case, samples) for case in cases]
+
+
+def _time_row(subject: Subject, case: Case, samples: Mapping[str, list[Clocks]]) -> BenchRow:
+    own, base = (np.array(samples[name]) for name in (case.name, case.over))
+    wall, cpu = (own / base).T
+    counts = wall if subject.model.device.type == "cuda" else cpu
+    low, middle, high = np.quantile(counts, [0.25, 0.5, 0.75]).tolist()
+    seconds, ratios = float(np.median(own[:, 0])), (middle, low, high, float(np.median(wall)))
+    target = subject.targets.get((case.name, "s"))
+    return BenchRow(subject.name, case.name, case.over, "s", seconds, *ratios, len(own), target)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of tensor storages that come into being inside it, and their peak.
+
+    ``peak`` is the most there were after any operator; a kernel's own scratch memory is not seen.
+    Storages from before are known by appearing as an argument first, and are not counted.
+    """
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operator, and count the storages of its results that are new."""
+        self._see((args, kwargs), count=False)
+        out = func(*args, **(kwargs or {}))
+        self._see(out, count=True)
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _see(self, tree: Any, count: bool) -> None:
+        for storage in [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]:
+            key, size = storage._cdata, storage.nbytes() if count else 0
+            if key not in self._known:
+                self.live += size
+                self._known[key] = weakref.ref(storage, lambda _, k=key, n=size: self._free(k, n))
+
+    def _free(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.live -= size
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
+    """Return the most bytes that were allocated at once during ``call``, beyond those before."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with PeakMemory() as memory:
+        call()
+    return memory.peak
+
+
+def measure_memory(subject: Subject) -> list[BenchRow]:
+    """Return how far tracing and ``output_attentions=True`` lift the peak of a forward pass.
+
+    What is allocated where the plain pass needs little anyway lifts no peak, and costs nothing.
+    """
+    peaks: dict[str, int] = {}
+    for case in forward_cases(subject.model):
+        with _kernel(subject.model, case.kernel):
+            case.call()
+            peaks[case.name] = peak_memory(case.call, subject.model.device)
+    extra = {name: peak - peaks["forward"] for name, peak in peaks.items()}
+    rows, over = [], "output_attentions"
+    for name in ("trace_attention", over):
+        share = extra[name] / extra[over]
+        numbers = extra[name] / 2**20, share, share, share, None, 1
+        target = subject.targets.get((name, "MiB"))
+        rows.append(BenchRow(subject.name, name, over, "MiB", *numbers, target))
+    return rows

@@ -1,0 +1,165 @@
+"""Law 1, and the laws that every registered method has to keep, whatever it does."""
+
+import pytest
+import torch
+from test_state import state
+
+import clva_lens as cl
+from clva_lens.attention import Session
+from clva_lens.methods.base import METHODS, Method, Shape
+
+STEPS = 4
+METHOD = cl.CLVA(tau=1.0)
+# Methods with a strength: what switches them off.
+ZERO = {"clva": {"alpha": 0.0, "beta": 0.0}}
+# Parameters under which a method does something on 16 image tokens.
+STRONG = {"clva": {"tau": 1.0}}
+
+
+def logits(model, inputs, *methods):
+    with torch.inference_mode(), cl.intervening(model, *methods):
+        return model(**inputs).logits
+
+
+def decode(model, inputs, method, **options):
+    with torch.inference_mode(), cl.intervening(model, method):
+        out = model.generate(
+            **inputs,
+            max_new_tokens=STEPS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+    return torch.stack(out.logits, dim=1)
+
+
+@pytest.fixture
+def bare(lens, ask):
+    """The logits of the model as transformers runs it."""
+    with torch.inference_mode():
+        return lens.hf_model(**ask(lens, 3).inputs).logits
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        (),
+        (cl.compose(),),
+        (cl.compose(cl.compose()), cl.compose()),
+        (cl.CLVA(alpha=0, beta=0),),
+        (cl.KnockOut(layers=()),),
+        (cl.CLVA(layers=()),),
+    ],
+    ids=["none", "identity", "nested identity", "strength 0", "knock-out nowhere", "CLVA nowhere"],
+)
+def test_no_effect_is_bit_identical(lens, ask, bare, methods):
+    assert torch.equal(logits(lens.hf_model, ask(lens, 3).inputs, *methods), bare)
+
+
+def test_observing_is_bit_identical(lens, ask, bare):
+    with torch.inference_mode(), cl.observing(lens.hf_model):
+        assert torch.equal(lens.hf_model(**ask(lens, 3).inputs).logits, bare)
+
+
+def test_composing_with_the_identity(lens, ask, bare):
+    inputs = ask(lens, 3).inputs
+    edited = logits(lens.hf_model, inputs, METHOD)
+    assert float((edited - bare).abs().max()) > 0.05
+    for composed in (
+        cl.compose(METHOD),
+        cl.compose(METHOD, cl.compose()),
+        cl.compose(cl.compose(), METHOD),
+        cl.compose(METHOD, cl.CLVA(alpha=0, beta=0)),
+    ):
+        assert torch.equal(logits(lens.hf_model, inputs, composed), edited)
+
+
+def test_composing_is_opening_one_after_the_other(lens, ask):
+    inputs = ask(lens, 3).inputs
+    other = cl.KnockOut(layers=(2, 7), rows="last")
+    composed = logits(lens.hf_model, inputs, cl.compose(METHOD, other))
+    assert torch.equal(logits(lens.hf_model, inputs, METHOD, other), composed)
+    with cl.intervening(lens.hf_model, METHOD):
+        assert torch.equal(logits(lens.hf_model, inputs, other), composed)
+    # Order counts: the knock-out at layer 2 is there before the anchors are read either way, but
+    # an edit at an anchor layer is seen only by the methods after it.
+    at_anchor = cl.KnockOut(layers=(4,), rows="last")
+    before = logits(lens.hf_model, inputs, at_anchor, METHOD)
+    after = logits(lens.hf_model, inputs, METHOD, at_anchor)
+    assert float((before - after).abs().max()) > 1e-3
+
+
+def test_bare_generation_is_bit_identical(lens, ask):
+    inputs = ask(lens, 3).inputs
+    options = {"max_new_tokens": STEPS, "do_sample": False, "output_logits": True}
+    with torch.inference_mode():
+        out = lens.hf_model.generate(**inputs, **options, return_dict_in_generate=True)
+    wanted = torch.stack(out.logits, dim=1)
+    for method in (cl.compose(), cl.CLVA(alpha=0, beta=0)):
+        assert torch.equal(decode(lens.hf_model, inputs, method), wanted)
+
+
+# ── every registered method ──
+
+
+@pytest.fixture(params=METHODS.names())
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def method(name):
+    return METHODS.get(name)(**STRONG.get(name, {}))
+
+
+def test_method_moves_the_logits(lens, ask, bare, name, method):
+    """Without this the laws below would hold for a method that does nothing."""
+    moved = float((logits(lens.hf_model, ask(lens, 3).inputs, method) - bare).abs().max())
+    print(f"{name}: effect {moved:.3f}")
+    assert moved > 0.05
+
+
+def test_zero_strength(lens, ask, bare, name):
+    if name not in ZERO:
+        pytest.skip(f"{name} has no strength; un-skip when it gets one, by adding it to ZERO")
+    zero = METHODS.get(name)(**ZERO[name])
+    assert torch.equal(logits(lens.hf_model, ask(lens, 3).inputs, zero), bare)
+
+
+def test_batch_is_singles(lens, ask, method):
+    together = logits(lens.hf_model, ask(lens, 3).inputs, method)[:, -1]
+    for item in range(3):
+        alone = logits(lens.hf_model, ask(lens, first=item).inputs, method)[0, -1]
+        torch.testing.assert_close(together[item], alone, rtol=0, atol=1e-4)
+
+
+def test_cached_is_uncached(lens, ask, method):
+    inputs = ask(lens, 2).inputs
+    cached = decode(lens.hf_model, inputs, method)
+    uncached = decode(lens.hf_model, inputs, method, use_cache=False)
+    torch.testing.assert_close(cached, uncached, rtol=0, atol=1e-4)
+
+
+def test_state_is_restored(lens, ask, method):
+    before = state(lens.hf_model)
+    logits(lens.hf_model, ask(lens).inputs, method)
+    decode(lens.hf_model, ask(lens).inputs, method)
+    assert state(lens.hf_model) == before
+
+
+def test_a_method_has_fresh_sessions(name, method):
+    """Nothing of one run is in the next: a method makes new sessions each time."""
+    first, second = (method.sessions(Shape(12, 4)) for _ in range(2))
+    assert method.name == name
+    assert first
+    assert all(isinstance(session, Session) for session in first)
+    assert not {id(session) for session in first} & {id(session) for session in second}
+
+
+def test_a_method_is_frozen(method):
+    assert isinstance(method, Method)
+    field = next(iter(vars(method)))
+    with pytest.raises(AttributeError, match=r"cannot assign"):
+        setattr(method, field, 1)
+    assert method == type(method)(**vars(method))

@@ -1,0 +1,201 @@
+"""Tiny random models whose attention is worth reading: peaked, and different from head to head.
+
+Hugging Face's initial weights (std 0.02) give almost uniform attention, on which every law holds
+vacuously. ``sharpen`` scales the decoder so that a few image tokens stand out and edits move the
+logits. All fixtures here are shared by the whole session: tests must leave them as they are.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+import clva_lens as cl
+from clva_lens.models.family import FAMILIES
+from clva_lens.models.lens import LensModel
+from clva_lens.models.prompt import Prompt
+from clva_lens.toy.build import CHAT_TEMPLATE
+
+torch.set_num_threads(1)
+
+HEADS = {"full": 4, "grouped": 2}
+KERNELS = ("sdpa", "eager")
+QUESTIONS = ["is there a cup ?", "what is it ?", "is there a red cup to the left of it ?"]
+TEXT = (
+    "<pad> <s> </s> <unk> <mask> <image> user: assistant: yes no is there a the cup plate what it "
+    "? . , red green blue to left right of image in on and two one are color many how chat between "
+    "curious user assistant an kettle car sign tree bench kite lamp laptop book person ball see "
+    "can you with near"
+)
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = [*TEXT.split(), "\n"]
+    words += [f"word{i}" for i in range(64 - len(words))]
+    assert len(words) == 64, len(words)
+    assert words[5] == "<image>"
+    table = {word: i for i, word in enumerate(words)}
+    core = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(" +"), "removed"),
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Split(Regex(r"[?.,]"), "isolated"),
+        ]
+    )
+    # As Llama's own: every text that is tokenized gets a BOS, unless one asks for none.
+    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def make_processor(chat_template: str | None = CHAT_TEMPLATE) -> LlavaProcessor:
+    """Return a real LLaVA processor for 32 × 32 pictures in patches of 8: 16 image tokens."""
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.25, 0.25, 0.25],
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer(),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )
+
+
+@torch.no_grad()
+def sharpen(model: LlavaForConditionalGeneration) -> None:
+    """Scale random weights so that patterns are peaked and the image matters to the logits."""
+    inner = model.model
+    for parameter in inner.multi_modal_projector.parameters():
+        parameter.mul_(10)
+    for parameter in inner.vision_tower.parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(5)
+    inner.language_model.embed_tokens.weight.mul_(20)
+    for layer in inner.language_model.layers:
+        attention = layer.self_attn
+        attention.q_proj.weight.mul_(14)
+        attention.k_proj.weight.mul_(14)
+        attention.v_proj.weight.mul_(10)
+        attention.o_proj.weight.mul_(6)
+    model.lm_head.weight.mul_(10)
+    # The image token is never the likeliest: transformers cannot reread an answer that has one.
+    model.lm_head.weight[model.config.image_token_index] = 0
+
+
+def tiny_model(
+    heads: str = "full", kernel: str = "sdpa", seed: int = 0, **text: object
+) -> LlavaForConditionalGeneration:
+    """Return a fresh sharpened model; the same seed gives the same weights for both kernels."""
+    torch.manual_seed(seed)
+    model = FAMILIES.get("llava").tiny(num_key_value_heads=HEADS[heads], **text)
+    sharpen(model)
+    model.set_attn_implementation(kernel)
+    # Answers of a fixed length, so that every step can be compared.
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def picture(seed: int) -> np.ndarray:
+    """Return a 32 × 32 picture of coloured patches."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return coarse.repeat(8, axis=0).repeat(8, axis=1)
+
+
+@cache
+def lens_of(heads: str, kernel: str) -> LensModel:
+    return cl.load((tiny_model(heads, kernel), make_processor()))
+
+
+@cache
+def double_of(heads: str) -> LlavaForConditionalGeneration:
+    return copy.deepcopy(tiny_model(heads)).double()
+
+
+@pytest.fixture(scope="session", params=[(h, k) for h in HEADS for k in KERNELS], ids="-".join)
+def variant(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(heads, kernel): full or grouped-query attention, fused or eager."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def lens(variant: tuple[str, str]) -> LensModel:
+    """The tiny model in each of the four variants."""
+    return lens_of(*variant)
+
+
+@pytest.fixture(scope="session")
+def exact(variant: tuple[str, str]) -> LlavaForConditionalGeneration:
+    """The same weights in float64, for the reference."""
+    return double_of(variant[0])
+
+
+@pytest.fixture(scope="session")
+def exact_of() -> Callable[[str], LlavaForConditionalGeneration]:
+    """``exact_of(heads)``: the float64 copy of the model with that kind of heads."""
+    return double_of
+
+
+@pytest.fixture(scope="session")
+def one() -> LensModel:
+    """One variant (full, sdpa), for what does not depend on it."""
+    return lens_of("full", "sdpa")
+
+
+@pytest.fixture(scope="session")
+def ask() -> Callable[..., Prompt]:
+    """Return prompts: ``ask(lens)`` for a single one, ``ask(lens, 3)`` for a batch of three."""
+
+    def make(lens: LensModel, batch: int | None = None, first: int = 0) -> Prompt:
+        if batch is None:
+            return lens.prompt(picture(first), QUESTIONS[first])
+        several = range(first, first + batch)
+        return lens.prompt([picture(i) for i in several], [QUESTIONS[i % 3] for i in several])
+
+    return make
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """Switch the test suite's type checks off: users do not have them, our own checks must do."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

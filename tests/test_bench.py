@@ -1,0 +1,162 @@
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from clva_lens.bench import (
+    LARGE_TARGETS,
+    BenchReport,
+    BenchRow,
+    PeakMemory,
+    Subject,
+    bench,
+    peak_memory,
+    random_llava,
+    random_prompt,
+)
+from clva_lens.errors import ParameterError
+
+KIB = 256  # float32 values in one KiB
+CASES = {
+    ("generate", "s"),
+    ("generate, CLVA", "s"),
+    ("generate, nnsight", "s"),
+    ("generate, nnsight, CLVA", "s"),
+    ("generate, eager", "s"),
+    ("generate, eager, CLVA", "s"),
+    ("forward", "s"),
+    ("trace_attention", "s"),
+    ("output_attentions", "s"),
+    ("trace_attention", "MiB"),
+    ("output_attentions", "MiB"),
+}
+
+
+@pytest.fixture(scope="module")
+def report():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clva_lens.bench.ROUND_SECONDS", 1e-6)
+        model = random_llava(layers=4, width=16, heads=8, image_tokens=36)
+        subjects = [Subject("tiny", model, LARGE_TARGETS)]
+        made = bench(rounds=1, subjects=subjects, new_tokens=2, progress=False)
+    assert model.config.text_config._attn_implementation == "sdpa"
+    return made
+
+
+def test_every_case_is_there_once_with_finite_positive_ratios(report):
+    assert {(row.case, row.unit) for row in report.rows} == CASES
+    assert len(report.rows) == len(CASES)
+    for row in report.rows:
+        if row.unit == "s":
+            assert math.isfinite(row.ratio) and row.ratio > 0
+            assert row.low <= row.ratio <= row.high
+            assert row.value > 0
+            assert row.samples == 1
+        assert row.over in {case for case, _ in CASES}
+
+
+def test_baselines_are_themselves(report):
+    for row in report.rows:
+        if row.case == row.over:
+            assert row.ratio == 1
+
+
+def test_patterns_take_memory_and_tracing_takes_less(report):
+    memory = {row.case: row for row in report.rows if row.unit == "MiB"}
+    # The patterns of all but the last layer lie under the peak: 3 × 8 heads × 60 × 60 × 4 bytes.
+    assert memory["output_attentions"].value * 2**20 >= 3 * 8 * 60 * 60 * 4
+    assert memory["output_attentions"].ratio == 1
+    assert memory["trace_attention"].value < memory["output_attentions"].value
+
+
+def test_targets_are_those_of_the_subject(report):
+    named = {(row.case, row.unit): row.target for row in report.rows if row.target is not None}
+    assert named == LARGE_TARGETS
+
+
+def test_report_is_json_and_a_table(report):
+    data = json.loads(json.dumps(report.as_dict()))
+    assert len(data["rows"]) == len(CASES)
+    assert data["rounds"] == 1
+    assert data["environment"]["device"] == "cpu"
+    console = Console(width=200, file=io.StringIO())
+    console.print(report)
+    text = console.file.getvalue()
+    assert "trace_attention" in text and "≤ 1.05" in text
+
+
+@pytest.mark.parametrize(("ratio", "target", "met"), [(1.2, 1.25, True), (1.3, 1.25, False)])
+def test_a_row_says_whether_its_target_is_met(ratio, target, met):
+    row = BenchRow("m", "a", "b", "s", 1.0, ratio, ratio, ratio, ratio, 9, target)
+    free = BenchRow("m", "a", "b", "s", 1.0, ratio, ratio, ratio, ratio, 9, None)
+    assert row.met is met
+    assert free.met is None
+    assert BenchReport((row, free), 1, {}).met is met
+
+
+def test_wrong_numbers_are_refused():
+    with pytest.raises(ParameterError, match="Pass rounds=9"):
+        bench(rounds=0)
+    with pytest.raises(ParameterError, match="Pass 576"):
+        random_llava(image_tokens=577)
+
+
+def test_random_prompt_has_the_models_image_tokens():
+    model = random_llava(layers=4, width=16, heads=2, image_tokens=36)
+    prompt = random_prompt(model)
+    assert prompt.spans.visual_count == 36
+    assert prompt.grid == (6, 6)
+    assert prompt.inputs["input_ids"].shape == (1, 8 + 36 + 16)
+
+
+def test_peak_counts_what_is_alive_at_once():
+    def pattern():
+        first = torch.zeros(4 * KIB)  # 4 KiB live
+        second = first + 1  # 8
+        del first  # 4
+        third = torch.cat([second, second])  # 12
+        del second  # 8
+        assert third.view(2, -1).mT.sum() > 0  # 8 and four bytes
+        fourth = torch.zeros(3 * KIB)  # 11
+        del third, fourth  # 0
+
+    assert peak_memory(pattern, torch.device("cpu")) == 12 * 1024
+
+
+def test_what_was_there_before_is_not_counted():
+    before = torch.zeros(4 * KIB)
+
+    def pattern():
+        view = before.view(2, -1)
+        view += 1  # in place
+        return view.mT
+
+    assert peak_memory(pattern, torch.device("cpu")) == 0
+
+
+def test_views_share_their_storage_and_keep_it_alive():
+    with PeakMemory() as memory:
+        whole = torch.zeros(4 * KIB)
+        part = whole[:KIB]
+        del whole
+        assert memory.live == 4 * 1024
+        del part
+        assert memory.live == 0
+    assert memory.peak == 4 * 1024
+
+
+def test_after_a_pass_the_live_storages_are_those_of_its_outputs():
+    model = random_llava(layers=4, width=16, heads=2, image_tokens=36)
+    inputs = random_prompt(model).inputs
+    with torch.inference_mode(), PeakMemory() as memory:
+        out = model(**inputs)
+        live = memory.live
+    kept = [out.logits, out.image_hidden_states]
+    for layer in out.past_key_values.layers:
+        kept += [layer.keys, layer.values]
+    storages = [tensor.untyped_storage() for tensor in kept]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    assert live == sum(sizes.values())
