@@ -11,6 +11,7 @@ first reading layer. It learns to do without the later layers, whose maps are ta
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -62,7 +63,8 @@ class Reader:
         """Attend: prefix rows causally, text rows to the prefix and their own branch."""
         packed = self.packed
         assert packed is not None, "call begin() with the batch first"
-        batch, layer = query.shape[0], module.layer_idx
+        batch = query.shape[0]
+        layer: Any = module.layer_idx
         system = len(packed.prefix)
         image = slice(system, system + VISUAL)
         start = system + VISUAL
