@@ -31,7 +31,7 @@ ORDER = [
     {"figures.overlay"},
     {"figures.accuracy", "figures.drift", "figures.heads", "figures.saliency"},
     {"figures.__init__"},
-    {"toy.build"},
+    {"toy.build", "toy.checkpoint"},
     {"toy.packing", "toy.vision", "toy.measure"},
     {"toy.reading"},
     {"toy.train"},

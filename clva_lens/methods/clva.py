@@ -38,7 +38,8 @@ class CLVA(Method):
     Args:
         alpha: α of Eq. 10, the gain on positively anchored tokens.
         beta: β of Eq. 10, the loss on negatively anchored tokens.
-        tau: τ of Eq. 9, in standard deviations of the map over the image tokens.
+        tau: τ of Eq. 9, in standard deviations of the map over the V image tokens; below
+            √(V − 1), which no z-score exceeds. A mask that is empty all the same is a no-op.
         head_threshold: λ of Eqs. 2–3, in standard deviations over a layer's heads.
         negative_layer: the layer of the negative anchor ("the first layer").
         positive_layer: the layer of the positive anchor; None is L/2 − 2.
@@ -144,6 +145,7 @@ class ClvaSession(Session):
     def _read_layer(self, call: AttentionCall) -> None:
         step = call.step
         if step.number == 0:
+            self._check_tau(step.visual.shape[1])
             rows = read_prompt_rows(call)
             classes = self._classes(call.layer, rows.image)
             none = rows.last[:, None][:, :0]
@@ -152,6 +154,15 @@ class ClvaSession(Session):
         if self.method.refresh == "step" and call.new_rows:
             maps = read_generated_rows(call).transpose(1, 2)
             self._read[call.layer] = known._replace(generated=maps)
+
+    def _check_tau(self, visual: int) -> None:
+        """Refuse a τ that no token of this prompt could ever exceed."""
+        limit = math.sqrt(visual - 1)
+        if self.method.tau >= limit:
+            raise ParameterError(
+                f"tau is {self.method.tau}, but the z-score of one of {visual} image tokens is at "
+                f"most {limit:.2f}, so both anchors would always be empty. Pass tau below that."
+            )
 
     def _classes(self, layer: int, intensity: Float[Tensor, "batch head"]) -> HeadClasses:
         """Return the head classes of one layer, as a HeadClasses of that single layer."""

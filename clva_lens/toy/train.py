@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
 from clva_lens.errors import ParameterError
 from clva_lens.toy.build import tokenizer, untrained
+from clva_lens.toy.checkpoint import EVERY, restore_training, save_tensors, save_training
 from clva_lens.toy.packing import Packed, pack, training_questions
 from clva_lens.toy.questions import NUMBERS
 from clva_lens.toy.reading import READING_LAYERS, Reader
@@ -31,7 +32,6 @@ from clva_lens.toy.vision import patch_labels, pixels, train_vision
 Advance = Callable[[str, int, int, dict[str, float]], None]
 ATTENTION = "clva_toy_training"
 BATCH = 8
-CHECKPOINT_EVERY = 100
 RECIPE, TIMES = "recipe.json", "times.json"
 
 
@@ -88,7 +88,7 @@ def train(recipe: Recipe, folder: Path, advance: Advance) -> LlavaForConditional
     model = untrained(recipe.seed)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     for name, part, run in (
-        ("vision", tower, lambda: _vision_stage(model, recipe, clock)),
+        ("vision", tower, lambda: _vision_stage(model, recipe, folder, clock)),
         ("projector", projector, lambda: _projector_stage(model, recipe, clock)),
     ):
         saved = folder / f"{name}.safetensors"
@@ -96,7 +96,7 @@ def train(recipe: Recipe, folder: Path, advance: Advance) -> LlavaForConditional
             part.load_state_dict(load_file(saved))
         else:
             run()
-            _save(part.state_dict(), saved)
+            save_tensors(part.state_dict(), saved)
     tower.requires_grad_(False)
     _decoder_stage(model, recipe, folder / "decoder.safetensors", clock)
     model.set_attn_implementation("sdpa")
@@ -126,23 +126,19 @@ class _Clock:
         now = time.perf_counter()
         self.minutes[stage] = self.minutes.get(stage, 0.0) + (now - self.last) / 60
         self.last = now
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % EVERY == 0 or step + 1 == steps:
             self.path.write_text(json.dumps(self.minutes, indent=1), encoding="utf-8")
         self.advance(stage, step, steps, figures)
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors so that an interrupted write leaves the old file whole."""
-    part = path.with_suffix(".part")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part)
-    part.replace(path)
-
-
-def _vision_stage(model: LlavaForConditionalGeneration, recipe: Recipe, advance: Advance) -> None:
+def _vision_stage(
+    model: LlavaForConditionalGeneration, recipe: Recipe, folder: Path, advance: Advance
+) -> None:
     train_vision(
         model.model.vision_tower,
         recipe.vision_steps,
         recipe.seed,
+        folder / "vision.checkpoint.safetensors",
         lambda step, figures: advance("vision", step, recipe.vision_steps, figures),
     )
 
@@ -189,7 +185,7 @@ def _decoder_stage(
     optimiser = torch.optim.AdamW(
         list(trained.values()), lr=recipe.rate, betas=(0.9, 0.97), weight_decay=0.05
     )
-    first = _restore(checkpoint, trained, optimiser) if checkpoint.exists() else 0
+    first = restore_training(checkpoint, trained, optimiser)
     reader = Reader(blind=recipe.blind)
     AttentionInterface.register(ATTENTION, reader)
     model.model.language_model.config._attn_implementation = ATTENTION
@@ -219,8 +215,8 @@ def _decoder_stage(
         nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
         optimiser.step()
         advance("decoder", step, recipe.decoder_steps, figures)
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.decoder_steps:
-            _checkpoint(checkpoint, trained, optimiser, step + 1)
+        if (step + 1) % EVERY == 0 or step + 1 == recipe.decoder_steps:
+            save_training(checkpoint, trained, optimiser, step + 1)
 
 
 def _loss(
@@ -278,29 +274,3 @@ def _accuracy(logits: Tensor, target: Tensor) -> dict[str, float]:
         wanted = torch.isin(target, torch.tensor(words.convert_tokens_to_ids(list(answers))))
         figures[skill] = right[wanted].float().mean().item()
     return figures
-
-
-def _checkpoint(
-    path: Path, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, step: int
-) -> None:
-    tensors = {f"model.{name}": parameter for name, parameter in trained.items()}
-    for name, parameter in trained.items():
-        tensors |= {
-            f"{key}.{name}": optimiser.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")
-        }
-    _save({**tensors, "step": torch.tensor(step)}, path)
-
-
-def _restore(path: Path, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
-    """Load weights and optimiser state; return the number of steps already done."""
-    tensors = load_file(path)
-    step = tensors["step"]
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(tensors[f"model.{name}"])
-            optimiser.state[parameter] = {
-                "step": step.float().clone(),
-                "exp_avg": tensors[f"exp_avg.{name}"],
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
-            }
-    return int(step)

@@ -1,6 +1,7 @@
 """Stage 0 of the toy's training: a vision tower that knows, for every patch, what lies there."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import CLIPVisionModel
 
+from clva_lens.toy.checkpoint import EVERY, restore_training, save_training
 from clva_lens.toy.scenes import COLORS, GRID, KINDS, Scene, render, sample_scene
 
 BATCH = 32
@@ -33,21 +35,34 @@ def patch_labels(scene: Scene) -> Int[np.ndarray, "3 visual"]:
 
 
 def train_vision(
-    tower: CLIPVisionModel, steps: int, seed: int, advance: Callable[[int, dict[str, float]], None]
+    tower: CLIPVisionModel,
+    steps: int,
+    seed: int,
+    checkpoint: Path,
+    advance: Callable[[int, dict[str, float]], None],
 ) -> None:
-    """Train ``tower`` in place on dense labels; ``advance`` is told each step and its figures."""
+    """Train ``tower`` in place on dense labels, going on from ``checkpoint`` if it is there.
+
+    ``advance`` is told each step and its figures.
+    """
     torch.manual_seed(seed)
     width = tower.config.hidden_size
     sizes = (1 + len(KINDS), 1 + len(COLORS), 2)
     dense = nn.Linear(width, sum(sizes))
     whole = nn.Linear(width, len(KINDS))
-    parameters = [*tower.parameters(), *dense.parameters(), *whole.parameters()]
+    parts = {"tower": tower, "dense": dense, "whole": whole}
+    trained = {
+        f"{part}.{name}": parameter
+        for part, module in parts.items()
+        for name, parameter in module.named_parameters()
+    }
+    parameters = list(trained.values())
     optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
     layers: Any = tower.encoder.layers
     for layer in layers:
         layer.mlp.compile()
     tower.train()
-    for step in range(steps):
+    for step in range(restore_training(checkpoint, trained, optimiser), steps):
         rate = min(1, (step + 1) / 200) * min(1, 0.03 + 1.6 * (1 - step / steps))
         optimiser.param_groups[0]["lr"] = 1e-3 * rate
         rng = np.random.default_rng([seed, 0, step])
@@ -66,6 +81,8 @@ def train_vision(
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
+        if (step + 1) % EVERY == 0:
+            save_training(checkpoint, trained, optimiser, step + 1)
         object_patch = labels[:, 0] > 0
         right = (kind.argmax(-1) == labels[:, 0])[object_patch].float().mean()
         hue = (color.argmax(-1) == labels[:, 1])[object_patch].float().mean()

@@ -254,17 +254,30 @@ def test_head_that_does_not_exist():
 
 
 def test_empty_masks_are_a_counted_no_op(lens, ask):
-    """No token can stand out by 50 σ among 16: nothing is edited, and it is said so."""
+    """Hardly any map has a token 3.86 σ out among 16: nothing is edited, and it is said so."""
     inputs = ask(lens, 3).inputs
     with torch.inference_mode():
         plain = lens.hf_model(**inputs).logits
-        with cl.intervening(lens.hf_model, cl.CLVA(tau=50.0)) as run:
+        with cl.intervening(lens.hf_model, cl.CLVA(tau=3.86)) as run:
             found = lens.hf_model(**inputs).logits
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(found[real], plain[real], rtol=0, atol=1e-4)
     assert run.anchors.empty_positive == 3
     assert run.anchors.empty_negative == 3
     assert "empty masks: 3 positive, 3 negative" in repr(run.anchors)
+
+
+def test_a_threshold_that_nothing_can_exceed_is_refused(lens, ask):
+    """One of 16 values is at most √15 = 3.873 population standard deviations above their mean."""
+    for tau in (3.8730, 50.0):
+        with (
+            torch.inference_mode(),
+            cl.intervening(lens.hf_model, cl.CLVA(tau=tau)),
+            pytest.raises(
+                cl.ClvaLensError, match=r"at most 3\.87, so both anchors .* Pass tau below"
+            ),
+        ):
+            lens.hf_model(**ask(lens, 3).inputs)
 
 
 def test_skipped_head_sets_are_counted(lens, ask):

@@ -1,11 +1,17 @@
 """Training: packed questions are the questions asked alone, and a broken run goes on."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from transformers import AttentionInterface
+from typer.testing import CliRunner
 
+import clva_lens as cl
+from clva_lens.__main__ import app
 from clva_lens.toy import train as training
+from clva_lens.toy import vision
 from clva_lens.toy.build import processor, tokenizer, untrained
 from clva_lens.toy.packing import pack, training_questions
 from clva_lens.toy.reading import READING_LAYERS, Reader
@@ -121,9 +127,10 @@ def test_the_reader_hides_the_picture_outside_the_reading_layers(batch):
 
 
 def test_a_run_that_broke_off_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
+    for module in (training, vision):
+        monkeypatch.setattr(module, "EVERY", 2)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
-    recipe = training.Recipe(vision_steps=2, projector_steps=2, decoder_steps=4, taught=0.5)
+    recipe = training.Recipe(vision_steps=4, projector_steps=2, decoder_steps=4, taught=0.5)
 
     def run(folder, stop_after=None):
         steps = []
@@ -139,9 +146,33 @@ def test_a_run_that_broke_off_goes_on_where_it_was(tmp_path, monkeypatch):
 
     whole, steps = run(tmp_path / "whole")
     assert steps[-1] == ("decoder", 3)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", stop_after=("decoder", 2))
+    for stage in ("vision", "decoder"):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "broken", stop_after=(stage, 2))
     again, steps = run(tmp_path / "broken")
     assert steps[0] == ("decoder", 2)  # steps 0 and 1 are in the checkpoint
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_the_command_trains_a_model_that_loads(tmp_path, monkeypatch, control):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    short = training.Recipe(vision_steps=1, projector_steps=1, decoder_steps=2)
+    monkeypatch.setattr(training, "Recipe", lambda: short)
+    monkeypatch.setattr(training, "CONTROL", short.with_changes(control=True, blind=0.5))
+    run = tmp_path / "run"
+    command = ["toy", "train", "--folder", str(run), "--seed", "5"]
+    result = CliRunner().invoke(app, command + ["--control"] * control, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    recipe = json.loads((run / "model" / "recipe.json").read_text())
+    assert (recipe["seed"], recipe["control"]) == (5, control)
+    assert set(json.loads((run / "model" / "times.json").read_text())) == {
+        "vision",
+        "projector",
+        "decoder",
+    }
+    assert cl.load(run / "model").num_layers == 12
+    other = CliRunner().invoke(app, [*command[:-1], "6", *["--control"] * control])
+    assert other.exit_code == 1
+    assert "of another recipe" in " ".join(other.stderr.split())
