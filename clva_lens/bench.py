@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
@@ -97,24 +98,24 @@ class BenchReport:
             "met": self.met,
         }
 
-    def __rich__(self) -> Table:
-        """Return the table of all rows."""
+    def __rich__(self) -> Group:
+        """Return a table for each model."""
+        tables: list[Table | str] = []
+        for model in dict.fromkeys(row.model for row in self.rows):
+            table = Table(
+                title=model, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0)
+            )
+            for title in ("case", "takes", "over", "ratio", "quartiles", "target"):
+                table.add_column(title, justify="left" if title in ("case", "over") else "right")
+            for row in (row for row in self.rows if row.model == model):
+                target = "" if row.target is None else f"≤ {row.target:g} "
+                target += {True: "[green]met", False: "[red]missed", None: ""}[row.met]
+                quartiles = f"{row.low:.3f}–{row.high:.3f}"
+                takes, ratio = f"{row.value:.3f} {row.unit}", f"{row.ratio:.3f}"
+                table.add_row(row.case, takes, row.over, ratio, quartiles, target)
+            tables.append(table)
         used = ", ".join(f"{name} {value}" for name, value in self.environment.items())
-        table = Table(title="Cost as ratios, medians of rounds", caption=used)
-        for title in ("model", "case", "takes", "over"):
-            table.add_column(title, justify="right" if title == "takes" else "left")
-        for title in ("ratio", "quartiles", "wall", "rounds"):
-            table.add_column(title, justify="right")
-        table.add_column("target")
-        for row in self.rows:
-            numbers = [f"{row.value:.3f} {row.unit}", row.over, f"{row.ratio:.3f}"]
-            wall = "" if row.wall is None else f"{row.wall:.3f}"
-            numbers += [f"{row.low:.3f}–{row.high:.3f}", wall, str(row.samples)]
-            if row.target is not None:
-                verdict = "[green]met" if row.met else "[red]missed"
-                numbers.append(f"≤ {row.target:g} {verdict}")
-            table.add_row(row.model, row.case, *numbers)
-        return table
+        return Group(*tables, f"Medians of interleaved rounds; {used}.")
 
 
 class Subject(NamedTuple):
