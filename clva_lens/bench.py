@@ -102,17 +102,14 @@ class BenchReport:
         """Return a table for each model."""
         tables: list[Table | str] = []
         for model in dict.fromkeys(row.model for row in self.rows):
-            table = Table(
-                title=model, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0)
-            )
+            table = Table(title=model, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
             for title in ("case", "takes", "over", "ratio", "quartiles", "target"):
                 table.add_column(title, justify="left" if title in ("case", "over") else "right")
             for row in (row for row in self.rows if row.model == model):
                 target = "" if row.target is None else f"≤ {row.target:g} "
                 target += {True: "[green]met", False: "[red]missed", None: ""}[row.met]
-                quartiles = f"{row.low:.3f}–{row.high:.3f}"
-                takes, ratio = f"{row.value:.3f} {row.unit}", f"{row.ratio:.3f}"
-                table.add_row(row.case, takes, row.over, ratio, quartiles, target)
+                takes, spread = f"{row.value:.3f} {row.unit}", f"{row.low:.3f}–{row.high:.3f}"
+                table.add_row(row.case, takes, row.over, f"{row.ratio:.3f}", spread, target)
             tables.append(table)
         used = ", ".join(f"{name} {value}" for name, value in self.environment.items())
         return Group(*tables, f"Medians of interleaved rounds; {used}.")

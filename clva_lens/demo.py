@@ -323,20 +323,15 @@ def _print_reports(
     console: Console,
 ) -> None:
     table = Table(
-        "split",
-        "method",
-        "accuracy",
-        "change [95 %]",
-        "F1",
-        "yes-ratio",
-        "AUC",
-        "same-bias greedy",
-        "un- parsed",
         title="POPE on the toy world, in % (AUC in [0, 1])",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=(0, 0),
         title_justify="left",
     )
+    for title in ("split", "method", "acc.", "change [95 %]", "F1", "yes", "AUC"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("same\nbias")
+    table.add_column("un-\nparsed")
     for (split, label), report in reports.items():
         metrics = report.metrics
         change = matched = "–"
@@ -360,9 +355,10 @@ def _print_reports(
     console.print(table)
     console.print(
         "[dim]change: accuracy against greedy on the same questions, interval paired by picture. "
-        "same-bias greedy: accuracy of greedy with its yes/no threshold moved until it says yes as "
-        "often as the method; a method that does not beat it has only moved the threshold. "
-        "knock-out: no attention from text to image after the positive anchor layer.[/]"
+        "yes: share of yes answers. same bias: accuracy of greedy with its yes/no threshold moved "
+        "until it says yes as often as the method; a method that does not beat it has only moved "
+        "the threshold. knock-out: no attention from text to image after the positive anchor "
+        "layer.[/]"
     )
 
 

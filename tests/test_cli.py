@@ -60,7 +60,7 @@ def test_the_demo_draws_and_counts(tmp_path):
     for row in results:
         assert {"accuracy", "yes_ratio", "auc", "unparsed"} <= row["metrics"].keys()
         assert row["record"]["packages"]["torch"] == torch.__version__
-    for word in ("yes-ratio", "AUC", "knock-out", "same-bias", "points at the object"):
+    for word in ("share of yes", "AUC", "knock-out", "same bias", "points at the object"):
         assert word in result.output
     assert run("demo", "--out", out, "--questions", 12).exit_code == 0  # its own folder: redrawn
 
