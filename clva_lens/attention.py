@@ -152,7 +152,7 @@ class Run:
         self._hook: Any = None
         self._step: Step | None = None
         self._prompt: Int[Tensor, "batch sequence"] | None = None
-        self._merged: tuple[tuple[int, ...], Tensor | None] = ((), None)
+        self._merged: tuple[Tensor | None, Tensor, Tensor] | None = None
 
     def install(self) -> None:
         """Route the site's attention through this run, and watch the model's inputs."""
@@ -267,18 +267,16 @@ class Run:
         self, mask: Tensor | None, bias: Float[Tensor, "batch _ query key"], call: AttentionCall
     ) -> Tensor:
         """Return mask and bias as one additive mask; the last one is kept for the next layer."""
-        token = (id(mask), id(bias), call.step.number)
-        if self._merged[0] != token or self._merged[1] is None:
+        if self._merged is None or self._merged[0] is not mask or self._merged[1] is not bias:
             additive = call.additive_mask(0, call.query.shape[2])
-            lowest = torch.finfo(torch.float32).min
+            # Finite in the queries' type: a row of padding that sees nothing must not become NaN.
+            lowest = torch.finfo(call.query.dtype).min
             merged = bias if additive is None else (bias + additive).clamp_min(lowest)
             # CUDA kernels take a mask of the queries' type only; CPU kernels take float32 too.
             if merged.device.type != "cpu":
                 merged = merged.to(call.query.dtype)
-            self._merged = (token, merged)
-            self._kept = (mask, bias)  # so that their ids are not given to other tensors
-        assert self._merged[1] is not None
-        return self._merged[1]
+            self._merged = (mask, bias, merged)
+        return self._merged[2]
 
 
 _ACTIVE: dict[int, Run] = {}
