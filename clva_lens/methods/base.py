@@ -1,6 +1,7 @@
 """What a method is: frozen parameters, and a session for each run."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -64,7 +65,7 @@ def check_rows(rows: str) -> None:
         raise ParameterError(f"rows must be 'text' or 'last', but is {rows!r}. Pass rows='text'.")
 
 
-def check_layers(name: str, layers: range | tuple[int, ...], shape: Shape) -> tuple[int, ...]:
+def check_layers(name: str, layers: Sequence[int], shape: Shape) -> tuple[int, ...]:
     """Return ``layers`` sorted, each once.
 
     Raises:

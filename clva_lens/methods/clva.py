@@ -9,6 +9,7 @@ weight, and at those that stand out in the negative map with (1 − β) times, r
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -60,7 +61,7 @@ class CLVA(Method):
     head_threshold: float | int = 1.0
     negative_layer: int = 0
     positive_layer: int | None = None
-    layers: tuple[int, ...] | None = None
+    layers: Sequence[int] | None = None
     rows: Rows = "text"
     refresh: Literal["step", "prompt"] = "step"
     empty: EmptyPolicy = "tail"

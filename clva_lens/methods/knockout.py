@@ -5,6 +5,7 @@ the causal control: set those weights to 0 (Eq. 10 of arXiv:2603.25088v1 with we
 image token), renormalise (Eq. 11), and see whether the answer changes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ class KnockOut(Method):
     """
 
     name: ClassVar[str] = "knockout"
-    layers: tuple[int, ...] | None = None
+    layers: Sequence[int] | None = None
     rows: Rows = "text"
 
     def __post_init__(self) -> None:
@@ -39,7 +40,7 @@ class KnockOut(Method):
 
     def sessions(self, shape: Shape) -> list[Session]:
         """Return one session for the layers of this model."""
-        layers = self.layers
+        layers: Sequence[int] | None = self.layers
         if layers is None:
             layers = tuple(range(default_positive_layer(shape.layers) + 1, shape.layers))
         return [_KnockOutSession(check_layers("layers", layers, shape), self.rows)]

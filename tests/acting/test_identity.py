@@ -163,3 +163,8 @@ def test_a_method_is_frozen(method):
     with pytest.raises(AttributeError, match=r"cannot assign"):
         setattr(method, field, 1)
     assert method == type(method)(**vars(method))
+
+
+def test_layers_may_be_a_list_or_a_range():
+    assert cl.CLVA(layers=[5, 6, 7]) == cl.CLVA(layers=range(5, 8)) == cl.CLVA(layers=(5, 6, 7))
+    assert cl.KnockOut(layers=[9]) == cl.KnockOut(layers=range(9, 10))
