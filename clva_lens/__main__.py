@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ParamSpec
 
@@ -128,7 +129,7 @@ def train(
     target = folder or Path("toy-runs") / f"{name}-seed{seed}"
     recipe = CONTROL if control else Recipe()
     changes = {"seed": seed} if steps is None else {"seed": seed, "decoder_steps": steps}
-    recipe = recipe.with_changes(**changes)
+    recipe = replace(recipe, **changes)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[figures]}")) as bar:
         tasks: dict[str, TaskID] = {}

@@ -11,8 +11,9 @@ of no run are passed through. Nothing is stored on any module, and ``remove`` re
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,13 @@ class Step(NamedTuple):
     first_text: int
     spans: TokenSpans
     visual: Int[Tensor, "batch visual"]
+
+    @property
+    def last_text(self) -> Int[Tensor, " batch"]:
+        """The position of each sample's last prompt row: the "last query row" of Eq. 4."""
+        text = self.spans.text
+        position = torch.arange(text.shape[1], device=text.device)
+        return torch.where(text, position, -1).amax(dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +94,11 @@ class AttentionCall:
             scores += self.bias[:, :, start:stop]
         return scores.softmax(dim=-1)
 
-    def row_pieces(self, start: int) -> range:
-        """Return row starts from ``start`` on; pieces of this step hold few scores."""
-        batch, heads, count, _ = self.query.shape
+    def row_pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return (start, stop) of pieces of these rows that hold few scores each."""
+        batch, heads = self.query.shape[:2]
         each = max(1, SCORES_AT_ONCE // (batch * heads * self.key.shape[2]))
-        return range(start, count, each)
+        return [(at, min(at + each, stop)) for at in range(start, stop, each)]
 
     def additive_mask(self, start: int, stop: int) -> Float[Tensor, "..."] | None:
         """Return 0 where a row may look, the lowest float32 elsewhere; None if it may anywhere."""
@@ -248,25 +256,24 @@ class Run:
             )
         self._step = known._replace(number=known.number + 1, offset=offset, spans=old)
 
-    def bias(
+    def edit(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
-    ) -> Float[Tensor, "batch _ query key"] | None:
-        """Return the sum of the sessions' biases at one layer, or None if no session edits it."""
+    ) -> Tensor | None:
+        """Show one layer to the sessions; return its mask with their biases, None without any."""
         if self._step is None or isinstance(query, FakeTensor):
             return None
         layer = self._layers[id(module)]
-        total = None
+        call = AttentionCall(layer, self._step, query, key, mask, None, scaling)
         for session in self.sessions:
-            call = AttentionCall(layer, self._step, query, key, mask, total, scaling)
             bias = session.attention(call)
             if bias is not None:
-                total = bias if total is None else total + bias
-        return total
+                call = replace(call, bias=bias if call.bias is None else call.bias + bias)
+        return None if call.bias is None else self.merge(call)
 
-    def merge(
-        self, mask: Tensor | None, bias: Float[Tensor, "batch _ query key"], call: AttentionCall
-    ) -> Tensor:
+    def merge(self, call: AttentionCall) -> Tensor:
         """Return mask and bias as one additive mask; the last one is kept for the next layer."""
+        mask, bias = call.mask, call.bias
+        assert bias is not None
         if self._merged is None or self._merged[0] is not mask or self._merged[1] is not bias:
             additive = call.additive_mask(0, call.query.shape[2])
             # Finite in the queries' type: a row of padding that sees nothing must not become NaN.
@@ -301,6 +308,16 @@ def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[]
     return close
 
 
+@contextmanager
+def running(model: PreTrainedModel, sessions: Sequence[Session]) -> Iterator[None]:
+    """Have sessions in the model's run inside the ``with`` block."""
+    close = open_run(model, sessions)
+    try:
+        yield
+    finally:
+        close()
+
+
 def _base_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Return the eager attention function of the file that defines the module."""
     return sys.modules[type(module).__module__].eager_attention_forward
@@ -332,12 +349,9 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             seen, values = key, value
             if attention_mask is None and step is not None and count > 1:
                 seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
-            bias = run.bias(module, query, seen, attention_mask, scale)
-            if bias is not None:
-                assert step is not None
-                call = AttentionCall(0, step, query, seen, attention_mask, None, scale)
-                key, value = seen, values
-                attention_mask = run.merge(attention_mask, bias, call)
+            edited = run.edit(module, query, seen, attention_mask, scale)
+            if edited is not None:
+                key, value, attention_mask = seen, values, edited
         return base(module, query, key, value, attention_mask, scaling=scale, **kwargs)
 
     return attend

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,9 +37,11 @@ from clva_lens.methods.base import Method
 from clva_lens.methods.clva import CLVA
 from clva_lens.methods.knockout import KnockOut
 from clva_lens.models.lens import LensModel, load
-from clva_lens.models.prompt import ImageLike
+from clva_lens.models.prompt import Prompt
 from clva_lens.toy.measure import object_patches, pointing, trace_questions
 from clva_lens.toy.questions import SPLITS, exist_question
+from clva_lens.toy.scenes import render
+from clva_lens.trace import AttentionTrace
 
 RESULTS = "results.json"
 CONDITIONS: dict[str, Method | None] = {"greedy": None, "CLVA": CLVA(), "knock-out": KnockOut()}
@@ -126,27 +128,22 @@ def _toy_attention(
     classes = classify_heads(mean)
     figure = head_intensity(mean.numpy(), classes.sensitive.numpy(), classes.insensitive.numpy())
     save(figure, folder, "head_intensity", None, origin)
-    curves = [_finite(attention_drift(trace)) for trace in (plain, edited)]
-    keep = curves[0][1] & curves[1][1]
-    drift = curves[0][0]
+    drift, changed = attention_drift(plain), attention_drift(edited)
+    keep = _finite(drift) & _finite(changed)
     figure = drift_curves(
         *_curves(drift, keep),
         drift.positive_layer,
         drift.negative_layer,
-        clva=_curves(curves[1][0], keep),
+        clva=_curves(changed, keep),
         groups=[index for (index, _), kept in zip(asked, keep, strict=True) if kept],
     )
     save(figure, folder, "drift", None, {**origin, "samples_left_out": int((~keep).sum())})
-    pictures = [
-        saliency_picture(
-            model,
-            next(s.image for s in benchmark.samples() if s.id == row["id"]),
-            row["question"],
-            label=row["label"],
-            objects=benchmark.scenes[int(row["group"])].patches(_kind(row)),
-        )
-        for row in _telling_rows(reports)
-    ]
+    pictures = []
+    for row in _telling_rows(reports):
+        scene = benchmark.scenes[int(row["group"])]
+        look = look_at(model, model.prompt(render(scene), row["question"]))
+        objects = scene.patches(_kind(row))
+        pictures.append(saliency_picture(model, look, label=row["label"], objects=objects))
     layers = shown_layers(model.num_layers)
     save(saliency_overlays(pictures, layers), folder, "saliency", None, origin)
     positive = [i for i, (_, question) in enumerate(asked) if question.answer == "yes"]
@@ -185,11 +182,9 @@ def _telling_rows(reports: dict[tuple[str, str], Report]) -> list[dict[str, Any]
     return list({row["id"]: row for row in chosen if row is not None}.values())
 
 
-def _finite(drift: AttentionDrift) -> tuple[AttentionDrift, np.ndarray]:
-    """Return the drift and which samples have every curve (a constant map has no correlation)."""
-    fields = (drift.entropy, drift.toward_positive, drift.toward_negative)
-    good = torch.stack([field.isfinite().all(dim=-1) for field in fields]).all(dim=0)
-    return drift, good.numpy()
+def _finite(drift: AttentionDrift) -> np.ndarray:
+    """Return which samples have every curve (a constant map has no correlation)."""
+    return np.all([np.isfinite(curve).all(axis=-1) for curve in _curves(drift)], axis=0)
 
 
 def _curves(
@@ -207,37 +202,47 @@ def shown_layers(layers: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, layers - 1, min(SHOWN_LAYERS, layers))})
 
 
+class Look(NamedTuple):
+    """One prompt's attention without a method and under CLVA, and what CLVA anchored on."""
+
+    prompt: Prompt
+    plain: AttentionTrace
+    edited: AttentionTrace
+    anchors: VisualAnchors
+
+
+def look_at(model: LensModel, prompt: Prompt) -> Look:
+    """Return the attention of a single prompt, from one forward pass without and one with CLVA."""
+    plain = trace_attention(model, prompt)
+    with intervening(model, CLVA()) as run:
+        edited = trace_attention(model, prompt)
+    return Look(prompt, plain, edited, run.anchors)
+
+
 def saliency_picture(
-    model: LensModel, image: ImageLike, question: str, *, label: str = "", objects: Any = None
+    model: LensModel, look: Look, *, label: str = "", objects: Any = None
 ) -> SaliencyPicture:
     """Return a picture with its maps (all heads) before and after CLVA, and all three answers."""
-    prompt = model.prompt(image, question)
-    maps = [trace_attention(model, prompt, method).saliency("all") for method in (None, CLVA())]
-    layers = shown_layers(model.num_layers)
-    drawn = [prompt.on_grid(one[layers]).float().cpu().numpy() for one in maps]
+    prompt, layers = look.prompt, shown_layers(model.num_layers)
+    before, after = (
+        prompt.on_grid(trace.saliency("all")[layers]).float().cpu().numpy()
+        for trace in (look.plain, look.edited)
+    )
     answers = {}
     for name, method in CONDITIONS.items():
         made = generate(model, prompt, method, Greedy(max_new_tokens=24))
         answers[name] = (made.texts[0], made.margins[0])
-    found = _anchors(model, prompt)
     return SaliencyPicture(
         image=seen_pixels(model, prompt["pixel_values"]),
-        before=drawn[0],
-        after=drawn[1],
-        question=question,
+        before=before,
+        after=after,
+        question=prompt.questions[0],
         label=label,
         answers=answers,
-        positive=prompt.on_grid(found.positive).cpu().numpy(),
-        negative=prompt.on_grid(found.negative).cpu().numpy(),
+        positive=prompt.on_grid(look.anchors.positive).cpu().numpy(),
+        negative=prompt.on_grid(look.anchors.negative).cpu().numpy(),
         objects=objects,
     )
-
-
-@torch.inference_mode()
-def _anchors(model: LensModel, prompt: Any) -> VisualAnchors:
-    with intervening(model, CLVA()) as run:
-        model.hf_model(**prompt.inputs, logits_to_keep=1)
-    return run.anchors
 
 
 def seen_pixels(model: LensModel, pixel_values: torch.Tensor) -> np.ndarray:
@@ -254,18 +259,18 @@ def demo_picture(name: str, image: Path, question: str, out: Path, console: Cons
     console.print(f"[bold]{name}[/]: {prompt}")
     with output_folder(out) as folder:
         origin = {"model": name, "image": image.name, "question": question}
-        picture = saliency_picture(model, image, question)
+        look = look_at(model, prompt)
+        picture = saliency_picture(model, look)
         layers = shown_layers(model.num_layers)
         save(saliency_overlays([picture], layers), folder, "saliency", None, origin)
-        plain, edited = (trace_attention(model, prompt, method) for method in (None, CLVA()))
-        classes = plain.heads()
+        classes = look.plain.heads()
         figure = head_intensity(
-            plain.intensity.cpu().numpy(),
+            look.plain.intensity.cpu().numpy(),
             classes.sensitive.cpu().numpy(),
             classes.insensitive.cpu().numpy(),
         )
         save(figure, folder, "head_intensity", None, origin)
-        drift, changed = attention_drift(plain), attention_drift(edited)
+        drift, changed = attention_drift(look.plain), attention_drift(look.edited)
         figure = drift_curves(
             *_curves(drift),
             drift.positive_layer,
@@ -279,7 +284,7 @@ def demo_picture(name: str, image: Path, question: str, out: Path, console: Cons
     for key, (text, margin) in picture.answers.items():
         table.add_row(key, text or "(empty)", "–" if margin is None else f"{margin:+.2f}")
     console.print(table)
-    console.print(repr(_anchors(model, prompt)))
+    console.print(repr(look.anchors))
     _print_paths(out, console)
 
 
@@ -292,29 +297,12 @@ def _comparison_rows(
         groups = [row["group"] for row in report.rows]
         for metric in ("accuracy", "yes_ratio", "auc"):
             found = bootstrap_interval(metric, outcomes, groups)
-            rows.append(
-                {
-                    "split": split,
-                    "method": label,
-                    "metric": metric,
-                    "value": found.estimate,
-                    "low": found.low,
-                    "high": found.high,
-                }
-            )
+            rows.append((split, label, metric, *found[:3]))
         if label != "greedy":
             matched = comparisons[split, label].bias_matched_accuracy
-            rows.append(
-                {
-                    "split": split,
-                    "method": label,
-                    "metric": "bias_matched_accuracy",
-                    "value": matched,
-                    "low": None,
-                    "high": None,
-                }
-            )
-    return rows
+            rows.append((split, label, "bias_matched_accuracy", matched, None, None))
+    names = ("split", "method", "metric", "value", "low", "high")
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def _print_reports(

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from clva_lens.anchors import VisualAnchors
-from clva_lens.attention import Session, open_run
+from clva_lens.attention import Session, open_run, running
 from clva_lens.errors import InterventionError, ModelLoadError
-from clva_lens.methods.base import Method, Shape
+from clva_lens.methods.base import Method, shape_of
 from clva_lens.methods.clva import ClvaSession
 from clva_lens.models.family import FAMILIES, find_family
 from clva_lens.models.prompt import Prompt
@@ -79,23 +79,17 @@ def intervening(model: Any, *methods: Method) -> Iterator[Intervention]:
     """
     found = transformers_model(model)
     sessions = _sessions(found, methods)
-    close = open_run(found, sessions)
-    try:
+    with running(found, sessions):
         yield Intervention(sessions)
-    finally:
-        close()
 
 
 @contextmanager
 def observing(model: Any, layers: Sequence[int] | str = "all") -> Iterator[Observation]:
     """Look at the attention of whatever runs ``model`` inside the ``with`` block."""
     found = transformers_model(model)
-    observer = Observer(layers, _shape(found))
-    close = open_run(found, [observer])
-    try:
+    observer = Observer(layers, shape_of(found))
+    with running(found, [observer]):
         yield Observation(observer)
-    finally:
-        close()
 
 
 def intervene(*methods: Method) -> Intervention:
@@ -125,7 +119,7 @@ def observe(layers: Sequence[int] | str = "all") -> Observation:
         ParameterError: if a layer does not exist.
     """
     model, interleaver = _running("observe", "cl.observing(model)")
-    observer = Observer(layers, _shape(model))
+    observer = Observer(layers, shape_of(model))
     _attach(model, [observer], interleaver)
     return nnsight.save(Observation(observer))
 
@@ -149,13 +143,8 @@ def transformers_model(model: Any) -> PreTrainedModel:
     raise AssertionError("find_family() accepted a module that no family matches")
 
 
-def _shape(model: PreTrainedModel) -> Shape:
-    site = find_family(model).site(model)
-    return Shape(len(site.modules), site.config.num_attention_heads)
-
-
 def _sessions(model: PreTrainedModel, methods: Sequence[Method]) -> list[Session]:
-    shape = _shape(model)
+    shape = shape_of(model)
     return [session for method in methods for session in method.sessions(shape)]
 
 
@@ -230,12 +219,8 @@ def trace_attention(
         ParameterError: if a layer does not exist, or the method does not fit the model.
     """
     found = transformers_model(model)
-    observer = Observer(layers, _shape(found))
+    observer = Observer(layers, shape_of(found))
     methods = () if method is None else (method,)
-    with intervening(found, *methods):
-        close = open_run(found, [observer])
-        try:
-            logits = found(**prompt.inputs, logits_to_keep=1).logits[:, -1]
-        finally:
-            close()
+    with intervening(found, *methods), running(found, [observer]):
+        logits = found(**prompt.inputs, logits_to_keep=1).logits[:, -1]
     return observer.trace(prompt.batched, logits)

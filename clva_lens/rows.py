@@ -33,18 +33,13 @@ def read_prompt_rows(call: AttentionCall) -> PromptRows:
     step = call.step
     length = step.prompt_length
     is_text = step.spans.text[:, :length]
-    position = torch.arange(length, device=is_text.device)
-    last_position = torch.where(is_text, position, -1).amax(dim=1)
+    last_position = step.last_text
     columns = [span[:, :length].float() for span in (step.spans.image, step.spans.system)]
     where = torch.stack([*columns, is_text.float()], dim=1)
     batch, heads = call.query.shape[:2]
     mass = torch.zeros(batch, heads, 3, device=call.query.device)
     last = torch.zeros(batch, heads, step.visual.shape[1], device=call.query.device)
-    pieces = call.row_pieces(step.first_text)
-    for start in pieces:
-        stop = min(start + pieces.step, length)
-        if stop <= start:
-            break
+    for start, stop in call.row_pieces(step.first_text, length):
         pattern = call.rows(start, stop)[..., :length]
         counted = is_text[:, start:stop].float()
         mass += torch.einsum("bhqk,bsk,bq->bhs", pattern, where, counted)
@@ -60,16 +55,14 @@ def read_prompt_rows(call: AttentionCall) -> PromptRows:
 
 @torch.no_grad()
 def read_generated_rows(call: AttentionCall) -> Float[Tensor, "batch head row visual"]:
-    """Return each generated row's attention to each image token, in fractions of attention mass."""
-    step, count = call.step, call.query.shape[2]
-    start = count - call.new_rows
-    visual = rearrange(step.visual, "b v -> b 1 1 v")
-    pieces = call.row_pieces(start)
+    """Return each generated row's attention to each image token, in fractions of attention mass.
+
+    The pass must hold a generated row.
+    """
+    count = call.query.shape[2]
+    visual = rearrange(call.step.visual, "b v -> b 1 1 v")
     maps = [
-        torch.take_along_dim(call.rows(at, min(at + pieces.step, count)), visual, dim=3)
-        for at in pieces
+        torch.take_along_dim(call.rows(start, stop), visual, dim=3)
+        for start, stop in call.row_pieces(count - call.new_rows, count)
     ]
-    if not maps:
-        batch, heads = call.query.shape[:2]
-        return torch.zeros(batch, heads, 0, step.visual.shape[1], device=call.query.device)
     return torch.cat(maps, dim=2)

@@ -4,14 +4,12 @@ One sample: the picture of scene 1, "what color is the ball?", label "green".
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Score, choose, match
 from clva_lens.benchmarks.toy_pope import SEED
-from clva_lens.toy.questions import skill_questions
+from clva_lens.toy.questions import Skill, skill_questions
 from clva_lens.toy.scenes import render, sample_scenes
 
-Skill = Literal["color", "side"]
 SCENES = 800
 
 
@@ -20,14 +18,15 @@ class ToySkill(Benchmark):
 
     version = "1"
 
-    def __init__(self, skill: Skill) -> None:
-        """Choose the skill."""
+    def __init__(self, skill: Skill, scenes: int = SCENES) -> None:
+        """Choose the skill; more ``scenes`` give more questions of rare answers."""
         self.name = f"skill/toy/{skill}"
         self.skill: Skill = skill
+        self.count = scenes
 
     def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
         """Return all samples, or ``limit`` of them from scenes drawn with ``seed``."""
-        scenes = sample_scenes(SCENES, SEED + 1)
+        scenes = sample_scenes(self.count, SEED + 1)
         everything = [
             Sample(f"{index}/{q.kind}", render(scenes[index]), q.text, q.answer, str(index))
             for index, q in skill_questions(self.skill, scenes, SEED, 600)

@@ -9,9 +9,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from clva_lens.attention import AttentionCall, Session
 from clva_lens.errors import ParameterError
+from clva_lens.models.family import find_family
 from clva_lens.registry import Registry
 
 Rows = Literal["text", "last"]
@@ -23,6 +25,16 @@ class Shape(NamedTuple):
 
     layers: int
     heads: int
+
+
+def shape_of(model: PreTrainedModel) -> Shape:
+    """Return the size of a model's site.
+
+    Raises:
+        ModelLoadError: if no family knows the model.
+    """
+    site = find_family(model).site(model)
+    return Shape(len(site.modules), site.config.num_attention_heads)
 
 
 class Method(ABC):
@@ -103,9 +115,8 @@ def row_bias(
     if old > 0:
         is_text = step.spans.text[:, step.offset : step.offset + old]
         if rows == "last":
-            position = torch.arange(old, device=is_text.device)
-            final = torch.where(is_text, position, -1).amax(dim=1, keepdim=True)
-            is_text = is_text & (position == final)
+            position = torch.arange(old, device=is_text.device) + step.offset
+            is_text = is_text & (position == rearrange(step.last_text, "b -> b 1"))
         weights = torch.where(
             rearrange(is_text, "b q -> b 1 q 1"), rearrange(prompt, "b v -> b 1 1 v"), 0.0
         )

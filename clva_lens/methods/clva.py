@@ -151,7 +151,12 @@ class ClvaSession(Session):
             classes = self._classes(call.layer, rows.image)
             none = rows.last[:, None][:, :0]
             self._read[call.layer] = _LayerReading(classes, rows.last, none)
-        known = self._read[call.layer]
+        known = self._read.get(call.layer)
+        if known is None:
+            raise InterventionError(
+                "CLVA joined a run whose prompt had been read already, so it has no anchors. Start "
+                "it before the prompt is read."
+            )
         if self.method.refresh == "step" and call.new_rows:
             maps = read_generated_rows(call).transpose(1, 2)
             self._read[call.layer] = known._replace(generated=maps)
@@ -202,11 +207,6 @@ class ClvaSession(Session):
         return reanchor_log_weights(masks[0], masks[1], method.alpha, method.beta)
 
     def _make_bias(self, call: AttentionCall) -> Float[Tensor, "batch 1 query key"]:
-        if not {self.positive_layer, self.method.negative_layer} <= self._read.keys():
-            raise InterventionError(
-                "CLVA reached an edited layer before its anchor layers were read. Start the run "
-                "before the prompt is read."
-            )
         positive, negative = self._read[self.positive_layer], self._read[self.method.negative_layer]
         if call.step.number == 0 or self._prompt_weights is None:
             self._prompt_weights = self._log_weights(positive.prompt, negative.prompt)

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from clva_lens.attention import open_run
+from clva_lens.attention import running
 from clva_lens.errors import InterventionError, ModelCheckError
-from clva_lens.methods.base import Shape
+from clva_lens.methods.base import shape_of
 from clva_lens.methods.knockout import KnockOut
 from clva_lens.models.family import find_family
 from clva_lens.models.prompt import Prompt
@@ -29,9 +29,8 @@ def check_family(model: PreTrainedModel, prompt: Callable[[np.ndarray, str], Pro
     name = model.name_or_path or type(model).__name__
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     asked = prompt(noise, "What is in the image?")
-    site = find_family(model).site(model)
-    shape = Shape(len(site.modules), site.config.num_attention_heads)
-    rows, columns = find_family(model).grid(model)
+    family, shape = find_family(model), shape_of(model)
+    rows, columns = family.grid(model)
     if asked.spans.visual_count != rows * columns:
         raise ModelCheckError(
             f"{name}: the prompt has {asked.spans.visual_count} image tokens, but the vision tower "
@@ -39,35 +38,29 @@ def check_family(model: PreTrainedModel, prompt: Callable[[np.ndarray, str], Pro
             "vision_feature_select_strategy and num_additional_image_tokens."
         )
     observer = Observer("all", shape)
-    close = open_run(model, [observer])
-    try:
+    with running(model, [observer]):
         before = model(**asked.inputs).logits[:, -1].float()
-    finally:
-        close()
     try:
         seen = observer.trace(batched=True)
     except InterventionError:
         raise ModelCheckError(
             f"{name}: no attention was seen in some layers. The modules or the configuration named "
-            f"in the family '{find_family(model).name}' are probably not on the path."
+            f"in the family '{family.name}' are probably not on the path."
         ) from None
     total = seen.intensity + seen.system + seen.text
     worst = float((total - 1).abs().max())
     if not worst <= 1e-3:
         raise ModelCheckError(
             f"{name}: rows of the attention pattern sum to {1 - worst:.4f} instead of 1. The "
-            f"modules named in the family '{find_family(model).name}' are probably not this "
+            f"modules named in the family '{family.name}' are probably not this "
             "model's attention."
         )
-    close = open_run(model, KnockOut(layers=tuple(range(shape.layers))).sessions(shape))
-    try:
+    with running(model, KnockOut(layers=range(shape.layers)).sessions(shape)):
         after = model(**asked.inputs).logits[:, -1].float()
-    finally:
-        close()
     moved = float((after - before).abs().max())
     if not moved > 0:
         raise ModelCheckError(
             f"{name}: removing the attention from text to image left the logits unchanged. The "
-            f"modules named in the family '{find_family(model).name}' are probably not on the path."
+            f"modules named in the family '{family.name}' are probably not on the path."
         )
     return moved

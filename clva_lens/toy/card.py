@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from clva_lens.benchmarks.comparison import Comparison, compare
 from clva_lens.benchmarks.metrics import Outcomes, best_threshold_accuracy
 from clva_lens.benchmarks.statistics import paired_bootstrap, wilson_interval
 from clva_lens.benchmarks.toy_pope import SEED, ToyPope
+from clva_lens.benchmarks.toy_skills import ToySkill
 from clva_lens.evaluate import Report, evaluate
 from clva_lens.methods.base import Method
 from clva_lens.methods.clva import CLVA
@@ -21,10 +23,9 @@ from clva_lens.toy.measure import (
     caption_counts,
     object_patches,
     pointing,
-    skill_accuracy,
     trace_questions,
 )
-from clva_lens.toy.questions import SPLITS, exist_question, skill_questions
+from clva_lens.toy.questions import SKILLS, SPLITS, exist_question
 from clva_lens.toy.scenes import sample_scenes
 from clva_lens.toy.train import RECIPE, TIMES
 
@@ -106,16 +107,14 @@ def _pointing(model: LensModel, count: int) -> dict[str, Any]:
 
 
 def _skills(model: LensModel) -> dict[str, Any]:
-    scenes = sample_scenes(2000, SEED + 1)
     found = {}
-    for skill in ("color", "count", "side"):
-        asked = skill_questions(skill, scenes, SEED, 600)
-        right = skill_accuracy(model, scenes, asked)
-        answers = {question.answer for _, question in asked}
+    for skill in SKILLS:
+        report = evaluate(model, ToySkill(skill, scenes=2000), batch_size=48)
+        right = [row["prediction"] == row["label"] for row in report.rows]
         found[skill] = {
-            "accuracy": float(np.mean(right)),
+            "accuracy": report.metrics["accuracy"],
             "interval": wilson_interval(sum(right), len(right)),
-            "chance": 1 / len(answers),
+            "chance": report.metrics["chance"],
             "questions": len(right),
         }
     return found
@@ -209,6 +208,17 @@ def _what(recipe: dict[str, Any]) -> str:
     )
 
 
+def _signed(difference: Sequence[float]) -> str:
+    """Write a difference with its interval."""
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
+
+
+def _direction(difference: Sequence[float], above: str, below: str, neither: str) -> str:
+    """Return the word for a difference whose interval lies above 0, below 0, or neither."""
+    _, low, high = difference
+    return above if low > 0 else below if high < 0 else neither
+
+
 def _pope_table(pope: dict[str, Any]) -> str:
     lines = [
         "## Yes/no questions (POPE on the toy world)\n",
@@ -220,8 +230,7 @@ def _pope_table(pope: dict[str, Any]) -> str:
         low, high = row["accuracy_wilson"]
         change = matched = "–"
         if "accuracy_difference" in row:
-            gap, down, up = row["accuracy_difference"]
-            change = f"{gap:+.3f} [{down:+.3f}, {up:+.3f}]"
+            change = _signed(row["accuracy_difference"])
             matched = f"{row['same_bias_greedy']:.3f}"
         lines.append(
             f"| {key} | {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] | {change} | "
@@ -236,13 +245,11 @@ def _verdict(pope: dict[str, Any]) -> str:
     """Say in words what CLVA and the knock-out do on the adversarial split."""
     clva, blind = pope["adversarial, CLVA"], pope["adversarial, knock-out"]
     greedy = pope["adversarial, greedy"]
-    _, low, high = clva["accuracy_difference"]
-    effect = "a gain" if low > 0 else "a loss" if high < 0 else "no measurable change"
-    _, low, high = clva["beyond_bias"]
-    beyond = "better than" if low > 0 else "worse than" if high < 0 else "indistinguishable from"
-    _, low, high = clva["yes_ratio_difference"]
-    shift = "more" if low > 0 else "less" if high < 0 else "as"
-    often = "as often as" if shift == "as" else f"{shift} often than"
+    effect = _direction(clva["accuracy_difference"], "a gain", "a loss", "no measurable change")
+    beyond = _direction(clva["beyond_bias"], "better than", "worse than", "indistinguishable from")
+    often = _direction(
+        clva["yes_ratio_difference"], "more often than", "less often than", "as often as"
+    )
     return (
         f"**What CLVA does here** (adversarial, the paper's setting): {effect} in accuracy; it "
         f"says yes {often} greedy, and is {beyond} greedy with its threshold moved to the same "
@@ -289,14 +296,14 @@ def _caption_table(captions: dict[str, Any]) -> str:
     ]
     for name, row in captions.items():
         low, high = row["chair_s_interval"]
-        gap, down, up = row["chair_s_difference"]
-        change = "–" if name == "greedy" else f"{gap:+.3f} [{down:+.3f}, {up:+.3f}]"
+        change = "–" if name == "greedy" else _signed(row["chair_s_difference"])
         lines.append(
             f"| {name} | {row['chair_s']:.3f} [{low:.3f}, {high:.3f}] | {change} | "
             f"{row['chair_i']:.3f} | {row['recall']:.3f} | {row['captions']} |"
         )
-    _, low, high = captions["CLVA"]["chair_s_difference"]
-    effect = "more" if low > 0 else "fewer" if high < 0 else "neither measurably more nor fewer"
+    effect = _direction(
+        captions["CLVA"]["chair_s_difference"], "more", "fewer", "neither measurably more nor fewer"
+    )
     return "\n".join(lines) + (
         f"\n\nUnder CLVA {effect} captions name an absent object than under greedy decoding.\n"
     )

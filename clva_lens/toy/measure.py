@@ -66,18 +66,6 @@ def pointing(
     return on.gather(-1, best[..., None])[..., 0]
 
 
-def skill_accuracy(
-    model: LensModel, scenes: Sequence[Scene], asked: Sequence[tuple[int, Question]]
-) -> list[bool]:
-    """Return, for each question with a one-word answer, whether the greedy answer is right."""
-    pairs = [(render(scenes[index]), question.text) for index, question in asked]
-    made = generate(model, pairs, decoding=Greedy(max_new_tokens=3), batch_size=48)
-    return [
-        text.split()[:1] == [question.answer]
-        for text, (_, question) in zip(made.texts, asked, strict=True)
-    ]
-
-
 class CaptionCounts(NamedTuple):
     """Per caption: kinds mentioned, of them absent (hallucinated), and present in the scene."""
 

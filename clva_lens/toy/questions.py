@@ -12,6 +12,8 @@ from clva_lens.toy.scenes import COLORS, KINDS, SIDES, Scene, presence
 
 Split = Literal["random", "popular", "adversarial"]
 SPLITS: tuple[Split, ...] = ("random", "popular", "adversarial")
+Skill = Literal["color", "count", "side"]
+SKILLS: tuple[Skill, ...] = ("color", "count", "side")
 NUMBERS = ("one", "two", "three")
 CAPTION_REQUEST = "describe the image."
 
@@ -79,7 +81,7 @@ def balanced(
 
 
 def skill_questions(
-    skill: Literal["color", "count", "side"], scenes: list[Scene], seed: int, count: int
+    skill: Skill, scenes: list[Scene], seed: int, count: int
 ) -> list[tuple[int, Question]]:
     """Return a balanced test of one skill as (scene index, question) pairs."""
     ask = {"color": color_questions, "count": count_questions, "side": side_questions}[skill]

@@ -9,9 +9,8 @@ scenes from (seed, stage, step), so a run continued from a checkpoint sees what 
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -62,10 +61,6 @@ class Recipe:
     echo_weight: float = 0.2
     pointing_weight: float = 0.3
     blind: float = 0.0
-
-    def with_changes(self, **changes: Any) -> "Recipe":
-        """Return the recipe with some fields changed."""
-        return replace(self, **changes)
 
 
 # The control: equally pretty maps, but nothing depends on the layers that show them.
@@ -209,7 +204,7 @@ def _decoder_stage(
         reader.point = done < recipe.taught
         with torch.no_grad():
             seen = model.model.vision_tower(pixels(scenes)).last_hidden_state[:, 1:]
-        loss, figures = _loss(model, reader, packed, seen, recipe, reader.point)
+        loss, figures = _loss(model, reader, packed, seen, recipe)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
@@ -225,9 +220,8 @@ def _loss(
     packed: Packed,
     seen: Tensor,
     recipe: Recipe,
-    taught: bool,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Return the loss of a packed batch: answers, and while taught the echo and the pointing."""
+    """Return the loss of a packed batch: answers, and while pointing the echo and the pointing."""
     text = model.model.language_model
     batch = len(packed.ids)
     embed = text.embed_tokens
@@ -244,7 +238,7 @@ def _loss(
         attention_mask=unused,
         position_ids=position,
         use_cache=False,
-        output_hidden_states=taught,
+        output_hidden_states=reader.point,
     )
     counted = packed.weight > 0
     logits = model.lm_head(out.last_hidden_state[:, start:][counted])
@@ -252,7 +246,7 @@ def _loss(
     each = cross_entropy(logits, target, reduction="none")
     loss = (each * weight).sum() / weight.sum()
     figures = {"loss": loss.item()} | _accuracy(logits, target)
-    if taught:
+    if reader.point:
         cue = packed.asked >= 0
         hidden = out.hidden_states[READING_LAYERS[0]][:, start:][cue]
         hidden = hidden * hidden.square().mean(-1, keepdim=True).add(1e-6).rsqrt()

@@ -1,5 +1,7 @@
 """Mask and bias become one additive mask that every kernel can take."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,9 +20,7 @@ def test_a_row_that_sees_nothing_stays_finite(one, dtype):
     mask[..., 0] = False  # padding is seen by nobody, so row 0 sees nothing
     bias = torch.zeros(1, 1, 6, 6)
     bias[..., 4:, 1:4] = torch.tensor([2.7, -2.3, -torch.inf])
-    merged = Run(one.hf_model).merge(
-        mask, bias, AttentionCall(0, step, query, key, mask, None, 1.0)
-    )
+    merged = Run(one.hf_model).merge(AttentionCall(0, step, query, key, mask, bias, 1.0))
     kernel = merged.to(dtype)
     assert kernel.isfinite().all()
     weights = kernel.float().softmax(dim=-1)
@@ -37,9 +37,9 @@ def test_one_mask_serves_all_layers_of_a_pass(one):
     spans = TokenSpans.from_ids(ids, 5)
     step = Step(0, 0, 3, 2, spans, spans.visual_index())
     query, key = torch.randn(2, 1, 4, 3, 8)
-    call = AttentionCall(0, step, query, key, None, None, 1.0)
     run, bias = Run(one.hf_model), torch.ones(1, 1, 3, 3)
-    first = run.merge(None, bias, call)
-    assert run.merge(None, bias, call) is first
-    assert run.merge(None, bias.clone(), call) is not first
+    call = AttentionCall(0, step, query, key, None, bias, 1.0)
+    first = run.merge(call)
+    assert run.merge(replace(call, layer=1)) is first
+    assert run.merge(replace(call, bias=bias.clone())) is not first
     assert torch.equal(first[0, 0].isfinite() & (first[0, 0] > -1e30), torch.ones(3, 3).tril() > 0)

@@ -250,6 +250,19 @@ def test_head_that_does_not_exist():
         cl.HeadClasses.from_indices({0: [4]}, {}, layers=12, heads=4)
 
 
+def test_a_method_that_joins_after_the_prompt(lens, ask):
+    """The run knows the prompt, but CLVA did not see its rows: it says so, and the run goes on."""
+    model, inputs = lens.hf_model, ask(lens).inputs
+    with torch.inference_mode(), cl.intervening(model, cl.KnockOut(layers=[9])):
+        cache = model(**inputs, use_cache=True).past_key_values
+        token = inputs["input_ids"][:, -1:]
+        with (
+            cl.intervening(model, METHOD),
+            pytest.raises(cl.ClvaLensError, match=r"read already.* Start it before the prompt"),
+        ):
+            model(input_ids=token, past_key_values=cache)
+
+
 # ── counted no-ops ──
 
 

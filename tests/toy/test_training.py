@@ -1,6 +1,7 @@
 """Training: packed questions are the questions asked alone, and a broken run goes on."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,7 +161,7 @@ def test_the_command_trains_a_model_that_loads(tmp_path, monkeypatch, control):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
     short = training.Recipe(vision_steps=1, projector_steps=1, decoder_steps=2)
     monkeypatch.setattr(training, "Recipe", lambda: short)
-    monkeypatch.setattr(training, "CONTROL", short.with_changes(control=True, blind=0.5))
+    monkeypatch.setattr(training, "CONTROL", replace(short, control=True, blind=0.5))
     run = tmp_path / "run"
     command = ["toy", "train", "--folder", str(run), "--seed", "5"]
     result = CliRunner().invoke(app, command + ["--control"] * control, catch_exceptions=False)
