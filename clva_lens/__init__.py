@@ -23,6 +23,7 @@ from clva_lens.generate import Sampling as Sampling
 from clva_lens.generate import generate as generate
 from clva_lens.heads import HeadClasses as HeadClasses
 from clva_lens.heads import classify_heads as classify_heads
+from clva_lens.intervene import composed_saliency as composed_saliency
 from clva_lens.intervene import intervene as intervene
 from clva_lens.intervene import intervening as intervening
 from clva_lens.intervene import observe as observe
@@ -71,6 +72,7 @@ __all__ = [
     "classify_heads",
     "compare",
     "compose",
+    "composed_saliency",
     "evaluate",
     "figures",
     "generate",

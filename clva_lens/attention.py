@@ -14,44 +14,23 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from clva_lens.axes import TokenSpans
 from clva_lens.errors import InterventionError
-from clva_lens.models.family import Site, find_family
+from clva_lens.models.family import Site, find_site
+from clva_lens.passes import Step
 
 # Rows of the pattern are formed in pieces of at most this many scores (64 MiB of float32).
 SCORES_AT_ONCE = 2**24
-
-
-class Step(NamedTuple):
-    """One forward pass of the run: step 0 reads the prompt, later ones the generated tokens.
-
-    ``spans`` cover the sequence up to the last token of this pass; ``offset`` is the position of
-    the pass's first query row; ``first_text`` is the first position that is text in any sample.
-    """
-
-    number: int
-    offset: int
-    prompt_length: int
-    first_text: int
-    spans: TokenSpans
-    visual: Int[Tensor, "batch visual"]
-
-    @property
-    def last_text(self) -> Int[Tensor, " batch"]:
-        """The position of each sample's last prompt row: the "last query row" of Eq. 4."""
-        text = self.spans.text
-        position = torch.arange(text.shape[1], device=text.device)
-        return torch.where(text, position, -1).amax(dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +52,7 @@ class AttentionCall:
     def new_rows(self) -> int:
         """How many of this pass's query rows, at its end, are generated tokens."""
         count = self.query.shape[2]
-        return max(0, min(count, self.step.offset + count - self.step.prompt_length))
+        return max(0, min(count, self.step.offset + count - self.step.prompt_rows))
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
         """Return the pattern of query rows ``start`` to ``stop``; each row sums to 1.
@@ -104,14 +83,15 @@ class AttentionCall:
         """Return 0 where a row may look, the lowest float32 elsewhere; None if it may anywhere."""
         keys = self.key.shape[2]
         if self.mask is not None:
-            mask = self.mask[:, :, start:stop, :keys]
+            rows = slice(start, stop) if self.mask.shape[2] > 1 else slice(None)
+            mask = self.mask[:, :, rows, :keys]
             if mask.dtype != torch.bool:
                 return mask.float()
             return torch.zeros(mask.shape, device=mask.device).masked_fill_(
                 ~mask, torch.finfo(torch.float32).min
             )
         count = self.query.shape[2]
-        if count == 1 and keys == self.step.offset + 1:
+        if not self.step.causal or (count == 1 and keys == self.step.offset + 1):
             return None
         position = torch.arange(keys, device=self.key.device)
         row = torch.arange(start, stop, device=self.key.device) + self.step.offset
@@ -122,7 +102,9 @@ class AttentionCall:
 
 
 class Session:
-    """One method's state during one run; it dies with the run."""
+    """One method's state during one run; it dies with the run. ``site`` is where it acts."""
+
+    site: str
 
     def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
         """Look at one layer's attention; return a bias on its scores, or None for no edit."""
@@ -130,20 +112,18 @@ class Session:
 
 
 class Run:
-    """A model whose attention goes through sessions, from ``install`` to ``remove``."""
+    """One site of a model whose attention goes through sessions, from ``install`` to ``remove``."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Find the model's site; nothing is changed before ``install``.
+    def __init__(self, site: Site) -> None:
+        """Look at the site; nothing is changed before ``install``.
 
         Raises:
-            ModelLoadError: if no family knows the model.
             InterventionError: if its attention kernel cannot be intercepted.
         """
-        self.model = model
-        self.family = find_family(model)
-        self.site: Site = self.family.site(model)
+        self.site = site
+        self.passes = site.passes()
         self.sessions: list[Session] = []
-        self.kernel = self.site.config._attn_implementation or "eager"
+        self.kernel = site.config._attn_implementation or "eager"
         if self.kernel.startswith("clva_"):
             raise InterventionError(
                 "another model that shares this model's configuration object is in a run, or this "
@@ -152,14 +132,12 @@ class Run:
             )
         if self.kernel not in KERNELS:
             raise InterventionError(
-                f"the decoder runs attention kernel '{self.kernel}', which cannot be intercepted "
-                f"(only {' and '.join(sorted(KERNELS))} can). Load the model with "
+                f"the {site.name} runs attention kernel '{self.kernel}', which cannot be "
+                f"intercepted (only {' and '.join(sorted(KERNELS))} can). Load the model with "
                 "attn_implementation='sdpa'."
             )
-        self._layers = {id(module): i for i, module in enumerate(self.site.modules)}
-        self._hook: Any = None
-        self._step: Step | None = None
-        self._prompt: Int[Tensor, "batch sequence"] | None = None
+        self._layers = dict(zip(map(id, site.modules), site.layers, strict=True))
+        self._hooks: list[RemovableHandle] = []
         self._merged: tuple[Tensor | None, Tensor, Tensor] | None = None
 
     def install(self) -> None:
@@ -169,7 +147,7 @@ class Run:
                 "this model's attention is already routed through a run. This is a bug in "
                 "clva_lens: open_run() should have joined it."
             )
-        self._hook = self.model.register_forward_pre_hook(self._watch, with_kwargs=True)
+        self._hooks = self.passes.hooks()
         self.site.config._attn_implementation = f"clva_{self.kernel}"
         for module in self.site.modules:
             _ACTIVE[id(module)] = self
@@ -179,91 +157,17 @@ class Run:
         for module in self.site.modules:
             _ACTIVE.pop(id(module), None)
         self.site.config._attn_implementation = self.kernel
-        if self._hook is not None:
-            self._hook.remove()
-
-    def _watch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Work out, before each forward pass, which positions are image, text and generated."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
-            raise InterventionError(
-                "the model was called with inputs_embeds only, so the image tokens cannot be "
-                "found. Pass input_ids (and pixel_values) instead."
-            )
-        # nnsight's scan() leaves the inputs real, but whatever is computed from them is fake.
-        if isinstance(ids[:0], FakeTensor):
-            self._step = None
-            return
-        cache = kwargs.get("past_key_values")
-        offset = 0 if cache is None else int(cache.get_seq_length())
-        known = self._step
-        rerun = (
-            offset == 0
-            and kwargs.get("use_cache") is False
-            and self._prompt is not None
-            and self._prompt.shape[1] < ids.shape[1]
-            and self._prompt.shape[0] == ids.shape[0]
-            and torch.equal(self._prompt, ids[:, : self._prompt.shape[1]])
-        )
-        if offset == 0 and not rerun:
-            mask = kwargs.get("attention_mask")
-            mask = mask if mask is not None and mask.ndim == 2 else None
-            spans = TokenSpans.from_ids(ids, self.family.image_token_id(self.model), mask)
-            self._begin(ids, spans)
-        elif known is None or known.spans.image.shape[0] != ids.shape[0]:
-            raise InterventionError(
-                "the first pass under this run already had a filled key-value cache (or another "
-                "batch), so its image tokens are unknown. Start the run before the prompt is read."
-            )
-        elif offset > 0 and ids.shape[1] > 1:
-            raise InterventionError(
-                f"a pass reads {ids.shape[1]} tokens onto a filled key-value cache (a prefill cut "
-                "into chunks, assisted decoding, or another turn), so it is unclear which of them "
-                "are prompt. Read the whole prompt in one pass: leave prefill_chunk_size and "
-                "assistant_model unset."
-            )
-        else:
-            self._continue(known, offset, ids.shape[1])
-
-    def _begin(self, ids: Tensor, spans: TokenSpans) -> None:
-        if not spans.image.any():
-            raise InterventionError(
-                "the prompt has no image tokens, so there is no visual attention to read or edit. "
-                "Pass an image: model.prompt(image, question)."
-            )
-        visual = spans.visual_index()
-        if not spans.text.any(dim=1).all():
-            raise InterventionError(
-                "a prompt ends with its image (or its prefill is cut into chunks), so there is no "
-                "text row to read anchors from. Put the question after the image, and leave "
-                "prefill_chunk_size unset."
-            )
-        self._prompt = ids
-        first_text = int(spans.text.any(dim=0).nonzero()[0])
-        self._step = Step(0, 0, ids.shape[1], first_text, spans, visual)
-
-    def _continue(self, known: Step, offset: int, rows: int) -> None:
-        """Extend the spans by generated positions, as far as this pass reaches."""
-        old, length = known.spans, offset + rows
-        more = length - old.image.shape[1]
-        if more > 0:
-            no = torch.zeros(old.image.shape[0], more, dtype=torch.bool, device=old.image.device)
-            old = TokenSpans(
-                system=torch.cat([old.system, no], dim=1),
-                image=torch.cat([old.image, no], dim=1),
-                text=torch.cat([old.text, no], dim=1),
-                generated=torch.cat([old.generated, ~no], dim=1),
-            )
-        self._step = known._replace(number=known.number + 1, offset=offset, spans=old)
+        for hook in self._hooks:
+            hook.remove()
 
     def edit(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor | None:
         """Show one layer to the sessions; return its mask with their biases, None without any."""
-        if self._step is None or isinstance(query, FakeTensor):
+        step = self.passes.step
+        if step is None or isinstance(query, FakeTensor):
             return None
-        layer = self._layers[id(module)]
-        call = AttentionCall(layer, self._step, query, key, mask, None, scaling)
+        call = AttentionCall(self._layers[id(module)], step, query, key, mask, None, scaling)
         for session in self.sessions:
             bias = session.attention(call)
             if bias is not None:
@@ -290,21 +194,33 @@ _ACTIVE: dict[int, Run] = {}
 
 
 def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[], None]:
-    """Add sessions to the model's run, starting one if there is none; return what undoes it."""
-    site = find_family(model).site(model)
-    run = _ACTIVE.get(id(site.modules[0]))
-    if run is None:
-        run = Run(model)
-        run.install()
-    run.sessions.extend(sessions)
+    """Add sessions to the runs of their sites, starting those there are not; return what undoes it.
+
+    Raises:
+        ModelLoadError: if no family knows the model.
+        InterventionError: if a site's attention kernel cannot be intercepted.
+    """
+    joined: list[tuple[Run, Session]] = []
 
     def close() -> None:
-        for session in sessions:
+        for run, session in joined:
             if session in run.sessions:
                 run.sessions.remove(session)
-        if not run.sessions and _ACTIVE.get(id(site.modules[0])) is run:
-            run.remove()
+            if not run.sessions and _ACTIVE.get(id(run.site.modules[0])) is run:
+                run.remove()
 
+    try:
+        for session in sessions:
+            site = find_site(model, session.site)
+            run = _ACTIVE.get(id(site.modules[0]))
+            if run is None:
+                run = Run(site)
+                run.install()
+            run.sessions.append(session)
+            joined.append((run, session))
+    except BaseException:
+        close()
+        raise
     return close
 
 
@@ -344,10 +260,10 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         run = _ACTIVE.get(id(module))
         if run is not None:
-            count, step = query.shape[2], run._step
+            count, step = query.shape[2], run.passes.step
             # A static cache hands over its empty end too: leave it out, as the kernel would.
             seen, values = key, value
-            if attention_mask is None and step is not None and count > 1:
+            if attention_mask is None and step is not None and step.causal and count > 1:
                 seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
             edited = run.edit(module, query, seen, attention_mask, scale)
             if edited is not None:

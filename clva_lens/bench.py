@@ -30,9 +30,9 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from clva_lens.errors import ParameterError
 from clva_lens.intervene import intervene, intervening, trace_attention
 from clva_lens.methods.clva import CLVA
-from clva_lens.models.family import find_family
+from clva_lens.models.family import find_family, find_site
 from clva_lens.models.lens import LensModel
-from clva_lens.models.prompt import Prompt, spans_of
+from clva_lens.models.prompt import Prompt, VisualTokens
 from clva_lens.toy import build
 
 # A model whose plain generation is shorter than this gets as many more rounds.
@@ -194,7 +194,7 @@ def random_llava(
 def random_prompt(model: PreTrainedModel) -> Prompt:
     """Return a prompt of a noise picture and meaningless words, of the usual proportions."""
     family = find_family(model)
-    grid, image = family.grid(model), family.image_token_id(model)
+    grid, image = family.grid(model, "decoder"), family.image_token_id(model)
     words = torch.arange(image + 1, image + 1 + SYSTEM_TOKENS + TEXT_TOKENS)
     images = torch.full((grid[0] * grid[1],), image)
     ids = torch.cat([words[:SYSTEM_TOKENS], images, words[SYSTEM_TOKENS:]])[None]
@@ -205,7 +205,8 @@ def random_prompt(model: PreTrainedModel) -> Prompt:
         "attention_mask": torch.ones_like(ids).to(model.device),
         "pixel_values": pixels.to(model.device, model.dtype),
     }
-    return Prompt(inputs, spans_of(inputs, image), grid, False, (), ("",), None)
+    sites = {"decoder": VisualTokens(family.spans(model, "decoder", inputs), grid)}
+    return Prompt(inputs, sites, False, (), ("",), None)
 
 
 class Case(NamedTuple):
@@ -268,7 +269,7 @@ def forward_cases(model: PreTrainedModel) -> list[Case]:
 
 @contextmanager
 def _kernel(model: PreTrainedModel, kernel: str) -> Iterator[None]:
-    before = find_family(model).site(model).config._attn_implementation or "eager"
+    before = find_site(model).config._attn_implementation or "eager"
     model.set_attn_implementation(kernel)
     try:
         yield

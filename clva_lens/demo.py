@@ -148,7 +148,7 @@ def _toy_attention(
     save(saliency_overlays(pictures, layers), folder, "saliency", None, origin)
     positive = [i for i, (_, question) in enumerate(asked) if question.answer == "yes"]
     patches = object_patches(benchmark.scenes, [asked[i] for i in positive])
-    hits = pointing(plain.last[positive], patches).float().mean(dim=0)
+    hits = pointing(plain.maps[positive], patches).float().mean(dim=0)
     chance = float(patches.float().mean())
     layer = drift.positive_layer
     return [

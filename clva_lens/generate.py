@@ -232,7 +232,7 @@ def _generate_batch(
         )
     assert isinstance(out, Tensor) and first.scores is not None
     ends = set(eos if isinstance(eos, list) else [eos]) | {pad}
-    new = [_until(row, ends) for row in out[:, prompt.inputs["input_ids"].shape[1] :].cpu()]
+    new = [_until(row, ends) for row in out[:, prompt.answer_start :].cpu()]
     scores = first.scores[:: len(first.scores) // len(new)]
     return new, yes_margins(scores, tokenizer)
 

@@ -6,18 +6,19 @@ from typing import Any
 
 import nnsight
 import torch
+from jaxtyping import Float
 from nnsight.intervention.interleaver import Interleaver, Mediator, OutOfOrderError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clva_lens.anchors import VisualAnchors
 from clva_lens.attention import Session, open_run, running
 from clva_lens.errors import InterventionError, ModelLoadError
-from clva_lens.methods.base import Method, shape_of
+from clva_lens.methods.base import Method, Shapes, shape_of
 from clva_lens.methods.clva import ClvaSession
 from clva_lens.models.family import FAMILIES, find_family
 from clva_lens.models.prompt import Prompt
-from clva_lens.trace import AttentionTrace, Observer
+from clva_lens.trace import AttentionTrace, HeadChoice, Observer, QueryObserver
 
 
 class Intervention:
@@ -84,10 +85,15 @@ def intervening(model: Any, *methods: Method) -> Iterator[Intervention]:
 
 
 @contextmanager
-def observing(model: Any, layers: Sequence[int] | str = "all") -> Iterator[Observation]:
-    """Look at the attention of whatever runs ``model`` inside the ``with`` block."""
+def observing(
+    model: Any, layers: Sequence[int] | str = "all", site: str | None = None
+) -> Iterator[Observation]:
+    """Look at the attention of whatever runs ``model`` inside the ``with`` block.
+
+    ``site`` is where, None the family's own; ``layers`` are 0-based.
+    """
     found = transformers_model(model)
-    observer = Observer(layers, shape_of(found))
+    observer = Observer(layers, shape_of(found, site))
     with running(found, [observer]):
         yield Observation(observer)
 
@@ -109,17 +115,18 @@ def intervene(*methods: Method) -> Intervention:
     return nnsight.save(Intervention(sessions))
 
 
-def observe(layers: Sequence[int] | str = "all") -> Observation:
+def observe(layers: Sequence[int] | str = "all", site: str | None = None) -> Observation:
     """Look at attention during the nnsight trace this is called in; ``layers`` are 0-based.
 
-    It shows attention under the interventions opened before it.
+    ``site`` is where, None the family's own. It shows attention under the interventions opened
+    before it.
 
     Raises:
         InterventionError: outside a trace, after the model started, or on an unknown model.
-        ParameterError: if a layer does not exist.
+        ParameterError: if the site or a layer does not exist.
     """
     model, interleaver = _running("observe", "cl.observing(model)")
-    observer = Observer(layers, shape_of(model))
+    observer = Observer(layers, shape_of(model, site))
     _attach(model, [observer], interleaver)
     return nnsight.save(Observation(observer))
 
@@ -144,8 +151,8 @@ def transformers_model(model: Any) -> PreTrainedModel:
 
 
 def _sessions(model: PreTrainedModel, methods: Sequence[Method]) -> list[Session]:
-    shape = shape_of(model)
-    return [session for method in methods for session in method.sessions(shape)]
+    shapes = Shapes(model)
+    return [session for method in methods for session in method.sessions(shapes)]
 
 
 def _running(name: str, instead: str) -> tuple[PreTrainedModel, Interleaver]:
@@ -207,8 +214,11 @@ def trace_attention(
     method: Method | None = None,
     *,
     layers: Sequence[int] | str = "all",
+    site: str | None = None,
 ) -> AttentionTrace:
     """Return what each head's text rows look at, from one forward pass under ``method``.
+
+    ``site`` is "decoder" or, in a model with a Q-Former, "qformer"; None is the family's own.
 
     Rows of the pattern are formed for the text rows only, one layer at a time, and reduced at
     once. The trace has a batch axis if the prompt was made from lists; its ``logits`` are those of
@@ -216,11 +226,56 @@ def trace_attention(
 
     Raises:
         ModelLoadError: if no family knows the model.
+        ParameterError: if the site or a layer does not exist, or the method does not fit.
+    """
+    found = transformers_model(model)
+    observer = Observer(layers, shape_of(found, site))
+    methods = () if method is None else (method,)
+    with intervening(found, *methods), running(found, [observer]):
+        logits = _last_logits(found, prompt)
+    return observer.trace(prompt.batched, logits)
+
+
+def _last_logits(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "batch vocabulary"]:
+    # An encoder-decoder's decoder has read one token only.
+    keep = {} if "decoder_input_ids" in prompt else {"logits_to_keep": 1}
+    return model(**prompt.inputs, **keep).logits[:, -1]
+
+
+@torch.inference_mode()
+def composed_saliency(
+    model: Any,
+    prompt: Prompt,
+    method: Method | None = None,
+    *,
+    heads: HeadChoice = "all",
+    layers: Sequence[int] | str = "all",
+    qformer_layers: Sequence[int] | str = "all",
+) -> Float[Tensor, "*batch layer visual"]:
+    """Return where on the picture the language model looks, for each layer of the decoder.
+
+    Where a Q-Former reads the picture, the decoder's image tokens lie nowhere. Its attention to
+    each of them (Eq. 4 of arXiv:2603.25088v1, over ``heads``) is passed on to the patches that
+    their queries look at, averaged over the heads and over ``qformer_layers``. What mixes the
+    queries otherwise (self-attention, residual stream) is left out. In other models it is the
+    decoder's saliency map itself. Fractions of attention mass, in [0, 1].
+
+    Raises:
+        ModelLoadError: if no family knows the model.
         ParameterError: if a layer does not exist, or the method does not fit the model.
     """
     found = transformers_model(model)
-    observer = Observer(layers, shape_of(found))
     methods = () if method is None else (method,)
-    with intervening(found, *methods), running(found, [observer]):
-        logits = found(**prompt.inputs, logits_to_keep=1).logits[:, -1]
-    return observer.trace(prompt.batched, logits)
+    shapes = Shapes(found)
+    decoder = Observer(layers, shapes.at("decoder"))
+    queries = None
+    if shapes.at().site != "decoder":
+        queries = QueryObserver(qformer_layers, shapes.at())
+    observers: list[Session] = [decoder] if queries is None else [decoder, queries]
+    with intervening(found, *methods), running(found, observers):
+        _last_logits(found, prompt)
+    saliency = decoder.trace(prompt.batched).saliency(heads)
+    if queries is None:
+        return saliency
+    looks = queries.maps().mean(dim=1)
+    return saliency @ (looks if prompt.batched else looks[0])

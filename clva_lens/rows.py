@@ -18,39 +18,48 @@ class PromptRows(NamedTuple):
     """What one layer's heads look at from the prompt's text rows, in fractions of attention mass.
 
     ``image``, ``system``, ``text`` are means over the text rows and sum to 1; ``image`` is Eq. 1.
-    ``last`` is the last text row's attention to each image token: A(−1, j) of Eq. 4.
+    ``map`` is the last text row's attention to each image token, A(−1, j) of Eq. 4; the mean over
+    the rows where these are unordered queries.
     """
 
     image: Float[Tensor, "batch head"]
     system: Float[Tensor, "batch head"]
     text: Float[Tensor, "batch head"]
-    last: Float[Tensor, "batch head visual"]
+    map: Float[Tensor, "batch head visual"]
 
 
 @torch.no_grad()
 def read_prompt_rows(call: AttentionCall) -> PromptRows:
-    """Return masses and the last row's map of one layer; the pass must hold the whole prompt."""
+    """Return masses and the map of one layer; the pass must hold the whole prompt."""
     step = call.step
-    length = step.prompt_length
-    is_text = step.spans.text[:, :length]
-    last_position = step.last_text
-    columns = [span[:, :length].float() for span in (step.spans.image, step.spans.system)]
-    where = torch.stack([*columns, is_text.float()], dim=1)
+    spans = step.spans
+    where = torch.stack([span.float() for span in (spans.image, spans.system, spans.text)], dim=1)
     batch, heads = call.query.shape[:2]
     mass = torch.zeros(batch, heads, 3, device=call.query.device)
-    last = torch.zeros(batch, heads, step.visual.shape[1], device=call.query.device)
-    for start, stop in call.row_pieces(step.first_text, length):
-        pattern = call.rows(start, stop)[..., :length]
-        counted = is_text[:, start:stop].float()
+    summary = torch.zeros(batch, heads, step.visual.shape[1], device=call.query.device)
+    position = torch.arange(step.prompt_rows, device=call.query.device)
+    is_last = position == rearrange(step.last_text, "b -> b 1")
+    weight = (is_last if step.ordered else step.text_rows).float()
+    for start, stop in call.row_pieces(step.first_text, step.prompt_rows):
+        pattern = call.rows(start, stop)[..., : step.keys]
+        counted = step.text_rows[:, start:stop].float()
         mass += torch.einsum("bhqk,bsk,bq->bhs", pattern, where, counted)
-        here = (last_position >= start) & (last_position < stop)
-        row = (last_position - start).clamp(0, stop - start - 1)
-        found = torch.take_along_dim(pattern, rearrange(row, "b -> b 1 1 1"), dim=2)
-        found = torch.take_along_dim(found[:, :, 0], rearrange(step.visual, "b v -> b 1 v"), dim=2)
-        last = torch.where(rearrange(here, "b -> b 1 1"), found, last)
-    mass = mass / rearrange(is_text.sum(dim=1), "b -> b 1 1")
+        summed = torch.einsum("bhqk,bq->bhk", pattern, weight[:, start:stop])
+        summary += torch.take_along_dim(summed, rearrange(step.visual, "b v -> b 1 v"), dim=2)
+    mass = mass / rearrange(step.text_rows.sum(dim=1), "b -> b 1 1")
     image, system, text = mass.unbind(dim=2)
-    return PromptRows(image, system, text, last)
+    return PromptRows(image, system, text, summary / rearrange(weight.sum(dim=1), "b -> b 1 1"))
+
+
+@torch.no_grad()
+def read_query_rows(call: AttentionCall) -> Float[Tensor, "batch query visual"]:
+    """Return each prompt row's attention to each image token, averaged over the heads."""
+    visual = rearrange(call.step.visual, "b v -> b 1 v")
+    maps = [
+        torch.take_along_dim(call.rows(start, stop).mean(dim=1), visual, dim=2)
+        for start, stop in call.row_pieces(0, call.step.prompt_rows)
+    ]
+    return torch.cat(maps, dim=1)
 
 
 @torch.no_grad()

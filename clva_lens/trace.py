@@ -1,7 +1,7 @@
 """What every head of every layer looks at, from one forward pass, with no pattern ever kept."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,7 +13,12 @@ from clva_lens.attention import AttentionCall, Session
 from clva_lens.errors import InterventionError, ParameterError
 from clva_lens.heads import EmptyPolicy, HeadClasses, classify_heads
 from clva_lens.methods.base import Shape, check_layers
-from clva_lens.rows import PromptRows, read_generated_rows, read_prompt_rows
+from clva_lens.rows import (
+    PromptRows,
+    read_generated_rows,
+    read_prompt_rows,
+    read_query_rows,
+)
 
 HeadChoice = Literal["all", "sensitive", "insensitive"]
 
@@ -23,18 +28,22 @@ class AttentionTrace:
     """Attention of the text rows, by layer and head, in fractions of attention mass.
 
     ``intensity`` is Eq. 1: the mean over the text rows of the mass on the image; ``system`` and
-    ``text`` are the masses elsewhere, and the three sum to 1. ``last`` is the last text row's
-    attention to each image token. ``layers`` are the traced ones, 0-based. With ``batched`` there
-    is a batch axis first.
+    ``text`` are the masses elsewhere, and the three sum to 1. ``maps`` are the last text row's
+    attention to each image token. ``layers`` are the traced ones, 0-based, of a stack of
+    ``num_layers``. With ``batched`` there is a batch axis first.
+
+    At the ``site`` "qformer" the rows are the learned queries, which have no last one: ``maps``
+    are their mean, and ``system`` is the mass on the CLS token.
     """
 
     intensity: Float[Tensor, "*batch layer head"]
     system: Float[Tensor, "*batch layer head"]
     text: Float[Tensor, "*batch layer head"]
-    last: Float[Tensor, "*batch layer head visual"]
+    maps: Float[Tensor, "*batch layer head visual"]
     layers: tuple[int, ...]
     num_layers: int
     batched: bool
+    site: str = "decoder"
     logits: Float[Tensor, "*batch vocabulary"] | None = None
 
     @classmethod
@@ -48,15 +57,17 @@ class AttentionTrace:
             raise ParameterError(
                 "only batched traces can be put together. Make prompts from lists, and pass some."
             )
-        if len({trace.layers for trace in traces}) > 1:
-            raise ParameterError("the traces are of different layers. Trace the same ones.")
-        fields = ("intensity", "system", "text", "last")
-        whole = [torch.cat([getattr(trace, field) for trace in traces]) for field in fields]
+        if len({(trace.site, trace.layers) for trace in traces}) > 1:
+            raise ParameterError(
+                "the traces are of different sites or layers. Trace the same ones."
+            )
+        whole = {
+            field: torch.cat([getattr(trace, field) for trace in traces])
+            for field in ("intensity", "system", "text", "maps")
+        }
         logits = [trace.logits for trace in traces if trace.logits is not None]
         both = torch.cat(logits) if len(logits) == len(traces) else None
-        first = traces[0]
-        image, system, text, last = whole
-        return cls(image, system, text, last, first.layers, first.num_layers, True, both)
+        return replace(traces[0], **whole, logits=both)
 
     def heads(self, threshold: float = 1.0, empty: EmptyPolicy = "tail") -> HeadClasses:
         """Return the head classes of the traced layers (Eqs. 2–3)."""
@@ -65,7 +76,7 @@ class AttentionTrace:
     def saliency(
         self, heads: HeadChoice | Bool[Tensor, "*batch layer head"] = "all"
     ) -> Float[Tensor, "*batch layer visual"]:
-        """Return where a head set's last text row looks (Eq. 4), for each traced layer.
+        """Return where a head set looks (Eq. 4), for each traced layer.
 
         ``heads`` is "all", a class of Eqs. 2–3 at λ = 1, or a mask of heads.
 
@@ -78,7 +89,7 @@ class AttentionTrace:
                     f"the mask of heads is {tuple(heads.shape)}, but the trace has "
                     f"{tuple(self.intensity.shape[-2:])} (layers, heads). Pass a mask like that."
                 )
-            chosen = heads.to(self.last.device).expand(self.intensity.shape)
+            chosen = heads.to(self.maps.device).expand(self.intensity.shape)
         elif heads == "all":
             chosen = torch.ones_like(self.intensity, dtype=torch.bool)
         elif heads == "sensitive":
@@ -90,22 +101,17 @@ class AttentionTrace:
                 f"heads must be 'all', 'sensitive', 'insensitive' or a mask, but is {heads!r}. "
                 "Pass one of these."
             )
-        return saliency_map(self.last, chosen)
+        return saliency_map(self.maps, chosen)
 
     def __getitem__(self, item: int) -> "AttentionTrace":
         """Return the trace of one sample of a batch."""
         if not self.batched:
             raise ParameterError("this trace is of a single prompt. Use it as it is.")
-        return AttentionTrace(
-            self.intensity[item],
-            self.system[item],
-            self.text[item],
-            self.last[item],
-            self.layers,
-            self.num_layers,
-            False,
-            None if self.logits is None else self.logits[item],
-        )
+        one = {
+            field: getattr(self, field)[item] for field in ("intensity", "system", "text", "maps")
+        }
+        logits = None if self.logits is None else self.logits[item]
+        return replace(self, **one, batched=False, logits=logits)
 
     def __repr__(self) -> str:
         """Return the size, and the mean visual mass of the traced layers."""
@@ -114,10 +120,26 @@ class AttentionTrace:
         peak = int(mean.argmax())
         samples = f"{self.intensity.shape[0]} samples × " if self.batched else ""
         return (
-            f"AttentionTrace({samples}{len(self.layers)} layers × {self.intensity.shape[-1]} "
-            f"heads, {self.last.shape[-1]} image tokens; mean visual mass {float(mean.min()):.2f}–"
-            f"{float(mean.max()):.2f}, highest in layer {self.layers[peak]})"
+            f"AttentionTrace({self.site}: {samples}{len(self.layers)} layers × "
+            f"{self.intensity.shape[-1]} heads, {self.maps.shape[-1]} image tokens; mean visual "
+            f"mass {float(mean.min()):.2f}–{float(mean.max()):.2f}, highest in layer "
+            f"{self.layers[peak]})"
         )
+
+
+def chosen_layers(layers: Sequence[int] | str, shape: Shape) -> tuple[int, ...]:
+    """Return the layers of a site that "all" or 0-based indices name.
+
+    Raises:
+        ParameterError: if a layer does not exist.
+    """
+    if isinstance(layers, str):
+        if layers != "all":
+            raise ParameterError(
+                f"layers must be 'all' or layer indices, but is {layers!r}. Pass layers='all'."
+            )
+        layers = shape.layers
+    return check_layers("layers", tuple(layers), shape)
 
 
 class Observer(Session):
@@ -129,14 +151,8 @@ class Observer(Session):
         Raises:
             ParameterError: if a layer does not exist.
         """
-        if isinstance(layers, str):
-            if layers != "all":
-                raise ParameterError(
-                    f"layers must be 'all' or layer indices, but is {layers!r}. Pass layers='all'."
-                )
-            layers = range(shape.layers)
-        self.layers = check_layers("layers", tuple(layers), shape)
-        self.shape = shape
+        self.layers = chosen_layers(layers, shape)
+        self.shape, self.site = shape, shape.site
         self._prompt: dict[int, PromptRows] = {}
         self._generated: list[dict[int, Float[Tensor, "batch head row visual"]]] = []
 
@@ -168,14 +184,14 @@ class Observer(Session):
             torch.stack(field, dim=1)
             for field in zip(*(self._prompt[layer] for layer in self.layers), strict=True)
         ]
-        image, system, text, last = stacked
         if batched is None:
-            batched = len(image) > 1
+            batched = len(stacked[0]) > 1
         if not batched:
-            image, system, text, last = (one[0] for one in stacked)
+            stacked = [one[0] for one in stacked]
             logits = None if logits is None else logits[0]
+        image, system, text, maps = stacked
         return AttentionTrace(
-            image, system, text, last, self.layers, self.shape.layers, batched, logits
+            image, system, text, maps, self.layers, self.shape.depth, batched, self.site, logits
         )
 
     def steps(self) -> list[Float[Tensor, "layer batch head row visual"]]:
@@ -183,3 +199,26 @@ class Observer(Session):
         return [
             torch.stack([step[layer] for layer in self.layers]) for step in self._generated if step
         ]
+
+
+class QueryObserver(Session):
+    """A session that edits nothing and keeps where each query looks, averaged over the heads."""
+
+    def __init__(self, layers: Sequence[int] | str, shape: Shape) -> None:
+        """Choose the layers: "all", or 0-based indices.
+
+        Raises:
+            ParameterError: if a layer does not exist.
+        """
+        self.layers = chosen_layers(layers, shape)
+        self.site = shape.site
+        self._maps: dict[int, Float[Tensor, "batch query visual"]] = {}
+
+    def attention(self, call: AttentionCall) -> None:
+        """Read the layer's rows."""
+        if call.layer in self.layers:
+            self._maps[call.layer] = read_query_rows(call)
+
+    def maps(self) -> Float[Tensor, "batch layer query visual"]:
+        """Return what was read, in fractions of attention mass."""
+        return torch.stack([self._maps[layer] for layer in self.layers], dim=1)

@@ -22,6 +22,7 @@ def test_public_names():
         "classify_heads",
         "compare",
         "compose",
+        "composed_saliency",
         "evaluate",
         "figures",
         "generate",
@@ -39,7 +40,7 @@ def test_public_names():
 
 def test_what_is_registered():
     assert cl.methods() == ("clva", "knockout")
-    assert cl.models() == ("llava",)
+    assert cl.models() == ("instructblip", "llava")
     assert set(cl.benchmarks()) >= {
         "pope/toy/adversarial",
         "pope/toy/popular",

@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from clva_lens.anchors import default_positive_layer
 from clva_lens.attention import AttentionCall, Session
 from clva_lens.errors import ParameterError
-from clva_lens.models.family import find_family
+from clva_lens.models.family import find_site
 from clva_lens.registry import Registry
 
 Rows = Literal["text", "last"]
@@ -21,20 +22,59 @@ Rows = Literal["text", "last"]
 
 
 class Shape(NamedTuple):
-    """The size of the site that a method will act on."""
+    """The size of a site that a method will act on.
 
-    layers: int
+    ``layers`` are the numbers of its layers, 0-based, in a stack of ``depth`` layers. ``ordered``:
+    its rows have a last one.
+    """
+
+    site: str
+    layers: tuple[int, ...]
+    depth: int
     heads: int
+    ordered: bool = True
+
+    @property
+    def positive_layer(self) -> int:
+        """The layer of the positive anchor: L/2 − 2, or the last one before that is in the site.
+
+        Raises:
+            ParameterError: if the stack has fewer than 4 layers.
+        """
+        wanted = default_positive_layer(self.depth)
+        return max(layer for layer in self.layers if layer <= wanted)
+
+    def after(self, layer: int) -> tuple[int, ...]:
+        """Return the layers after ``layer``."""
+        return tuple(other for other in self.layers if other > layer)
 
 
-def shape_of(model: PreTrainedModel) -> Shape:
-    """Return the size of a model's site.
+class Shapes:
+    """The sites of a model, for methods to find theirs."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Look at the model."""
+        self.model = model
+
+    def at(self, site: str | None = None) -> Shape:
+        """Return the shape of a site; None is the one that methods act on by default.
+
+        Raises:
+            ParameterError: if the model has no such site.
+        """
+        return shape_of(self.model, site)
+
+
+def shape_of(model: PreTrainedModel, site: str | None = None) -> Shape:
+    """Return the size of a model's site; None is the one that methods act on by default.
 
     Raises:
         ModelLoadError: if no family knows the model.
+        ParameterError: if it has no such site.
     """
-    site = find_family(model).site(model)
-    return Shape(len(site.modules), site.config.num_attention_heads)
+    found = find_site(model, site)
+    heads = found.config.num_attention_heads
+    return Shape(found.name, found.layers, found.depth, heads, found.ordered)
 
 
 class Method(ABC):
@@ -43,11 +83,11 @@ class Method(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def sessions(self, shape: Shape) -> list[Session]:
-        """Return fresh sessions for one run on a site of the given shape.
+    def sessions(self, shapes: Shapes) -> list[Session]:
+        """Return fresh sessions for one run on a model with these sites.
 
         Raises:
-            ParameterError: if a parameter does not fit the shape (an unknown layer, for example).
+            ParameterError: if a parameter does not fit (an unknown layer, for example).
         """
 
 
@@ -61,9 +101,9 @@ class Composed(Method):
     name: ClassVar[str] = "composed"
     methods: tuple[Method, ...]
 
-    def sessions(self, shape: Shape) -> list[Session]:
+    def sessions(self, shapes: Shapes) -> list[Session]:
         """Return the sessions of all methods in order."""
-        return [session for method in self.methods for session in method.sessions(shape)]
+        return [session for method in self.methods for session in method.sessions(shapes)]
 
 
 def compose(*methods: Method) -> Method:
@@ -77,17 +117,30 @@ def check_rows(rows: str) -> None:
         raise ParameterError(f"rows must be 'text' or 'last', but is {rows!r}. Pass rows='text'.")
 
 
+def check_order(rows: Rows, shape: Shape) -> None:
+    """Raise ParameterError if the last row is wanted where rows have no order."""
+    if rows == "last" and not shape.ordered:
+        raise ParameterError(
+            f"rows='last' was passed, but the rows of the site '{shape.site}' are queries without "
+            "an order. Pass rows='text' for all of them."
+        )
+
+
 def check_layers(name: str, layers: Sequence[int], shape: Shape) -> tuple[int, ...]:
     """Return ``layers`` sorted, each once.
 
     Raises:
         ParameterError: if a layer does not exist in the site.
     """
-    unknown = [layer for layer in layers if not 0 <= layer < shape.layers]
+    unknown = [layer for layer in layers if layer not in shape.layers]
     if unknown:
+        whole = len(shape.layers) == shape.depth
+        known = (
+            f"0 to {shape.depth - 1}" if whole else ", ".join(str(layer) for layer in shape.layers)
+        )
         raise ParameterError(
-            f"{name} names layer {unknown[0]}, but the model has layers 0 to {shape.layers - 1} "
-            f"(0-based). Pass {name}= within that range."
+            f"{name} names layer {unknown[0]}, but the model's {shape.site} has layers {known} "
+            f"(0-based). Pass {name}= from these."
         )
     return tuple(sorted(set(layers)))
 
@@ -113,7 +166,7 @@ def row_bias(
         part.scatter_(3, visual.expand(-1, -1, new, -1), rearrange(generated, "b r v -> b 1 r v"))
     old = count - new
     if old > 0:
-        is_text = step.spans.text[:, step.offset : step.offset + old]
+        is_text = step.text_rows[:, step.offset : step.offset + old]
         if rows == "last":
             position = torch.arange(old, device=is_text.device) + step.offset
             is_text = is_text & (position == rearrange(step.last_text, "b -> b 1"))

@@ -5,6 +5,11 @@ the *negative anchor*, where the insensitive heads of the first layer look. In t
 them, text rows look at the image tokens that stand out in the positive map with (1 + α) times the
 weight, and at those that stand out in the negative map with (1 − β) times, renormalised.
 
+In a Q-Former (Eq. 14) the same is done to the cross-attention of the learned queries to the
+picture: layers 0 and 4 are read and 6, 8 and 10 edited, the map is the mean over the queries, and
+the CLS token is not an image token (with it, Φ would be 1 for every head). It runs once a picture,
+so nothing happens at decoding steps.
+
 **Departs from the paper** only where it is silent: see the parameters of ``CLVA``.
 """
 
@@ -21,20 +26,30 @@ from clva_lens.anchors import (
     VisualAnchors,
     anchor_mask,
     check_strengths,
-    default_positive_layer,
     reanchor_log_weights,
     saliency_map,
 )
-from clva_lens.attention import AttentionCall, Session, Step
+from clva_lens.attention import AttentionCall, Session
 from clva_lens.errors import InterventionError, ParameterError
 from clva_lens.heads import EmptyPolicy, HeadClasses, classify_heads
-from clva_lens.methods.base import METHODS, Method, Rows, Shape, check_layers, check_rows, row_bias
+from clva_lens.methods.base import (
+    METHODS,
+    Method,
+    Rows,
+    Shape,
+    Shapes,
+    check_layers,
+    check_order,
+    check_rows,
+    row_bias,
+)
+from clva_lens.passes import Step
 from clva_lens.rows import read_generated_rows, read_prompt_rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLVA(Method):
-    """Cross-Layer Visual Anchors on the decoder; layer indices are 0-based.
+    """Cross-Layer Visual Anchors; layer indices are 0-based.
 
     Args:
         alpha: α of Eq. 10, the gain on positively anchored tokens.
@@ -48,7 +63,10 @@ class CLVA(Method):
         rows: edited prompt rows: all text after the image, or the "last"; generated rows always.
         refresh: anchors are read from every new row ("step"), or once, at the "prompt".
         empty: what an empty head set becomes, see ``classify_heads``.
-        heads: the heads of both anchors, given explicitly instead of by Eqs. 2–3.
+        heads: the heads of both anchors, given explicitly instead of by Eqs. 2–3; one row for each
+            layer of the site.
+        site: where; None is the family's choice: the cross-attention of a Q-Former (Eq. 14) if the
+            model has one, else the "decoder".
 
     Raises:
         ParameterError: if a parameter is out of range, or a weight 1 ± … could be negative.
@@ -66,6 +84,7 @@ class CLVA(Method):
     refresh: Literal["step", "prompt"] = "step"
     empty: EmptyPolicy = "tail"
     heads: HeadClasses | None = None
+    site: str | None = None
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without a model."""
@@ -84,29 +103,30 @@ class CLVA(Method):
         # The empty policy and λ have one owner.
         classify_heads(torch.zeros(1, 2), self.head_threshold, self.empty)
 
-    def sessions(self, shape: Shape) -> list[Session]:
-        """Return one session, with every layer resolved."""
+    def sessions(self, shapes: Shapes) -> list[Session]:
+        """Return one session, with the site and every layer resolved."""
+        shape = shapes.at(self.site)
+        check_order(self.rows, shape)
         positive = self.positive_layer
         if positive is None:
-            positive = default_positive_layer(shape.layers)
+            positive = shape.positive_layer
         check_layers("positive_layer", (positive,), shape)
         check_layers("negative_layer", (self.negative_layer,), shape)
-        first = max(positive, self.negative_layer) + 1
-        if self.layers is None:
-            edited = tuple(range(first, shape.layers))
-        else:
-            edited = check_layers("layers", self.layers, shape)
-            if edited and edited[0] < first:
-                raise ParameterError(
-                    f"layers names layer {edited[0]}, but the anchors are read at layers "
-                    f"{self.negative_layer} and {positive}, so only later layers can be edited. "
-                    f"Pass layers from {first} on, or earlier anchor layers."
-                )
-        if self.heads is not None and self.heads.sensitive.shape[-2:] != tuple(shape):
+        allowed = shape.after(max(positive, self.negative_layer))
+        edited = allowed if self.layers is None else check_layers("layers", self.layers, shape)
+        if not set(edited) <= set(allowed):
+            raise ParameterError(
+                f"layers names layer {edited[0]}, but the anchors are read at layers "
+                f"{self.negative_layer} and {positive}, so only later layers can be edited. "
+                f"Pass layers from {max(positive, self.negative_layer) + 1} on, or earlier anchor "
+                "layers."
+            )
+        size = (len(shape.layers), shape.heads)
+        if self.heads is not None and self.heads.sensitive.shape[-2:] != size:
             raise ParameterError(
                 f"heads is for {tuple(self.heads.sensitive.shape[-2:])} (layers, heads), but the "
-                f"model has {tuple(shape)}. Make it with HeadClasses.from_indices(..., "
-                f"layers={shape.layers}, heads={shape.heads})."
+                f"model's {shape.site} has {size}. Make it with HeadClasses.from_indices(..., "
+                f"layers={size[0]}, heads={size[1]})."
             )
         return [ClvaSession(self, shape, positive, edited)]
 
@@ -126,7 +146,7 @@ class ClvaSession(Session):
         self, method: CLVA, shape: Shape, positive_layer: int, edited: tuple[int, ...]
     ) -> None:
         """Keep the resolved layers; the anchors come with the first pass."""
-        self.method, self.shape = method, shape
+        self.method, self.shape, self.site = method, shape, shape.site
         self.positive_layer, self.edited = positive_layer, edited
         self._read: dict[int, _LayerReading] = {}
         self._bias: tuple[Step, Tensor] | None = None
@@ -149,8 +169,8 @@ class ClvaSession(Session):
             self._check_tau(step.visual.shape[1])
             rows = read_prompt_rows(call)
             classes = self._classes(call.layer, rows.image)
-            none = rows.last[:, None][:, :0]
-            self._read[call.layer] = _LayerReading(classes, rows.last, none)
+            none = rows.map[:, None][:, :0]
+            self._read[call.layer] = _LayerReading(classes, rows.map, none)
         known = self._read.get(call.layer)
         if known is None:
             raise InterventionError(
@@ -173,11 +193,12 @@ class ClvaSession(Session):
     def _classes(self, layer: int, intensity: Float[Tensor, "batch head"]) -> HeadClasses:
         """Return the head classes of one layer, as a HeadClasses of that single layer."""
         given = self.method.heads
+        row = self.shape.layers.index(layer)
         if given is None:
             return classify_heads(intensity[:, None], self.method.head_threshold, self.method.empty)
 
         def pick(mask: Tensor, axis: int) -> Tensor:
-            chosen = mask.narrow(axis, layer, 1).to(intensity.device)
+            chosen = mask.narrow(axis, row, 1).to(intensity.device)
             shape = (len(intensity), *chosen.shape[axis:])
             return chosen.expand(shape)
 
@@ -251,18 +272,17 @@ class ClvaSession(Session):
     def _all_layers(self) -> HeadClasses:
         """Return both anchor layers' classes in a table of all layers; other layers are empty."""
         first = next(iter(self._read.values())).classes
-        batch = len(first.sensitive)
+        batch, layers = len(first.sensitive), len(self.shape.layers)
         device = first.sensitive.device
-        sets = [torch.zeros(batch, *self.shape, dtype=torch.bool, device=device) for _ in range(2)]
-        flags = [
-            torch.zeros(batch, self.shape.layers, dtype=torch.bool, device=device) for _ in range(2)
-        ]
+        size = (batch, layers, self.shape.heads)
+        sets = [torch.zeros(size, dtype=torch.bool, device=device) for _ in range(2)]
+        flags = [torch.zeros(batch, layers, dtype=torch.bool, device=device) for _ in range(2)]
         for layer, reading in self._read.items():
-            found = reading.classes
-            sets[0][:, layer] = found.sensitive[:, 0]
-            sets[1][:, layer] = found.insensitive[:, 0]
-            flags[0][:, layer] = found.sensitive_fallback[:, 0]
-            flags[1][:, layer] = found.insensitive_fallback[:, 0]
+            found, row = reading.classes, self.shape.layers.index(layer)
+            sets[0][:, row] = found.sensitive[:, 0]
+            sets[1][:, row] = found.insensitive[:, 0]
+            flags[0][:, row] = found.sensitive_fallback[:, 0]
+            flags[1][:, row] = found.insensitive_fallback[:, 0]
         if batch == 1:
             sets, flags = [one[0] for one in sets], [one[0] for one in flags]
         return HeadClasses(*sets, *flags, threshold=first.threshold, empty=first.empty)

@@ -13,9 +13,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clva_lens.anchors import default_positive_layer
-from clva_lens.attention import AttentionCall, Session, Step
-from clva_lens.methods.base import METHODS, Method, Rows, Shape, check_layers, check_rows, row_bias
+from clva_lens.attention import AttentionCall, Session
+from clva_lens.methods.base import (
+    METHODS,
+    Method,
+    Rows,
+    Shapes,
+    check_layers,
+    check_order,
+    check_rows,
+    row_bias,
+)
+from clva_lens.passes import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +34,14 @@ class KnockOut(Method):
     Args:
         layers: 0-based; None is every layer after L/2 − 2, those that CLVA edits by default.
         rows: prompt rows that go blind: all text after the image, or the "last"; generated rows
-            always.
+            always. In a Q-Former, "text" is all queries; they keep what lies on no patch (CLS).
+        site: where; None is where the model's family has CLVA act.
     """
 
     name: ClassVar[str] = "knockout"
     layers: Sequence[int] | None = None
     rows: Rows = "text"
+    site: str | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
@@ -38,16 +49,19 @@ class KnockOut(Method):
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
 
-    def sessions(self, shape: Shape) -> list[Session]:
+    def sessions(self, shapes: Shapes) -> list[Session]:
         """Return one session for the layers of this model."""
+        shape = shapes.at(self.site)
+        check_order(self.rows, shape)
         layers: Sequence[int] | None = self.layers
         if layers is None:
-            layers = tuple(range(default_positive_layer(shape.layers) + 1, shape.layers))
-        return [_KnockOutSession(check_layers("layers", layers, shape), self.rows)]
+            layers = shape.after(shape.positive_layer)
+        return [_KnockOutSession(shape.site, check_layers("layers", layers, shape), self.rows)]
 
 
 class _KnockOutSession(Session):
-    def __init__(self, layers: tuple[int, ...], rows: Rows) -> None:
+    def __init__(self, site: str, layers: tuple[int, ...], rows: Rows) -> None:
+        self.site = site
         self.layers = layers
         self.rows: Rows = rows
         self._bias: tuple[Step, Tensor] | None = None

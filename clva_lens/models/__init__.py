@@ -1,3 +1,4 @@
 """The models: families are facts; importing this room registers them."""
 
+from clva_lens.models import instructblip as instructblip
 from clva_lens.models import llava as llava

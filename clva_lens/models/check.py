@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from clva_lens.attention import running
 from clva_lens.errors import InterventionError, ModelCheckError
-from clva_lens.methods.base import shape_of
+from clva_lens.methods.base import Shapes, shape_of
 from clva_lens.methods.knockout import KnockOut
-from clva_lens.models.family import find_family
+from clva_lens.models.family import ModelFamily, find_family
 from clva_lens.models.prompt import Prompt
 from clva_lens.trace import Observer
 
@@ -19,9 +19,9 @@ from clva_lens.trace import Observer
 def check_family(model: PreTrainedModel, prompt: Callable[[np.ndarray, str], Prompt]) -> float:
     """Return how far the logits move when text may not see the image; it must be more than 0.
 
-    Runs a short prompt about a small noise picture twice. Checks that the number of image tokens
-    fits the grid, that the rows of every layer sum to 1 (within 1e-3), and that removing the
-    attention from text to image in all layers changes the logits.
+    Runs a short prompt about a small noise picture. Checks, at every site, that the number of image
+    tokens is the family's, that the rows of every layer sum to 1 (within 1e-3), and that removing
+    the attention to the image in all layers changes the logits; the smallest change is returned.
 
     Raises:
         ModelCheckError: naming what does not fit.
@@ -29,13 +29,32 @@ def check_family(model: PreTrainedModel, prompt: Callable[[np.ndarray, str], Pro
     name = model.name_or_path or type(model).__name__
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     asked = prompt(noise, "What is in the image?")
-    family, shape = find_family(model), shape_of(model)
-    rows, columns = family.grid(model)
-    if asked.spans.visual_count != rows * columns:
+    family = find_family(model)
+    _check_pixels(name, model, asked)
+    return min(_check_site(name, model, family, site.name, asked) for site in family.sites(model))
+
+
+def _check_pixels(name: str, model: PreTrainedModel, asked: Prompt) -> None:
+    """Check that the processor's pictures have the size that the vision tower takes."""
+    side = model.config.vision_config.image_size
+    height, width = asked["pixel_values"].shape[-2:]
+    if (height, width) != (side, side):
         raise ModelCheckError(
-            f"{name}: the prompt has {asked.spans.visual_count} image tokens, but the vision tower "
-            f"has a grid of {rows} × {columns}. Check the processor's patch_size, "
-            "vision_feature_select_strategy and num_additional_image_tokens."
+            f"{name}: the image processor makes pictures of {height} × {width} pixels, but the "
+            f"vision tower takes {side} × {side}. Set the image processor's size (and crop_size)."
+        )
+
+
+def _check_site(
+    name: str, model: PreTrainedModel, family: ModelFamily, site: str, asked: Prompt
+) -> float:
+    shape = shape_of(model, site)
+    found, wanted = asked.spans_at(site).visual_count, family.visual_count(model, site)
+    if found != wanted:
+        raise ModelCheckError(
+            f"{name}: the prompt has {found} image tokens at the {site}, but the model makes "
+            f"{wanted}. Check the processor's patch_size, vision_feature_select_strategy and "
+            "num_additional_image_tokens."
         )
     observer = Observer("all", shape)
     with running(model, [observer]):
@@ -44,23 +63,24 @@ def check_family(model: PreTrainedModel, prompt: Callable[[np.ndarray, str], Pro
         seen = observer.trace(batched=True)
     except InterventionError:
         raise ModelCheckError(
-            f"{name}: no attention was seen in some layers. The modules or the configuration named "
-            f"in the family '{family.name}' are probably not on the path."
+            f"{name}: no attention was seen in some layers of the {site}. The modules or the "
+            f"configuration named in the family '{family.name}' are probably not on the path."
         ) from None
     total = seen.intensity + seen.system + seen.text
     worst = float((total - 1).abs().max())
     if not worst <= 1e-3:
         raise ModelCheckError(
-            f"{name}: rows of the attention pattern sum to {1 - worst:.4f} instead of 1. The "
-            f"modules named in the family '{family.name}' are probably not this "
+            f"{name}: rows of the {site}'s attention pattern sum to {1 - worst:.4f} instead of 1. "
+            f"The modules named in the family '{family.name}' are probably not this "
             "model's attention."
         )
-    with running(model, KnockOut(layers=range(shape.layers)).sessions(shape)):
+    blind = KnockOut(layers=shape.layers, site=site)
+    with running(model, blind.sessions(Shapes(model))):
         after = model(**asked.inputs).logits[:, -1].float()
     moved = float((after - before).abs().max())
     if not moved > 0:
         raise ModelCheckError(
-            f"{name}: removing the attention from text to image left the logits unchanged. The "
+            f"{name}: removing the {site}'s attention to the image left the logits unchanged. The "
             f"modules named in the family '{family.name}' are probably not on the path."
         )
     return moved

@@ -1,25 +1,35 @@
 """What clva_lens has to know about a family of models: facts, no algorithms."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from clva_lens.errors import ModelLoadError
+from clva_lens.axes import TokenSpans
+from clva_lens.errors import ModelLoadError, ParameterError
+from clva_lens.passes import Passes
 from clva_lens.registry import Registry
 
 
 class Site(NamedTuple):
     """A place where attention can be read and edited.
 
-    ``modules`` are the attention modules in layer order; ``config`` is the configuration object
-    that they read the name of their attention function from.
+    ``modules`` are the attention modules in layer order and ``layers`` the numbers of their layers,
+    0-based, in a stack of ``depth`` layers (not every layer of a Q-Former looks at the picture).
+    ``config`` is the configuration object that they read the name of their attention function
+    from. ``passes`` makes what tells, during a run, which rows and keys are what. ``ordered``: the
+    rows are a sequence with a last one, not a set of queries.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
+    layers: tuple[int, ...]
+    depth: int
     config: PreTrainedConfig
+    passes: Callable[[], Passes]
+    ordered: bool = True
 
 
 class ModelFamily(ABC):
@@ -32,16 +42,33 @@ class ModelFamily(ABC):
         """Return whether ``model`` belongs to this family."""
 
     @abstractmethod
-    def site(self, model: PreTrainedModel) -> Site:
-        """Return the attention that methods read and edit."""
+    def sites(self, model: PreTrainedModel) -> tuple[Site, ...]:
+        """Return the places of attention; the first is the one that methods act on by default.
+
+        Raises:
+            ModelLoadError: if a part of the model is of a kind that is not supported.
+        """
 
     @abstractmethod
     def image_token_id(self, model: PreTrainedModel) -> int:
         """Return the token id that stands for one image feature in ``input_ids``."""
 
     @abstractmethod
-    def grid(self, model: PreTrainedModel) -> tuple[int, int]:
-        """Return (rows, columns) of one picture's image tokens."""
+    def visual_count(self, model: PreTrainedModel, site: str) -> int:
+        """Return how many image tokens a prompt has at a site."""
+
+    @abstractmethod
+    def grid(self, model: PreTrainedModel, site: str) -> tuple[int, int]:
+        """Return (rows, columns) of one picture's image tokens at a site.
+
+        Raises:
+            PromptError: if they lie on no grid, saying why.
+        """
+
+    def spans(self, model: PreTrainedModel, site: str, inputs: Mapping[str, Tensor]) -> TokenSpans:
+        """Return the spans of the keys at a site: by default, of the prompt's tokens."""
+        mask = inputs.get("attention_mask")
+        return TokenSpans.from_ids(inputs["input_ids"], self.image_token_id(model), mask)
 
     @abstractmethod
     def ask(self, processor: ProcessorMixin, question: str, system: str | None) -> str:
@@ -49,6 +76,22 @@ class ModelFamily(ABC):
 
         ``system`` is the system message; None leaves the model's own, "" leaves it out.
         """
+
+    def encode(
+        self, model: PreTrainedModel, processor: Any, images: list[Any], texts: list[str]
+    ) -> dict[str, Tensor]:
+        """Return the model's inputs for pictures and texts, padded on the left."""
+        # A chat template that writes the BOS token itself must not get a second one.
+        bos = getattr(processor.tokenizer, "bos_token", None)
+        encoded = processor(
+            images=images,
+            text=texts,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+        )
+        return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
 
     @abstractmethod
     def tiny(self, **text_config: Any) -> PreTrainedModel:
@@ -71,4 +114,22 @@ def find_family(model: nn.Module) -> ModelFamily:
         f"{type(model).__name__} belongs to no model family that clva_lens knows "
         f"({', '.join(FAMILIES.names())}). Load one of these, or register a ModelFamily for it "
         "(clva_lens/models/llava.py is an example)."
+    )
+
+
+def find_site(model: PreTrainedModel, name: str | None = None) -> Site:
+    """Return a site of a model by name; None is the one that methods act on by default.
+
+    Raises:
+        ModelLoadError: if no family knows the model.
+        ParameterError: if it has no such site.
+    """
+    sites = find_family(model).sites(model)
+    for site in sites:
+        if name in (None, site.name):
+            return site
+    known = " and ".join(f"'{site.name}'" for site in sites)
+    raise ParameterError(
+        f"{type(model).__name__} has no attention site {name!r}; it has {known}. Pass site= one of "
+        "these, or leave it out."
     )

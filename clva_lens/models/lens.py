@@ -1,6 +1,7 @@
 """``load()``: a model by toy name, Hub id, folder or as it is, with everything a prompt needs."""
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers.utils import logging
 from clva_lens.errors import ModelLoadError, PromptError
 from clva_lens.models.check import check_family
 from clva_lens.models.family import ModelFamily, Site, find_family
-from clva_lens.models.prompt import ImageLike, Prompt, as_lists, spans_of, to_device
+from clva_lens.models.prompt import ImageLike, Prompt, VisualTokens, as_lists
 from clva_lens.toy import pretrained
 
 
@@ -27,12 +28,15 @@ class LensModel(TransformersModel):
 
     def __init__(self, model: PreTrainedModel, processor: Any, name: str) -> None:
         """Wrap a loaded model and its processor."""
-        super().__init__(
-            model,
-            task="image-text-to-text",
-            processor=processor,
-            tokenizer=getattr(processor, "tokenizer", processor),
-        )
+        with warnings.catch_warnings():
+            # A Q-Former has submodules called "output", which nnsight serves as "E_output".
+            warnings.filterwarnings("ignore", "Module '.*' has a submodule named 'output'")
+            super().__init__(
+                model,
+                task="image-text-to-text",
+                processor=processor,
+                tokenizer=getattr(processor, "tokenizer", processor),
+            )
         self.processor = processor
         self.name = name
         self.family: ModelFamily = find_family(model)
@@ -54,14 +58,19 @@ class LensModel(TransformersModel):
         return getattr(self.processor, "image_processor", None)
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        """The places of attention; the first is the one that methods act on by default."""
+        return self.family.sites(self.hf_model)
+
+    @property
     def site(self) -> Site:
-        """The attention that methods read and edit."""
-        return self.family.site(self.hf_model)
+        """The attention that methods read and edit by default."""
+        return self.sites[0]
 
     @property
     def num_layers(self) -> int:
-        """The number of layers of the site."""
-        return len(self.site.modules)
+        """The number of layers of the stack that the site is in."""
+        return self.site.depth
 
     def prompt(
         self,
@@ -81,34 +90,36 @@ class LensModel(TransformersModel):
         """
         images, questions, batched = as_lists(image, question)
         processor: Any = self.processor
-        placeholder = getattr(processor, "image_token", "<image>")
+        placeholder = str(getattr(processor, "image_token", "<image>"))
         for text in questions:
             if placeholder in text:
                 raise PromptError(
                     f"the question contains '{placeholder}', which stands for an image. Leave it "
                     "out: the image is put before the question."
                 )
-        texts = [self.family.ask(processor, text, system) for text in questions]
-        tokenizer = processor.tokenizer
-        # A chat template that writes the BOS token itself must not get a second one.
-        bos = getattr(tokenizer, "bos_token", None)
-        encoded = processor(
-            images=images,
-            text=texts,
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
-        )
-        inputs = to_device(encoded, self.hf_model.device)
-        for name, value in inputs.items():
-            if value.is_floating_point():
-                inputs[name] = value.to(self.hf_model.dtype)
-        spans = spans_of(inputs, self.family.image_token_id(self.hf_model))
-        grid = self.family.grid(self.hf_model)
+        model, family = self.hf_model, self.family
+        texts = [family.ask(processor, text, system) for text in questions]
+        inputs = {}
+        for name, value in family.encode(model, processor, images, texts).items():
+            dtype = model.dtype if value.is_floating_point() else value.dtype
+            inputs[name] = value.to(model.device, dtype)
+        sites = {site.name: self._visual_tokens(site.name, inputs) for site in self.sites}
+        return Prompt(inputs, sites, batched, tuple(images), tuple(questions), system)
+
+    def _visual_tokens(self, site: str, inputs: dict[str, torch.Tensor]) -> VisualTokens:
+        spans = self.family.spans(self.hf_model, site, inputs)
+        try:
+            grid = self.family.grid(self.hf_model, site)
+        except PromptError as error:
+            return VisualTokens(spans, str(error))
         if spans.visual_count != grid[0] * grid[1]:
-            grid = None
-        return Prompt(inputs, spans, grid, batched, tuple(images), tuple(questions), system)
+            return VisualTokens(
+                spans,
+                f"the prompt has {spans.visual_count} image tokens, but the vision tower has a "
+                f"grid of {grid[0]} × {grid[1]}, so they lie on no grid. Check the processor's "
+                "patch_size, vision_feature_select_strategy and num_additional_image_tokens.",
+            )
+        return VisualTokens(spans, grid)
 
 
 def load(

@@ -12,8 +12,9 @@ from transformers import (
     ProcessorMixin,
 )
 
-from clva_lens.errors import ModelCheckError
+from clva_lens.errors import PromptError
 from clva_lens.models.family import FAMILIES, ModelFamily, Site
+from clva_lens.passes import DecoderPasses
 
 
 class Llava(ModelFamily):
@@ -25,25 +26,41 @@ class Llava(ModelFamily):
         """Return whether ``model`` is transformers' LLaVA (not LLaVA-NeXT or OneVision)."""
         return isinstance(model, LlavaForConditionalGeneration)
 
-    def site(self, model: PreTrainedModel) -> Site:
+    def sites(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """Return the decoder's self-attention."""
-        decoder = model.get_decoder()
-        layers: Any = decoder.layers
-        modules = tuple(layer.self_attn for layer in layers)
-        return Site("decoder", modules, modules[0].config)
+        decoder: Any = model.get_decoder()
+        modules = tuple(layer.self_attn for layer in decoder.layers)
+        layers = tuple(range(len(modules)))
+        image = self.image_token_id(model)
+        return (
+            Site(
+                "decoder",
+                modules,
+                layers,
+                len(layers),
+                modules[0].config,
+                lambda: DecoderPasses(model, image),
+            ),
+        )
 
     def image_token_id(self, model: PreTrainedModel) -> int:
         """Return the id of ``<image>``."""
         return model.config.image_token_index
 
-    def grid(self, model: PreTrainedModel) -> tuple[int, int]:
+    def visual_count(self, model: PreTrainedModel, site: str) -> int:
+        """Return the number of patches, and the CLS feature if the model keeps it."""
+        vision = model.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return patches + (model.config.vision_feature_select_strategy != "default")
+
+    def grid(self, model: PreTrainedModel, site: str) -> tuple[int, int]:
         """Return the patch grid of the vision tower; its CLS feature must be dropped.
 
         Raises:
-            ModelCheckError: if the model keeps the CLS feature, which lies on no patch.
+            PromptError: if the model keeps the CLS feature, which lies on no patch.
         """
         if model.config.vision_feature_select_strategy != "default":
-            raise ModelCheckError(
+            raise PromptError(
                 f"vision_feature_select_strategy is "
                 f"'{model.config.vision_feature_select_strategy}', so the CLS feature is an image "
                 "token that lies on no patch, and there is no grid. Maps can be read, not drawn."

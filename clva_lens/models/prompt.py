@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -16,18 +15,26 @@ from clva_lens.errors import PromptError
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 
+class VisualTokens(NamedTuple):
+    """The image tokens of one attention site: their spans among its keys, and their grid.
+
+    ``grid`` is (rows, columns), or a sentence that says why there is none.
+    """
+
+    spans: TokenSpans
+    grid: tuple[int, int] | str
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Prompt(Mapping[str, Tensor]):
     """What a model is run on. It is a mapping of the model's inputs, so ``**prompt`` unpacks it.
 
-    ``spans`` says which positions are what; ``grid`` is (rows, columns) of the image tokens, and
-    None where they lie on no grid. ``batched`` is whether lists were given. ``images``,
-    ``questions`` and ``system`` are what it was made from.
+    ``sites`` has the image tokens of each attention site, the family's own first. ``batched`` is
+    whether lists were given. ``images``, ``questions`` and ``system`` are what it was made from.
     """
 
     inputs: dict[str, Tensor]
-    spans: TokenSpans
-    grid: tuple[int, int] | None
+    sites: dict[str, VisualTokens]
     batched: bool
     images: tuple[Image.Image, ...]
     questions: tuple[str, ...]
@@ -45,6 +52,50 @@ class Prompt(Mapping[str, Tensor]):
         """Return the number of model inputs."""
         return len(self.inputs)
 
+    @property
+    def spans(self) -> TokenSpans:
+        """Which positions of the token sequence are what."""
+        return self.spans_at("decoder")
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(rows, columns) of the image tokens at the family's own site; None if on no grid."""
+        grid = next(iter(self.sites.values())).grid
+        return None if isinstance(grid, str) else grid
+
+    @property
+    def answer_start(self) -> int:
+        """Where the answer begins in the ids that the model's ``generate`` returns."""
+        rows = self.inputs.get("decoder_input_ids", self.inputs["input_ids"])
+        return rows.shape[1]
+
+    def spans_at(self, site: str) -> TokenSpans:
+        """Return which keys of a site are what.
+
+        Raises:
+            PromptError: if there is no such site.
+        """
+        return self._at(site).spans
+
+    def grid_at(self, site: str) -> tuple[int, int]:
+        """Return (rows, columns) of a site's image tokens.
+
+        Raises:
+            PromptError: if there is no such site, or its image tokens lie on no grid.
+        """
+        grid = self._at(site).grid
+        if isinstance(grid, str):
+            raise PromptError(grid)
+        return grid
+
+    def _at(self, site: str) -> VisualTokens:
+        if site not in self.sites:
+            raise PromptError(
+                f"this model has no attention site {site!r}; it has {', '.join(self.sites)}. Pass "
+                "one of these."
+            )
+        return self.sites[site]
+
     def on_grid(self, values: Tensor) -> Tensor:
         """Return values over the image tokens as a map that can be drawn on the picture.
 
@@ -53,29 +104,33 @@ class Prompt(Mapping[str, Tensor]):
         Raises:
             PromptError: if the image tokens lie on no grid, or their number is another.
         """
-        if self.grid is None:
-            raise PromptError(
-                "this model's image tokens lie on no grid, so a map over them cannot be drawn. "
-                "Use the values as they are."
-            )
-        rows, columns = self.grid
-        if values.shape[-1] != rows * columns:
-            raise PromptError(
-                f"the map has {values.shape[-1]} values, but the grid is {rows} × {columns}. "
-                "Pass a map over this prompt's image tokens."
-            )
-        return values.unflatten(-1, self.grid)
+        count, reasons, grids = values.shape[-1], [], []
+        for site, tokens in self.sites.items():
+            if isinstance(tokens.grid, str):
+                if tokens.spans.visual_count == count:
+                    reasons.append(tokens.grid)
+            elif count == tokens.grid[0] * tokens.grid[1]:
+                return values.unflatten(-1, tokens.grid)
+            else:
+                grids.append(f"{tokens.grid[0]} × {tokens.grid[1]} at the {site}")
+        if reasons:
+            raise PromptError(reasons[0])
+        raise PromptError(
+            f"the map has {count} values, but the grid is {' or '.join(grids)}. Pass a map over "
+            "this prompt's image tokens."
+        )
 
     def __repr__(self) -> str:
         """Return the questions and the sizes of the spans."""
         batch, length = self.spans.image.shape
         first = self.questions[0] if len(self.questions) == 1 else f"{batch} questions"
-        grid = "no grid" if self.grid is None else f"{self.grid[0]} × {self.grid[1]} grid"
+        grid = self.sites["decoder"].grid
+        lie = "no grid" if isinstance(grid, str) else f"{grid[0]} × {grid[1]} grid"
         counts = [
             int(span[0].sum()) for span in (self.spans.system, self.spans.image, self.spans.text)
         ]
         return (
-            f"Prompt({first!r}, {length} tokens: {counts[0]} system, {counts[1]} image ({grid}), "
+            f"Prompt({first!r}, {length} tokens: {counts[0]} system, {counts[1]} image ({lie}), "
             f"{counts[2]} text)"
         )
 
@@ -177,14 +232,3 @@ def as_lists(
     count = max(len(images), len(questions))
     read = [read_image(one) for one in images]
     return read * (count // len(read)), questions * (count // len(questions)), batched
-
-
-def spans_of(inputs: Mapping[str, Any], image_token_id: int) -> TokenSpans:
-    """Return the spans of processed inputs."""
-    mask = inputs.get("attention_mask")
-    return TokenSpans.from_ids(inputs["input_ids"], image_token_id, mask)
-
-
-def to_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """Return the tensors among processed inputs, on a device."""
-    return {k: v.to(device) for k, v in inputs.items() if isinstance(v, Tensor)}

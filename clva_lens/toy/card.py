@@ -94,7 +94,7 @@ def _pointing(model: LensModel, count: int) -> dict[str, Any]:
     patches = object_patches(scenes, asked)
     every = pointing(trace.saliency("all"), patches).float().mean(dim=0)
     sensitive = pointing(trace.saliency("sensitive"), patches).float().mean(dim=0)
-    heads = pointing(trace.last, patches).float().mean(dim=0)
+    heads = pointing(trace.maps, patches).float().mean(dim=0)
     return {
         "questions": len(asked),
         "chance": float(patches.float().mean()),

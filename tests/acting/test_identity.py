@@ -6,7 +6,7 @@ from test_state import state
 
 import clva_lens as cl
 from clva_lens.attention import Session
-from clva_lens.methods.base import METHODS, Method, Shape
+from clva_lens.methods.base import METHODS, Method, Shapes
 
 STEPS = 4
 METHOD = cl.CLVA(tau=1.0)
@@ -148,9 +148,9 @@ def test_state_is_restored(lens, ask, method):
     assert state(lens.hf_model) == before
 
 
-def test_a_method_has_fresh_sessions(name, method):
+def test_a_method_has_fresh_sessions(one, name, method):
     """Nothing of one run is in the next: a method makes new sessions each time."""
-    first, second = (method.sessions(Shape(12, 4)) for _ in range(2))
+    first, second = (method.sessions(Shapes(one.hf_model)) for _ in range(2))
     assert method.name == name
     assert first
     assert all(isinstance(session, Session) for session in first)

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clva_lens.attention import AttentionCall, Run, Step
+from clva_lens.attention import AttentionCall, Run
 from clva_lens.axes import TokenSpans
+from clva_lens.models.family import find_site
+from clva_lens.passes import Step
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -14,13 +16,13 @@ def test_a_row_that_sees_nothing_stays_finite(one, dtype):
     """In half precision the lowest float32 is −inf: padding rows would turn into NaN and spread."""
     ids = torch.tensor([[0, 5, 5, 5, 7, 8]])  # one token of padding, three of image, two of text
     spans = TokenSpans.from_ids(ids, 5, (ids > 0).long())
-    step = Step(0, 0, 6, 4, spans, spans.visual_index())
+    step = Step(0, 0, spans.text, spans, spans.visual_index(), causal=True, ordered=True)
     query, key = torch.randn(2, 1, 4, 6, 8).to(dtype)
     mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None].clone()
     mask[..., 0] = False  # padding is seen by nobody, so row 0 sees nothing
     bias = torch.zeros(1, 1, 6, 6)
     bias[..., 4:, 1:4] = torch.tensor([2.7, -2.3, -torch.inf])
-    merged = Run(one.hf_model).merge(AttentionCall(0, step, query, key, mask, bias, 1.0))
+    merged = Run(find_site(one.hf_model)).merge(AttentionCall(0, step, query, key, mask, bias, 1.0))
     kernel = merged.to(dtype)
     assert kernel.isfinite().all()
     weights = kernel.float().softmax(dim=-1)
@@ -35,9 +37,9 @@ def test_a_row_that_sees_nothing_stays_finite(one, dtype):
 def test_one_mask_serves_all_layers_of_a_pass(one):
     ids = torch.tensor([[5, 5, 7]])
     spans = TokenSpans.from_ids(ids, 5)
-    step = Step(0, 0, 3, 2, spans, spans.visual_index())
+    step = Step(0, 0, spans.text, spans, spans.visual_index(), causal=True, ordered=True)
     query, key = torch.randn(2, 1, 4, 3, 8)
-    run, bias = Run(one.hf_model), torch.ones(1, 1, 3, 3)
+    run, bias = Run(find_site(one.hf_model)), torch.ones(1, 1, 3, 3)
     call = AttentionCall(0, step, query, key, None, bias, 1.0)
     first = run.merge(call)
     assert run.merge(replace(call, layer=1)) is first

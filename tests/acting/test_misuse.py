@@ -232,7 +232,7 @@ def test_unknown_choice(untyped, make, message):
         (cl.KnockOut(layers=(12,)), "layers names layer 12"),
         (
             cl.CLVA(heads=cl.HeadClasses.from_indices({0: [1]}, {0: [0]}, layers=2, heads=4)),
-            r"heads is for \(2, 4\).*model has \(12, 4\).*layers=12, heads=4",
+            r"heads is for \(2, 4\).*has \(12, 4\).*layers=12, heads=4",
         ),
     ],
 )

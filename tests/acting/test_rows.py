@@ -26,7 +26,7 @@ def spans_of(prompt, item):
 
 
 def check(trace, wanted, atol=ATOL):
-    found = (trace.intensity, trace.system, trace.text, trace.last)
+    found = (trace.intensity, trace.system, trace.text, trace.maps)
     for name, ours, theirs in zip(("image", "system", "text", "last"), found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=atol, msg=f"{name} differs")
 
@@ -39,7 +39,7 @@ def test_single_is_the_eager_models(lens, variant, ask):
         out = eager(**prompt.inputs, output_attentions=True)
     patterns = torch.stack(out.attentions)[:, 0]
     assert trace.intensity.shape == (12, 4)
-    assert trace.last.shape == (12, 4, 16)
+    assert trace.maps.shape == (12, 4, 16)
     check(trace, from_patterns(patterns, *spans_of(prompt, 0)))
     torch.testing.assert_close(trace.logits, out.logits[0, -1], rtol=0, atol=1e-4)
     # Not vacuous: heads differ, and so do layers.
@@ -62,7 +62,7 @@ def test_batch_is_singles(lens, ask):
     trace = cl.trace_attention(lens, ask(lens, 3))
     for item in range(3):
         alone = cl.trace_attention(lens, ask(lens, first=item))
-        check(trace[item], (alone.intensity, alone.system, alone.text, alone.last))
+        check(trace[item], (alone.intensity, alone.system, alone.text, alone.maps))
         torch.testing.assert_close(trace[item].logits, alone.logits, rtol=0, atol=1e-4)
 
 
@@ -84,7 +84,7 @@ def test_under_a_method_is_the_references(lens, exact, ask, kind):
         system = list(range(result.image[0]))
         patterns = torch.stack(result.patterns)
         check(trace[item], from_patterns(patterns, result.image, result.text, system))
-    moved = (trace.last - plain.last).abs().amax(dim=(0, 2, 3))
+    moved = (trace.maps - plain.maps).abs().amax(dim=(0, 2, 3))
     print(f"{kind}: last-row maps move by {float(moved.max()):.3f}")
     assert torch.equal(moved[:5], torch.zeros(5))
     assert bool((moved[5:] > 0.01).all()) == (kind != "none")
@@ -96,7 +96,7 @@ def test_chosen_layers(one, ask):
     assert some.layers == (2, 7)
     assert some.num_layers == 12
     assert torch.equal(some.intensity, whole.intensity[[2, 7]])
-    assert torch.equal(some.last, whole.last[[2, 7]])
+    assert torch.equal(some.maps, whole.maps[[2, 7]])
 
 
 def test_generated_rows_are_the_eager_models(lens, variant, ask):
@@ -133,21 +133,21 @@ def test_a_second_prompt_is_observed_afresh(one, ask):
     assert len(seen.steps) == len(alone.steps) == 2
     for found, wanted in zip(seen.steps, alone.steps, strict=True):
         assert torch.equal(found, wanted)
-    assert torch.equal(seen.trace.last, alone.trace.last)
-    assert not torch.allclose(first.last, seen.trace.last, atol=1e-3)
+    assert torch.equal(seen.trace.maps, alone.trace.maps)
+    assert not torch.allclose(first.maps, seen.trace.maps, atol=1e-3)
 
 
 def test_saliency_of_head_sets(one, ask):
     """Eq. 4 by hand from the maps, for every way to name the heads."""
     trace = cl.trace_attention(one, ask(one))
-    assert torch.allclose(trace.saliency(), trace.last.mean(dim=1), atol=1e-7)
+    assert torch.allclose(trace.saliency(), trace.maps.mean(dim=1), atol=1e-7)
     for name in ("sensitive", "insensitive"):
         mask = getattr(trace.heads(), name)
-        wanted = torch.stack([trace.last[i, mask[i]].mean(dim=0) for i in range(12)])
+        wanted = torch.stack([trace.maps[i, mask[i]].mean(dim=0) for i in range(12)])
         assert torch.allclose(trace.saliency(name), wanted, atol=1e-7)
     mask = torch.zeros(12, 4, dtype=torch.bool)
     mask[:, 2] = True
-    assert torch.allclose(trace.saliency(mask), trace.last[:, 2], atol=1e-7)
+    assert torch.allclose(trace.saliency(mask), trace.maps[:, 2], atol=1e-7)
     assert not torch.allclose(trace.saliency("sensitive"), trace.saliency("insensitive"), atol=1e-3)
 
 

@@ -139,7 +139,7 @@ def test_observe_before_and_after(lens, ask):
     assert before.trace.layers == after.trace.layers == (4, 8)
     same(before.trace.intensity[0], after.trace.intensity[0])
     assert not before.trace.intensity.requires_grad  # it does not keep the model's graph alive
-    assert "AttentionTrace(2 layers" in repr(before.trace)
+    assert "AttentionTrace(decoder: 2 layers" in repr(before.trace)
     assert float(before.trace.intensity[1].min()) > 0.01
     assert float(after.trace.intensity[1].max()) == 0.0
     # What is behind the edited layer is seen under the edit by both.

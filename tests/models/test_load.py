@@ -10,9 +10,9 @@ from conftest import QUESTIONS, make_processor, picture, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clva_lens as cl
-from clva_lens.errors import ModelCheckError, ModelLoadError, UnknownName
+from clva_lens.errors import ModelCheckError, ModelLoadError, PromptError, UnknownName
 from clva_lens.models.check import check_family
-from clva_lens.models.family import FAMILIES, Site
+from clva_lens.models.family import FAMILIES
 from clva_lens.models.lens import LensModel
 from clva_lens.models.llava import Llava
 
@@ -219,18 +219,18 @@ def test_check_fails_if_attention_is_not_on_the_path():
 class _WrongModules(Llava):
     """A family that names modules that are not on the path: copies of the attention."""
 
-    def site(self, model):
-        right = super().site(model)
+    def sites(self, model):
+        (right,) = super().sites(model)
         modules = tuple(deepcopy(module) for module in right.modules)
-        return Site("decoder", modules, right.config)
+        return (right._replace(modules=modules),)
 
 
 class _WrongKernelOwner(Llava):
     """A family that names a config that the attention modules do not read."""
 
-    def site(self, model):
-        right = super().site(model)
-        return Site("decoder", right.modules, model.config.vision_config)
+    def sites(self, model):
+        (right,) = super().sites(model)
+        return (right._replace(config=model.config.vision_config),)
 
 
 @pytest.mark.parametrize("wrong", [_WrongModules, _WrongKernelOwner])
@@ -244,15 +244,30 @@ def test_check_fails_if_the_processor_does_not_fit():
     """A processor with another patch size writes another number of image tokens."""
     processor = make_processor()
     processor.num_additional_image_tokens = 0
-    with pytest.raises(ModelCheckError, match=r"has 15 image tokens.*grid of 4 × 4.*patch_size"):
+    with pytest.raises(ModelCheckError, match=r"has 15 image tokens at .*makes 16.*patch_size"):
         cl.load((tiny_model(), processor))
 
 
 def test_cls_feature_has_no_grid():
-    model = tiny_model()
+    model, processor = tiny_model(), make_processor()
     model.config.vision_feature_select_strategy = "full"
-    with pytest.raises(ModelCheckError, match=r"vision_feature_select_strategy is 'full'.*no grid"):
-        cl.load((model, make_processor()))
+    with pytest.raises(ModelCheckError, match=r"has 16 image tokens at the decoder.*makes 17"):
+        cl.load((model, processor))
+    processor.vision_feature_select_strategy = "full"
+    lens = cl.load((model, processor))
+    prompt = lens.prompt(picture(0), "is there a cup ?")
+    trace = cl.trace_attention(lens, prompt)
+    assert prompt.grid is None
+    with pytest.raises(PromptError, match=r"vision_feature_select_strategy is 'full'.*no grid"):
+        prompt.on_grid(trace.saliency())
+
+
+def test_picture_of_another_size_is_found_at_the_door():
+    processor = make_processor()
+    processor.image_processor.size = {"shortest_edge": 40}
+    processor.image_processor.crop_size = {"height": 40, "width": 40}
+    with pytest.raises(ModelCheckError, match=r"makes pictures of 40 × 40.*takes 32 × 32"):
+        cl.load((tiny_model(), processor))
 
 
 def test_families_are_registered():
@@ -267,6 +282,8 @@ def test_tiny_of_every_family(name):
     family = FAMILIES.get(name)
     model = family.tiny()
     assert family.matches(model)
-    assert len(family.site(model).modules) == 12
-    rows, columns = family.grid(model)
+    for site in family.sites(model):
+        assert site.depth == 12
+        assert len(site.modules) == len(site.layers) >= 6
+    rows, columns = family.grid(model, family.sites(model)[0].name)
     assert rows * columns == 16

@@ -1,0 +1,224 @@
+"""InstructBLIP and BLIP-2: a Q-Former reads the picture into a few tokens for a language model.
+
+Two attention sites. ``qformer``: the learned queries look at the vision tower's output (a CLS
+token, then patches), in every second layer. ``decoder``: the language model looks at the queries'
+outputs, which stand at the head of its prompt. The first is where CLVA acts (Eq. 14,
+arXiv:2603.25088v1).
+
+Batches are padded left of the image tokens, where transformers' processor pads between them and
+the text: the distance from text to image is then that of the prompt alone. The Q-Former's text,
+whose positions are absolute, is padded on the right.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Blip2ForConditionalGeneration,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from clva_lens.axes import TokenSpans
+from clva_lens.errors import ModelLoadError, PromptError
+from clva_lens.models.family import FAMILIES, ModelFamily, Site
+from clva_lens.passes import DecoderPasses, EncoderDecoderPasses, Passes, QueryPasses, picture_spans
+
+CLS = 1  # keys of the Q-Former that lie on no patch
+LANGUAGE_MODELS = ("llama", "opt", "t5")
+
+
+class InstructBlip(ModelFamily):
+    """``InstructBlipForConditionalGeneration`` and ``Blip2ForConditionalGeneration``."""
+
+    name = "instructblip"
+
+    def matches(self, model: nn.Module) -> bool:
+        """Return whether ``model`` is transformers' InstructBLIP or BLIP-2."""
+        return isinstance(
+            model, InstructBlipForConditionalGeneration | Blip2ForConditionalGeneration
+        )
+
+    def sites(self, model: PreTrainedModel) -> tuple[Site, ...]:
+        """Return the Q-Former's cross-attention and the language model's attention."""
+        qformer: Any = model.qformer
+        stack = qformer.encoder.layer
+        layers = tuple(i for i, layer in enumerate(stack) if layer.has_cross_attention)
+        modules = tuple(stack[i].crossattention.attention for i in layers)
+        reading = Site(
+            "qformer",
+            modules,
+            layers,
+            len(stack),
+            modules[0].config,
+            lambda: QueryPasses(qformer, CLS),
+            ordered=False,
+        )
+        return reading, self._decoder(model)
+
+    def _decoder(self, model: PreTrainedModel) -> Site:
+        language: Any = model.language_model
+        kind = language.config.model_type
+        if kind not in LANGUAGE_MODELS:
+            raise ModelLoadError(
+                f"the language model is a '{kind}', whose attention clva_lens does not know "
+                f"(it knows {', '.join(LANGUAGE_MODELS)}). Load a model with one of these."
+            )
+        decoder = language.get_decoder()
+        watcher: type[DecoderPasses] | type[EncoderDecoderPasses]
+        if kind == "t5":
+            modules = tuple(block.layer[1].EncDecAttention for block in decoder.block)
+            watcher = EncoderDecoderPasses
+        else:
+            modules = tuple(layer.self_attn for layer in decoder.layers)
+            watcher = DecoderPasses
+
+        def passes() -> Passes:
+            return watcher(language, self.image_token_id(model), model.get_input_embeddings())
+
+        layers = tuple(range(len(modules)))
+        return Site("decoder", modules, layers, len(layers), modules[0].config, passes)
+
+    def image_token_id(self, model: PreTrainedModel) -> int:
+        """Return the id of ``<image>``.
+
+        Raises:
+            ModelLoadError: if the configuration has none, as those of old checkpoints.
+        """
+        image = getattr(model.config, "image_token_index", None)
+        if image is None:
+            raise ModelLoadError(
+                f"{type(model).__name__}'s configuration has no image_token_index, so its image "
+                "tokens cannot be found in a prompt. It is an old checkpoint: add the token "
+                "'<image>' to its tokenizer, resize the token embeddings, set "
+                "model.config.image_token_index, and pass (hf_model, processor)."
+            )
+        return image
+
+    def visual_count(self, model: PreTrainedModel, site: str) -> int:
+        """Return the number of patches, or of queries."""
+        if site == "decoder":
+            return model.config.num_query_tokens
+        rows, columns = self.grid(model, site)
+        return rows * columns
+
+    def grid(self, model: PreTrainedModel, site: str) -> tuple[int, int]:
+        """Return the patch grid of the vision tower, which the Q-Former looks at.
+
+        Raises:
+            PromptError: for the decoder, whose image tokens are queries' outputs.
+        """
+        if site == "decoder":
+            raise PromptError(
+                f"the decoder's {model.config.num_query_tokens} image tokens are outputs of the "
+                "Q-Former's queries, each of which may look anywhere, so they lie on no grid. Draw "
+                "the Q-Former's maps (site='qformer'), or cl.composed_saliency(model, prompt)."
+            )
+        vision = model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return side, side
+
+    def spans(self, model: PreTrainedModel, site: str, inputs: Mapping[str, Tensor]) -> TokenSpans:
+        """Return the spans of a site's keys."""
+        if site == "decoder":
+            return super().spans(model, site, inputs)
+        batch, keys = len(inputs["input_ids"]), CLS + self.visual_count(model, site)
+        return picture_spans(batch, keys, CLS, inputs["input_ids"].device)
+
+    def ask(self, processor: ProcessorMixin, question: str, system: str | None) -> str:
+        """Return the question as it is; BLIP-2, which follows no instructions, gets a frame."""
+        if not hasattr(processor, "qformer_tokenizer"):
+            question = f"Question: {question} Answer:"
+        return f"{system} {question}" if system else question
+
+    def encode(
+        self, model: PreTrainedModel, processor: Any, images: list[Any], texts: list[str]
+    ) -> dict[str, Tensor]:
+        """Return the model's inputs: padding, image tokens, text; and the Q-Former's text."""
+        tokenizer = processor.tokenizer
+        image = [self.image_token_id(model)] * model.config.num_query_tokens
+        rows = [image + tokenizer(text).input_ids for text in texts]
+        ids, mask = _pad_left(rows, tokenizer.pad_token_id or 0)
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+        if isinstance(model, InstructBlipForConditionalGeneration):
+            reader = getattr(processor, "qformer_tokenizer", None)
+            if reader is None:
+                raise PromptError(
+                    "InstructBLIP's Q-Former reads the question too, but "
+                    f"{type(processor).__name__} has no qformer_tokenizer to make "
+                    "qformer_input_ids. Use the model's own InstructBlipProcessor."
+                )
+            text = reader(texts, padding=True, padding_side="right", return_tensors="pt")
+            inputs["qformer_input_ids"] = text["input_ids"]
+            inputs["qformer_attention_mask"] = text["attention_mask"]
+        language: Any = model.language_model
+        if language.config.is_encoder_decoder:
+            start = language.config.decoder_start_token_id
+            inputs["decoder_input_ids"] = torch.full((len(texts), 1), start)
+        return inputs
+
+    def tiny(self, **text_config: Any) -> InstructBlipForConditionalGeneration:
+        """Return a small InstructBLIP: two 12-layer, 4-head stacks, 8 queries, 16 patches."""
+        text: dict[str, Any] = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
+        return self.tiny_with(LlamaConfig(**(text | text_config)))
+
+    @staticmethod
+    def tiny_with(text_config: PreTrainedConfig) -> InstructBlipForConditionalGeneration:
+        """Return a small InstructBLIP around a language model."""
+        config = InstructBlipConfig(
+            vision_config={
+                "hidden_size": 24,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 8,
+                "initializer_range": 0.02,  # theirs is 1e-10, at which all patches look the same
+            },
+            qformer_config={
+                "vocab_size": 64,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 4,
+                "encoder_hidden_size": 24,
+                "max_position_embeddings": 128,
+            },
+            text_config=text_config,
+            num_query_tokens=8,
+            image_token_index=5,
+        )
+        model = InstructBlipForConditionalGeneration(config).eval()
+        with torch.no_grad():
+            # They start as zeros, so that all queries would be one.
+            model.query_tokens.normal_(0, 1)
+        return model
+
+
+def _pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Return token ids of one length, and the mask that is 0 on their padding."""
+    length = max(len(row) for row in rows)
+    ids = [[pad] * (length - len(row)) + row for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+FAMILIES.register("instructblip", InstructBlip())

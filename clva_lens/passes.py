@@ -1,0 +1,279 @@
+"""Which rows and keys of a forward pass are what: watched on the model's inputs during a run.
+
+Attention functions see queries and keys only. What they stand for (system, image, text, generated;
+prompt or decoding step) is worked out here, before each pass, by a hook that a run puts on the
+module where the pass begins and takes away when it ends.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.hooks import RemovableHandle
+
+from clva_lens.axes import TokenSpans
+from clva_lens.errors import InterventionError
+
+
+class Step(NamedTuple):
+    """One forward pass of a run: step 0 reads the prompt, later ones the generated tokens.
+
+    ``spans`` cover the keys up to the last one of this pass, ``visual`` are the positions of the
+    image tokens among them. ``offset`` is the position of the pass's first query row;
+    ``text_rows`` marks the rows of the prompt that are text. ``causal``: keys are the positions of
+    the rows, which do not see later ones. ``ordered``: the rows have a last one, which makes the
+    maps of Eq. 4; otherwise all of them do, averaged.
+    """
+
+    number: int
+    offset: int
+    text_rows: Bool[Tensor, "batch prompt_row"]
+    spans: TokenSpans
+    visual: Int[Tensor, "batch visual"]
+    causal: bool
+    ordered: bool
+
+    @property
+    def prompt_rows(self) -> int:
+        """The number of the prompt's rows."""
+        return self.text_rows.shape[1]
+
+    @property
+    def keys(self) -> int:
+        """The number of keys that ``spans`` cover."""
+        return self.spans.image.shape[1]
+
+    @property
+    def first_text(self) -> int:
+        """The first row that is text in any sample."""
+        return int(self.text_rows.any(dim=0).nonzero()[0])
+
+    @property
+    def last_text(self) -> Int[Tensor, " batch"]:
+        """The position of each sample's last prompt row: the "last query row" of Eq. 4."""
+        position = torch.arange(self.prompt_rows, device=self.text_rows.device)
+        return torch.where(self.text_rows, position, -1).amax(dim=1)
+
+
+class Passes(ABC):
+    """Watches one site of one model during a run; ``step`` is the pass that is running."""
+
+    def __init__(self, entry: nn.Module) -> None:
+        """Name the module whose call begins a pass."""
+        self.entry = entry
+        self.step: Step | None = None
+
+    def hooks(self) -> list[RemovableHandle]:
+        """Start watching; the handles stop it."""
+        return [self.entry.register_forward_pre_hook(self._before, with_kwargs=True)]
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # nnsight's scan() leaves the inputs real, but whatever is computed from them is fake.
+        given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+        if any(isinstance(one[:0], FakeTensor) for one in given):
+            self.step = None
+        else:
+            self.watch(args, kwargs)
+
+    @abstractmethod
+    def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Work out ``step`` from the arguments of the entry module.
+
+        Raises:
+            InterventionError: if it cannot be known from them.
+        """
+
+
+class _TokenPasses(Passes):
+    """Passes of a language model, which reads a prompt and then what it generates.
+
+    Image tokens are known from token ids. Where a model hands embeddings to its language model,
+    ``embedding`` is the module that made them, and the ids are those that it saw last.
+    """
+
+    def __init__(
+        self, entry: nn.Module, image_token_id: int, embedding: nn.Module | None = None
+    ) -> None:
+        super().__init__(entry)
+        self.image_token_id, self.embedding = image_token_id, embedding
+        self._embedded: Tensor | None = None
+        self._prompt: Int[Tensor, "batch prompt_row"] | None = None
+
+    def hooks(self) -> list[RemovableHandle]:
+        """Start watching; the handles stop it."""
+        handles = super().hooks()
+        if self.embedding is not None:
+            handles.append(
+                self.embedding.register_forward_pre_hook(self._remember, with_kwargs=True)
+            )
+        return handles
+
+    def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._embedded = next(iter((*args, *kwargs.values())), None)
+
+    def _embedded_ids(self, batch: int, length: int | None) -> Tensor:
+        """Return the token ids behind the embeddings of a prompt, one row a beam."""
+        ids, self._embedded = self._embedded, None
+        fits = ids is not None and batch % len(ids) == 0 and length in (None, ids.shape[1])
+        if not fits:
+            raise InterventionError(
+                "the model was called with inputs_embeds only, so the image tokens cannot be "
+                "found. Pass input_ids (and pixel_values) instead."
+            )
+        assert ids is not None
+        return ids.repeat_interleave(batch // len(ids), dim=0)
+
+    def _is_rerun(self, rows: Tensor, offset: int, kwargs: dict[str, Any]) -> bool:
+        """Whether an uncached pass reads the known prompt again, and more."""
+        known = self._prompt
+        return (
+            offset == 0
+            and kwargs.get("use_cache") is False
+            and known is not None
+            and known.shape[1] < rows.shape[1]
+            and known.shape[0] == rows.shape[0]
+            and torch.equal(known, rows[:, : known.shape[1]])
+        )
+
+    def _begin(self, rows: Tensor, ids: Tensor, mask: Tensor | None) -> TokenSpans:
+        """Take a new prompt; return the spans of its tokens."""
+        spans = TokenSpans.from_ids(ids, self.image_token_id, _padding(mask, ids))
+        if not spans.image.any():
+            raise InterventionError(
+                "the prompt has no image tokens, so there is no visual attention to read or edit. "
+                "Pass an image: model.prompt(image, question)."
+            )
+        self._prompt = rows
+        return spans
+
+    def _next(self, rows: Tensor, offset: int) -> Step:
+        """Return the step before this pass, which reads generated tokens."""
+        known = self.step
+        if known is None or known.spans.image.shape[0] != rows.shape[0]:
+            raise InterventionError(
+                "the first pass under this run already had a filled key-value cache (or another "
+                "batch), so its image tokens are unknown. Start the run before the prompt is read."
+            )
+        if offset > 0 and rows.shape[1] > 1:
+            raise InterventionError(
+                f"a pass reads {rows.shape[1]} tokens onto a filled key-value cache (a prefill cut "
+                "into chunks, assisted decoding, or another turn), so it is unclear which of them "
+                "are prompt. Read the whole prompt in one pass: leave prefill_chunk_size and "
+                "assistant_model unset."
+            )
+        return known
+
+
+class DecoderPasses(_TokenPasses):
+    """Causal self-attention over a sequence that holds the image tokens."""
+
+    def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin with a prompt, or extend its spans by generated positions."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            embeds = kwargs.get("inputs_embeds")
+            batch, length = (1, None) if embeds is None else embeds.shape[:2]
+            ids = self._embedded_ids(batch, length)
+        offset = _cached(kwargs)
+        if offset == 0 and not self._is_rerun(ids, offset, kwargs):
+            spans = self._begin(ids, ids, kwargs.get("attention_mask"))
+            visual = spans.visual_index()
+            if not spans.text.any(dim=1).all():
+                raise InterventionError(
+                    "a prompt ends with its image (or its prefill is cut into chunks), so there is "
+                    "no text row to read anchors from. Put the question after the image, and leave "
+                    "prefill_chunk_size unset."
+                )
+            self.step = Step(0, 0, spans.text, spans, visual, causal=True, ordered=True)
+            return
+        known = self._next(ids, offset)
+        spans = known.spans
+        more = offset + ids.shape[1] - known.keys
+        if more > 0:
+            no = torch.zeros(len(ids), more, dtype=torch.bool, device=spans.image.device)
+            spans = TokenSpans(
+                system=torch.cat([spans.system, no], dim=1),
+                image=torch.cat([spans.image, no], dim=1),
+                text=torch.cat([spans.text, no], dim=1),
+                generated=torch.cat([spans.generated, ~no], dim=1),
+            )
+        self.step = known._replace(number=known.number + 1, offset=offset, spans=spans)
+
+
+class EncoderDecoderPasses(_TokenPasses):
+    """Cross-attention of a decoder to an encoder's sequence, which holds the image tokens.
+
+    The rows are the decoder's: its start token is the prompt's only row.
+    """
+
+    def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin with an encoded prompt, or go on to the next rows of the decoder."""
+        rows = kwargs.get("decoder_input_ids")
+        if rows is None:
+            raise InterventionError(
+                "the encoder-decoder model was called without decoder_input_ids, so the decoder's "
+                "rows are unknown. Pass them: model.prompt(image, question) has them."
+            )
+        offset = _cached(kwargs)
+        if offset == 0 and not self._is_rerun(rows, offset, kwargs):
+            spans = self._begin(
+                rows, self._embedded_ids(len(rows), None), kwargs.get("attention_mask")
+            )
+            text = torch.ones_like(rows, dtype=torch.bool)
+            visual = spans.visual_index()
+            self.step = Step(0, 0, text, spans, visual, causal=False, ordered=True)
+            return
+        known = self._next(rows, offset)
+        self.step = known._replace(number=known.number + 1, offset=offset)
+
+
+class QueryPasses(Passes):
+    """Cross-attention of learned queries to a picture: every call reads a new prompt.
+
+    The first ``lead`` keys lie on no patch (the CLS token); they are ``system``.
+    """
+
+    def __init__(self, entry: nn.Module, lead: int = 1) -> None:
+        """Name the Q-Former."""
+        super().__init__(entry)
+        self.lead = lead
+
+    def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin with the pictures of this call."""
+        queries, pictures = kwargs.get("query_embeds"), kwargs.get("encoder_hidden_states")
+        if queries is None or pictures is None:
+            raise InterventionError(
+                "the Q-Former was called without queries or without a picture, so there is no "
+                "visual attention to read or edit. Pass pixel_values."
+            )
+        batch, keys = pictures.shape[:2]
+        spans = picture_spans(batch, keys, self.lead, pictures.device)
+        rows = torch.ones(batch, queries.shape[1], dtype=torch.bool, device=pictures.device)
+        self.step = Step(0, 0, rows, spans, spans.visual_index(), causal=False, ordered=False)
+
+
+def picture_spans(
+    batch: int, keys: int, lead: int, device: torch.device | str = "cpu"
+) -> TokenSpans:
+    """Return the spans of a vision tower's output: ``lead`` tokens on no patch, then patches."""
+    none = torch.zeros(batch, keys, dtype=torch.bool, device=device)
+    image = none.clone()
+    image[:, lead:] = True
+    return TokenSpans(system=~image, image=image, text=none, generated=none)
+
+
+def _cached(kwargs: dict[str, Any]) -> int:
+    """Return the number of positions in the key-value cache."""
+    cache = kwargs.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _padding(mask: Any, ids: Tensor) -> Tensor | None:
+    """Return the prompt's padding mask, from the 4-D mask of a static cache too."""
+    if not isinstance(mask, Tensor) or mask.ndim == 2:
+        return mask if isinstance(mask, Tensor) else None
+    last = mask[:, 0, -1, : ids.shape[1]]
+    return (last if last.dtype == torch.bool else last == 0).long()
