@@ -100,36 +100,37 @@ def check_model(
 
     lens = load(model, check=False)
     moved = check_family(lens.hf_model, lens.prompt)
+    sites = ", ".join(f"{len(site.layers)} layers of the {site.name}" for site in lens.sites)
     Console().print(
-        f"{model}: family {lens.family.name}, {lens.num_layers} layers, rows of every layer sum to "
-        f"1, and hiding the image from the text moves the logits by {moved:.3g}."
+        f"{model}: family {lens.family.name}, {sites}; rows of every layer sum to 1, and hiding "
+        f"the image moves the logits by {moved:.3g} or more."
     )
 
 
 @toy.command()
 @friendly
 def train(
-    control: Annotated[bool, typer.Option("--control", help="Train toy-llava-control.")] = False,
+    name: Annotated[
+        str, typer.Argument(help="toy-llava, toy-llava-control or toy-instructblip.")
+    ] = "toy-llava",
     seed: Annotated[int, typer.Option(help="Seed of the weights and the scenes.")] = 0,
     folder: Annotated[
         Path | None, typer.Option(help="Checkpoints and result; continues what is there.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Decoder steps, if not the recipe's.", min=1)
+        int | None, typer.Option(help="Steps of the longest stage, if not the recipe's.", min=1)
     ] = None,
 ) -> None:
     """Train a toy model from a seed; a run that was interrupted goes on from its checkpoint."""
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    from clva_lens.toy.build import processor
-    from clva_lens.toy.train import CONTROL, RECIPE, TIMES, Recipe
-    from clva_lens.toy.train import train as run
+    from clva_lens.toy.toys import TOYS
+    from clva_lens.toy.train import RECIPE, TIMES
 
-    name = "toy-llava-control" if control else "toy-llava"
+    chosen = TOYS.get(name)
     target = folder or Path("toy-runs") / f"{name}-seed{seed}"
-    recipe = CONTROL if control else Recipe()
-    changes = {"seed": seed} if steps is None else {"seed": seed, "decoder_steps": steps}
-    recipe = replace(recipe, **changes)
+    changes = {"seed": seed} if steps is None else {"seed": seed, chosen.steps: steps}
+    recipe = replace(chosen.recipe, **changes)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[figures]}")) as bar:
         tasks: dict[str, TaskID] = {}
@@ -140,10 +141,9 @@ def train(
             text = " ".join(f"{key} {value:.3f}" for key, value in figures.items())
             bar.update(tasks[stage], completed=step + 1, figures=text)
 
-        model = run(recipe, target, advance)
+        model = chosen.train(recipe, target, advance)
     finished = target / "model"
-    model.save_pretrained(finished)
-    processor().save_pretrained(finished)
+    chosen.save(model, finished)
     for file in (RECIPE, TIMES):
         shutil.copy(target / file, finished / file)
     Console().print(f"Written to {target / 'model'}; measure it with: clva-lens toy card {target}")

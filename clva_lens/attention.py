@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from clva_lens.errors import InterventionError
-from clva_lens.models.family import Site, find_site
+from clva_lens.models.family import Site, find_family, find_site
 from clva_lens.passes import Step
 
 # Rows of the pattern are formed in pieces of at most this many scores (64 MiB of float32).
@@ -181,7 +181,8 @@ class Run:
         if self._merged is None or self._merged[0] is not mask or self._merged[1] is not bias:
             additive = call.additive_mask(0, call.query.shape[2])
             # Finite in the queries' type: a row of padding that sees nothing must not become NaN.
-            lowest = torch.finfo(call.query.dtype).min
+            # The bias is float32, which the lowest float64 does not fit.
+            lowest = max(torch.finfo(call.query.dtype).min, torch.finfo(bias.dtype).min)
             merged = bias if additive is None else (bias + additive).clamp_min(lowest)
             # CUDA kernels take a mask of the queries' type only; CPU kernels take float32 too.
             if merged.device.type != "cpu":
@@ -226,10 +227,18 @@ def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[]
 
 @contextmanager
 def running(model: PreTrainedModel, sessions: Sequence[Session]) -> Iterator[None]:
-    """Have sessions in the model's run inside the ``with`` block."""
+    """Have sessions in the model's run inside the ``with`` block.
+
+    An error of the model that its family understands is raised as a clearer one.
+    """
     close = open_run(model, sessions)
     try:
         yield
+    except TypeError as error:
+        clearer = find_family(model).explain(error)
+        if clearer is None:
+            raise
+        raise clearer from error
     finally:
         close()
 

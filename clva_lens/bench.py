@@ -25,27 +25,18 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlavaForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 
+from clva_lens.bench_models import Subject, random_prompt, random_subjects, toy_subjects
 from clva_lens.errors import ParameterError
 from clva_lens.intervene import intervene, intervening, trace_attention
 from clva_lens.methods.clva import CLVA
-from clva_lens.models.family import find_family, find_site
+from clva_lens.models.family import find_site
 from clva_lens.models.lens import LensModel
-from clva_lens.models.prompt import Prompt, VisualTokens
 from clva_lens.toy import build
 
 # A model whose plain generation is shorter than this gets as many more rounds.
 ROUND_SECONDS = 1.0
-# Tokens before and after the image, about those of a question with LLaVA-1.5's system message.
-SYSTEM_TOKENS, TEXT_TOKENS = 8, 16
-# The largest acceptable ratios, by case and unit. The toy's is nearly all Python.
-TOY_TARGETS = {("generate, CLVA", "s"): 1.25}
-LARGE_TARGETS = {
-    ("generate, CLVA", "s"): 1.05,
-    ("trace_attention", "s"): 1.5,
-    ("trace_attention", "MiB"): 0.05,
-}
 
 
 @dataclass(frozen=True)
@@ -115,17 +106,6 @@ class BenchReport:
         return Group(*tables, f"Medians of interleaved rounds; {used}.")
 
 
-class Subject(NamedTuple):
-    """A model to measure, and the targets it must hold by (case, unit).
-
-    Its kernel is switched between cases, and its end token is switched off.
-    """
-
-    name: str
-    model: PreTrainedModel
-    targets: Mapping[tuple[str, str], float]
-
-
 def bench(
     rounds: int = 9,
     quick: bool = False,
@@ -135,10 +115,10 @@ def bench(
     new_tokens: int = 20,
     progress: bool = True,
 ) -> BenchReport:
-    """Measure CLVA and tracing on the toy and, unless ``quick``, on a 24-layer random LLaVA.
+    """Measure CLVA and tracing on the toys and, unless ``quick``, on larger random models.
 
-    The toy is untrained: its cost does not depend on the weights; being fast, it gets more rounds.
-    The whole takes minutes. ``subjects`` replaces both models.
+    The toys are untrained: their cost does not depend on the weights; being fast, they get more
+    rounds. The whole takes minutes. ``subjects`` replaces the models.
 
     Raises:
         ParameterError: if ``rounds`` or ``new_tokens`` is below 1.
@@ -148,9 +128,7 @@ def bench(
             f"rounds and new_tokens must be >= 1, but are {rounds} and {new_tokens}. Pass rounds=9."
         )
     if subjects is None:
-        subjects = [Subject("toy", build.untrained(0), TOY_TARGETS)]
-        if not quick:
-            subjects.append(Subject("random 24 × 512", random_llava(), LARGE_TARGETS))
+        subjects = toy_subjects() if quick else toy_subjects() + random_subjects()
     rows: list[BenchRow] = []
     gc.freeze()  # Collecting before each sample would else go through all that is imported.
     try:
@@ -158,55 +136,13 @@ def bench(
             nn.Module.to(subject.model.eval(), device=device)
             with torch.inference_mode():
                 rows += measure_time(subject, rounds, new_tokens, progress=progress)
-                rows += measure_memory(subject)
+                if subject.keeps_patterns:
+                    rows += measure_memory(subject)
     finally:
         gc.unfreeze()
     versions = {name: version(name) for name in ("torch", "transformers", "nnsight")}
     used = {**versions, "device": device, "threads": torch.get_num_threads()}
     return BenchReport(tuple(rows), rounds, used)
-
-
-def random_llava(
-    layers: int = 24, width: int = 512, heads: int = 8, image_tokens: int = 576
-) -> LlavaForConditionalGeneration:
-    """Return a LLaVA with random weights in which the decoder does nearly all the work.
-
-    Raises:
-        ParameterError: if ``image_tokens`` is not a square number.
-    """
-    side = math.isqrt(image_tokens)
-    if side * side != image_tokens:
-        raise ParameterError(
-            f"image_tokens must be a square number, but is {image_tokens}. Pass {side * side}."
-        )
-    vision: dict[str, Any] = {"image_size": 14 * side, "patch_size": 14, "num_hidden_layers": 2}
-    # The feed-forward width is in the 7B model's proportion, 11008 / 4096.
-    text: dict[str, Any] = {"hidden_size": width, "intermediate_size": round(width * 2.6875)}
-    text |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": width // heads}
-    text |= {"num_hidden_layers": layers, "vocab_size": 1024, "max_position_embeddings": 4096}
-    config = build.config()
-    for part, changes in ((config.text_config, text), (config.vision_config, vision)):
-        cast(Any, part).update(changes)
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config).eval()
-
-
-def random_prompt(model: PreTrainedModel) -> Prompt:
-    """Return a prompt of a noise picture and meaningless words, of the usual proportions."""
-    family = find_family(model)
-    grid, image = family.grid(model, "decoder"), family.image_token_id(model)
-    words = torch.arange(image + 1, image + 1 + SYSTEM_TOKENS + TEXT_TOKENS)
-    images = torch.full((grid[0] * grid[1],), image)
-    ids = torch.cat([words[:SYSTEM_TOKENS], images, words[SYSTEM_TOKENS:]])[None]
-    size = int(model.config.vision_config.image_size)
-    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    inputs = {
-        "input_ids": ids.to(model.device),
-        "attention_mask": torch.ones_like(ids).to(model.device),
-        "pixel_values": pixels.to(model.device, model.dtype),
-    }
-    sites = {"decoder": VisualTokens(family.spans(model, "decoder", inputs), grid)}
-    return Prompt(inputs, sites, False, (), ("",), None)
 
 
 class Case(NamedTuple):
@@ -222,7 +158,8 @@ def generation_cases(model: PreTrainedModel, new_tokens: int) -> list[Case]:
     """Return generation of ``new_tokens`` tokens: plain, under CLVA, and both in nnsight."""
     inputs, generate = random_prompt(model).inputs, cast(Any, model).generate
     options: dict[str, Any] = {**inputs, "max_new_tokens": new_tokens, "do_sample": False}
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    for part in (model, getattr(model, "language_model", model)):
+        part.generation_config.eos_token_id, part.generation_config.pad_token_id = None, 0
     # A wrapped model is slower, so nnsight gets a copy; the weights are shared.
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     handle = LensModel(copy.deepcopy(model, shared), build.processor(), "bench")

@@ -4,16 +4,15 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from clva_lens.anchors import VisualAnchors
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.benchmarks.comparison import Comparison, compare
 from clva_lens.benchmarks.metrics import Outcomes
@@ -30,22 +29,15 @@ from clva_lens.figures import (
     saliency_overlays,
     save,
 )
-from clva_lens.generate import Greedy, generate
 from clva_lens.heads import classify_heads
-from clva_lens.intervene import intervening, trace_attention
-from clva_lens.methods.base import Method
+from clva_lens.look import Look, conditions, look_at, saliency_picture, shown_layers
 from clva_lens.methods.clva import CLVA
-from clva_lens.methods.knockout import KnockOut
 from clva_lens.models.lens import LensModel, load
-from clva_lens.models.prompt import Prompt
 from clva_lens.toy.measure import object_patches, pointing, trace_questions
 from clva_lens.toy.questions import SPLITS, exist_question
 from clva_lens.toy.scenes import render
-from clva_lens.trace import AttentionTrace
 
 RESULTS = "results.json"
-CONDITIONS: dict[str, Method | None] = {"greedy": None, "CLVA": CLVA(), "knock-out": KnockOut()}
-SHOWN_LAYERS = 7
 TRACED = 120
 
 
@@ -75,17 +67,18 @@ def output_folder(out: Path) -> Iterator[Path]:
 def demo_toy(name: str, out: Path, questions: int, console: Console) -> None:
     """Evaluate greedy, CLVA and the knock-out on every split; draw heads, drift and saliency."""
     model = load(name)
-    console.print(f"[bold]{name}[/]: {model.num_layers} layers, {questions} questions per split")
+    sites = ", ".join(f"{len(site.layers)} layers of the {site.name}" for site in model.sites)
+    console.print(f"[bold]{name}[/]: {sites}, {questions} questions per split")
     with output_folder(out) as folder:
         reports = {
             (split, label): evaluate(model, f"pope/toy/{split}", method, limit=questions)
             for split in SPLITS
-            for label, method in CONDITIONS.items()
+            for label, method in conditions(model).items()
         }
         comparisons = {
             (split, label): compare(reports[split, "greedy"].score, reports[split, label].score)
             for split in SPLITS
-            for label in CONDITIONS
+            for label in conditions(model)
             if label != "greedy"
         }
         origin = {"model": name, "questions": questions, "method": describe(CLVA())}
@@ -126,7 +119,12 @@ def _toy_attention(
     edited = trace_questions(model, benchmark.scenes, asked, CLVA())
     mean = plain.intensity.mean(dim=0)
     classes = classify_heads(mean)
-    figure = head_intensity(mean.numpy(), classes.sensitive.numpy(), classes.insensitive.numpy())
+    figure = head_intensity(
+        mean.numpy(),
+        classes.sensitive.numpy(),
+        classes.insensitive.numpy(),
+        layers=plain.layers,
+    )
     save(figure, folder, "head_intensity", None, origin)
     drift, changed = attention_drift(plain), attention_drift(edited)
     keep = _finite(drift) & _finite(changed)
@@ -135,30 +133,30 @@ def _toy_attention(
         drift.positive_layer,
         drift.negative_layer,
         clva=_curves(changed, keep),
+        layers=drift.layers,
         groups=[index for (index, _), kept in zip(asked, keep, strict=True) if kept],
     )
     save(figure, folder, "drift", None, {**origin, "samples_left_out": int((~keep).sum())})
-    pictures = []
+    looks = []
     for row in _telling_rows(reports):
         scene = benchmark.scenes[int(row["group"])]
         look = look_at(model, model.prompt(render(scene), row["question"]))
         objects = scene.patches(_kind(row))
-        pictures.append(saliency_picture(model, look, label=row["label"], objects=objects))
-    layers = shown_layers(model.num_layers)
-    save(saliency_overlays(pictures, layers), folder, "saliency", None, origin)
+        looks.append((look, saliency_picture(model, look, label=row["label"], objects=objects)))
+    _draw_pictures(looks, folder, origin)
     positive = [i for i, (_, question) in enumerate(asked) if question.answer == "yes"]
     patches = object_patches(benchmark.scenes, [asked[i] for i in positive])
     hits = pointing(plain.maps[positive], patches).float().mean(dim=0)
     chance = float(patches.float().mean())
-    layer = drift.positive_layer
+    row = plain.layers.index(drift.positive_layer)
     return [
         {
-            "layer": layer,
+            "layer": drift.positive_layer,
             "head": head,
-            "intensity": float(mean[layer, head]),
-            "pointing": float(hits[layer, head]),
+            "intensity": float(mean[row, head]),
+            "pointing": float(hits[row, head]),
             "chance": chance,
-            "selected": float(plain.heads().sensitive[:, layer, head].float().mean()),
+            "selected": float(plain.heads().sensitive[:, row, head].float().mean()),
         }
         for head in range(mean.shape[1])
     ]
@@ -197,59 +195,28 @@ def _curves(
     return first, second, third
 
 
-def shown_layers(layers: int) -> list[int]:
-    """Return up to seven layers, from the first to the last, evenly spaced."""
-    return sorted({round(i) for i in np.linspace(0, layers - 1, min(SHOWN_LAYERS, layers))})
-
-
-class Look(NamedTuple):
-    """One prompt's attention without a method and under CLVA, and what CLVA anchored on."""
-
-    prompt: Prompt
-    plain: AttentionTrace
-    edited: AttentionTrace
-    anchors: VisualAnchors
-
-
-def look_at(model: LensModel, prompt: Prompt) -> Look:
-    """Return the attention of a single prompt, from one forward pass without and one with CLVA."""
-    plain = trace_attention(model, prompt)
-    with intervening(model, CLVA()) as run:
-        edited = trace_attention(model, prompt)
-    return Look(prompt, plain, edited, run.anchors)
-
-
-def saliency_picture(
-    model: LensModel, look: Look, *, label: str = "", objects: Any = None
-) -> SaliencyPicture:
-    """Return a picture with its maps (all heads) before and after CLVA, and all three answers."""
-    prompt, layers = look.prompt, shown_layers(model.num_layers)
-    before, after = (
-        prompt.on_grid(trace.saliency("all")[layers]).float().cpu().numpy()
-        for trace in (look.plain, look.edited)
+def _draw_pictures(
+    looks: Sequence[tuple[Look, SaliencyPicture]], folder: Path, origin: dict[str, Any]
+) -> None:
+    """Draw the maps of the site that CLVA acts on, and what a language model behind it sees."""
+    first, several = looks[0][0].plain, looks[0][0].composed is not None
+    figure = saliency_overlays(
+        [drawn for _, drawn in looks],
+        shown_layers(first.layers),
+        site=first.site if several else "",
     )
-    answers = {}
-    for name, method in CONDITIONS.items():
-        made = generate(model, prompt, method, Greedy(max_new_tokens=24))
-        answers[name] = (made.texts[0], made.margins[0])
-    return SaliencyPicture(
-        image=seen_pixels(model, prompt["pixel_values"]),
-        before=before,
-        after=after,
-        question=prompt.questions[0],
-        label=label,
-        answers=answers,
-        positive=prompt.on_grid(look.anchors.positive).cpu().numpy(),
-        negative=prompt.on_grid(look.anchors.negative).cpu().numpy(),
-        objects=objects,
-    )
-
-
-def seen_pixels(model: LensModel, pixel_values: torch.Tensor) -> np.ndarray:
-    """Return the picture as the vision tower got it (resized and cropped), in [0, 1]."""
-    images = model.images
-    pixels = pixel_values[0].float().cpu().permute(1, 2, 0).numpy()
-    return (pixels * np.array(images.image_std) + np.array(images.image_mean)).clip(0, 1)
+    save(figure, folder, "saliency", None, origin)
+    if not several:
+        return
+    composed, layers = [], []
+    for look, drawn in looks:
+        assert look.composed is not None
+        layers = shown_layers(range(len(look.composed[0])))
+        before, after = (
+            look.prompt.on_grid(maps[layers]).float().cpu().numpy() for maps in look.composed
+        )
+        composed.append(replace(drawn, before=before, after=after))
+    save(saliency_overlays(composed, layers, site="decoder"), folder, "composed", None, origin)
 
 
 def demo_picture(name: str, image: Path, question: str, out: Path, console: Console) -> None:
@@ -261,13 +228,13 @@ def demo_picture(name: str, image: Path, question: str, out: Path, console: Cons
         origin = {"model": name, "image": image.name, "question": question}
         look = look_at(model, prompt)
         picture = saliency_picture(model, look)
-        layers = shown_layers(model.num_layers)
-        save(saliency_overlays([picture], layers), folder, "saliency", None, origin)
+        _draw_pictures([(look, picture)], folder, origin)
         classes = look.plain.heads()
         figure = head_intensity(
             look.plain.intensity.cpu().numpy(),
             classes.sensitive.cpu().numpy(),
             classes.insensitive.cpu().numpy(),
+            layers=look.plain.layers,
         )
         save(figure, folder, "head_intensity", None, origin)
         drift, changed = attention_drift(look.plain), attention_drift(look.edited)
@@ -276,6 +243,7 @@ def demo_picture(name: str, image: Path, question: str, out: Path, console: Cons
             drift.positive_layer,
             drift.negative_layer,
             clva=_curves(changed),
+            layers=drift.layers,
         )
         save(figure, folder, "drift", None, origin)
         answers = {key: {"text": t, "margin": m} for key, (t, m) in picture.answers.items()}
@@ -319,7 +287,7 @@ def _print_reports(
     for title in ("split", "method", "acc.", "change [95 %]", "F1", "yes", "AUC"):
         table.add_column(title, no_wrap=True)
     table.add_column("same\nbias")
-    table.add_column("un-\nparsed")
+    table.add_column("other")
     for (split, label), report in reports.items():
         metrics = report.metrics
         change = matched = "–"
@@ -338,15 +306,15 @@ def _print_reports(
             f"{metrics['auc']:.3f}",
             matched,
             f"{metrics['unparsed']:.0f}",
-            end_section=label == list(CONDITIONS)[-1],
+            end_section=label == "knock-out",
         )
     console.print(table)
     console.print(
         "[dim]change: accuracy against greedy on the same questions, interval paired by picture. "
         "yes: share of yes answers. same bias: accuracy of greedy with its yes/no threshold moved "
         "until it says yes as often as the method; a method that does not beat it has only moved "
-        "the threshold. knock-out: no attention from text to image after the positive anchor "
-        "layer.[/]"
+        "the threshold. other: answers that are neither yes nor no. knock-out: no attention to "
+        "the image where CLVA edits it, in the layers after the positive anchor.[/]"
     )
 
 

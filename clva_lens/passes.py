@@ -17,6 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from clva_lens.axes import TokenSpans
 from clva_lens.errors import InterventionError
 
+NO_IMAGE = (
+    "the prompt has no image tokens, so there is no visual attention to read or edit. Pass an "
+    "image: model.prompt(image, question)."
+)
+
 
 class Step(NamedTuple):
     """One forward pass of a run: step 0 reads the prompt, later ones the generated tokens.
@@ -61,14 +66,30 @@ class Step(NamedTuple):
 class Passes(ABC):
     """Watches one site of one model during a run; ``step`` is the pass that is running."""
 
-    def __init__(self, entry: nn.Module) -> None:
-        """Name the module whose call begins a pass."""
+    def __init__(
+        self, entry: nn.Module, image_token_id: int, embedding: nn.Module | None = None
+    ) -> None:
+        """Name the module whose call begins a pass, and one that token ids go through."""
         self.entry = entry
+        self.image_token_id, self.embedding = image_token_id, embedding
         self.step: Step | None = None
 
     def hooks(self) -> list[RemovableHandle]:
         """Start watching; the handles stop it."""
-        return [self.entry.register_forward_pre_hook(self._before, with_kwargs=True)]
+        handles = [self.entry.register_forward_pre_hook(self._before, with_kwargs=True)]
+        if self.embedding is not None:
+            handles.append(self.embedding.register_forward_pre_hook(self._embed, with_kwargs=True))
+        return handles
+
+    def _embed(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = next(iter((*args, *kwargs.values())), None)
+        # Transformers also embeds the image token alone, to compare embeddings with it.
+        if isinstance(ids, Tensor) and ids.ndim == 2 and not isinstance(ids, FakeTensor):
+            self.embed(ids)
+
+    @abstractmethod
+    def embed(self, ids: Int[Tensor, "batch sequence"]) -> None:
+        """Take note of token ids that are embedded."""
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # nnsight's scan() leaves the inputs real, but whatever is computed from them is fake.
@@ -97,22 +118,13 @@ class _TokenPasses(Passes):
     def __init__(
         self, entry: nn.Module, image_token_id: int, embedding: nn.Module | None = None
     ) -> None:
-        super().__init__(entry)
-        self.image_token_id, self.embedding = image_token_id, embedding
+        super().__init__(entry, image_token_id, embedding)
         self._embedded: Tensor | None = None
         self._prompt: Int[Tensor, "batch prompt_row"] | None = None
 
-    def hooks(self) -> list[RemovableHandle]:
-        """Start watching; the handles stop it."""
-        handles = super().hooks()
-        if self.embedding is not None:
-            handles.append(
-                self.embedding.register_forward_pre_hook(self._remember, with_kwargs=True)
-            )
-        return handles
-
-    def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._embedded = next(iter((*args, *kwargs.values())), None)
+    def embed(self, ids: Int[Tensor, "batch sequence"]) -> None:
+        """Remember the ids that are embedded."""
+        self._embedded = ids
 
     def _embedded_ids(self, batch: int, length: int | None) -> Tensor:
         """Return the token ids behind the embeddings of a prompt, one row a beam."""
@@ -142,10 +154,7 @@ class _TokenPasses(Passes):
         """Take a new prompt; return the spans of its tokens."""
         spans = TokenSpans.from_ids(ids, self.image_token_id, _padding(mask, ids))
         if not spans.image.any():
-            raise InterventionError(
-                "the prompt has no image tokens, so there is no visual attention to read or edit. "
-                "Pass an image: model.prompt(image, question)."
-            )
+            raise InterventionError(NO_IMAGE)
         self._prompt = rows
         return spans
 
@@ -233,13 +242,29 @@ class EncoderDecoderPasses(_TokenPasses):
 class QueryPasses(Passes):
     """Cross-attention of learned queries to a picture: every call reads a new prompt.
 
-    The first ``lead`` keys lie on no patch (the CLS token); they are ``system``.
+    The first ``lead`` keys lie on no patch (the CLS token); they are ``system``. ``patches`` is the
+    number of the others.
     """
 
-    def __init__(self, entry: nn.Module, lead: int = 1) -> None:
-        """Name the Q-Former."""
-        super().__init__(entry)
-        self.lead = lead
+    def __init__(
+        self,
+        entry: nn.Module,
+        image_token_id: int,
+        embedding: nn.Module,
+        *,
+        lead: int,
+        patches: int,
+    ) -> None:
+        """Name the Q-Former and the embedding of the language model's prompt, which follows it."""
+        super().__init__(entry, image_token_id, embedding)
+        self.lead, self.patches = lead, patches
+        self._unplaced = False
+
+    def embed(self, ids: Int[Tensor, "batch sequence"]) -> None:
+        """Check that the prompt has a place for what the Q-Former made of the picture."""
+        unplaced, self._unplaced = self._unplaced, False
+        if unplaced and not (ids == self.image_token_id).any():
+            raise InterventionError(NO_IMAGE)
 
     def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin with the pictures of this call."""
@@ -250,6 +275,12 @@ class QueryPasses(Passes):
                 "visual attention to read or edit. Pass pixel_values."
             )
         batch, keys = pictures.shape[:2]
+        if keys != self.lead + self.patches:
+            raise InterventionError(
+                f"the picture came as {keys - self.lead} patches, but the vision tower's grid has "
+                f"{self.patches}. Pass pixel_values of the size that the image processor makes."
+            )
+        self._unplaced = True
         spans = picture_spans(batch, keys, self.lead, pictures.device)
         rows = torch.ones(batch, queries.shape[1], dtype=torch.bool, device=pictures.device)
         self.step = Step(0, 0, rows, spans, spans.visual_index(), causal=False, ordered=False)

@@ -27,10 +27,17 @@ from tokenizers import (
     processors,
 )
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
     CLIPImageProcessorPil,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    OPTConfig,
     PreTrainedTokenizerFast,
+    T5Config,
 )
 
 import clva_lens as cl
@@ -43,6 +50,8 @@ torch.set_num_threads(1)
 
 HEADS = {"full": 4, "grouped": 2}
 KERNELS = ("sdpa", "eager")
+SITES = ("qformer", "decoder")
+LANGUAGES = ("llama", "opt", "t5", "blip2-opt", "blip2-t5")
 QUESTIONS = ["is there a cup ?", "what is it ?", "is there a red cup to the left of it ?"]
 TEXT = (
     "<pad> <s> </s> <unk> <mask> <image> user: assistant: yes no is there a the cup plate what it "
@@ -148,6 +157,150 @@ def lens_of(heads: str, kernel: str) -> LensModel:
 @cache
 def double_of(heads: str) -> LlavaForConditionalGeneration:
     return copy.deepcopy(tiny_model(heads)).double()
+
+
+# ── InstructBLIP and BLIP-2 ──
+
+OPT = OPTConfig(
+    vocab_size=64,
+    hidden_size=32,
+    word_embed_proj_dim=32,
+    ffn_dim=64,
+    num_hidden_layers=12,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+T5 = T5Config(
+    vocab_size=64,
+    d_model=32,
+    d_kv=8,
+    d_ff=64,
+    num_layers=12,
+    num_heads=4,
+    eos_token_id=2,
+    pad_token_id=0,
+    decoder_start_token_id=0,
+)
+
+
+def blip_processor(language: str = "llama") -> InstructBlipProcessor | Blip2Processor:
+    """Return a real processor for 8 image tokens and 32 × 32 pictures in patches of 8."""
+    images, words = make_processor().image_processor, tokenizer()._tokenizer
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    reader = PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special)
+    if language.startswith("blip2"):
+        return Blip2Processor(images, reader, num_query_tokens=8)
+    other = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    return InstructBlipProcessor(images, reader, other, num_query_tokens=8)
+
+
+def _raw_blip(language: str, **text: object) -> Blip2ForConditionalGeneration:
+    """Return the family's tiny model around one of the language models, as it is initialised."""
+    family = FAMILIES.get("instructblip")
+    if language == "llama":
+        return family.tiny(num_key_value_heads=2, **text)
+    config = OPT if language.endswith("opt") else T5
+    model = family.tiny_with(copy.deepcopy(config))
+    if not language.startswith("blip2"):
+        return model
+    parts = model.config.to_dict()
+    both = Blip2Config(
+        vision_config=parts["vision_config"],
+        qformer_config=parts["qformer_config"],
+        text_config=parts["text_config"],
+        num_query_tokens=8,
+        image_token_index=5,
+    )
+    other = Blip2ForConditionalGeneration(both).eval()
+    with torch.no_grad():
+        other.query_tokens.normal_(0, 1)
+    return other
+
+
+@torch.no_grad()
+def sharpen_blip(model: InstructBlipForConditionalGeneration) -> None:
+    """Scale random weights so that both sites' patterns are peaked and move the logits."""
+    for parameter in model.vision_model.parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(5)
+    for layer in model.qformer.encoder.layer:
+        blocks = [(layer.attention, 4, 4)]
+        if layer.has_cross_attention:
+            blocks.append((layer.crossattention, 25, 8))
+        for block, look, carry in blocks:
+            block.attention.query.weight.mul_(look)
+            block.attention.key.weight.mul_(look)
+            block.attention.value.weight.mul_(carry)
+            block.output.dense.weight.mul_(carry)
+    words = getattr(model.qformer, "embeddings", None)  # BLIP-2's reads no text
+    if words is not None:
+        words.word_embeddings.weight.mul_(20)
+    model.language_projection.weight.mul_(20)
+    language = model.language_model
+    kind = language.config.model_type
+    if kind != "llama":
+        for name, parameter in language.named_parameters():
+            if parameter.ndim > 1 and "relative" not in name and "positions" not in name:
+                parameter.mul_({"opt": 8, "t5": 1.5}[kind])
+        return
+    language.model.embed_tokens.weight.mul_(20)
+    for layer in language.model.layers:
+        attention = layer.self_attn
+        attention.q_proj.weight.mul_(10)
+        attention.k_proj.weight.mul_(10)
+        attention.v_proj.weight.mul_(10)
+        attention.o_proj.weight.mul_(6)
+    language.lm_head.weight.mul_(10)
+    language.lm_head.weight[model.config.image_token_index] = 0
+
+
+def tiny_blip(
+    language: str = "llama", kernel: str = "sdpa", seed: int = 0, **text: object
+) -> InstructBlipForConditionalGeneration:
+    """Return a fresh sharpened model; the same seed gives the same weights for both kernels."""
+    with torch.inference_mode(False):  # whoever asks first
+        torch.manual_seed(seed)
+        model = _raw_blip(language, **text)
+    sharpen_blip(model)
+    model.set_attn_implementation(kernel)
+    for one in (model, model.language_model):
+        one.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@cache
+def blip_of(kernel: str, language: str = "llama") -> LensModel:
+    return cl.load((tiny_blip(language, kernel), blip_processor(language)))
+
+
+@cache
+def exact_blip() -> InstructBlipForConditionalGeneration:
+    """The float64 copy, eager."""
+    return copy.deepcopy(tiny_blip(kernel="eager")).double()
+
+
+@pytest.fixture(scope="session", params=KERNELS)
+def blip(request: pytest.FixtureRequest) -> LensModel:
+    """The tiny InstructBLIP with both kernels."""
+    return blip_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def one_blip() -> LensModel:
+    """One kernel (sdpa), for what does not depend on it."""
+    return blip_of("sdpa")
+
+
+@pytest.fixture(params=SITES)
+def site(request: pytest.FixtureRequest) -> str:
+    """Each attention site of an InstructBLIP."""
+    return request.param
+
+
+# ── fixtures for every family ──
 
 
 @pytest.fixture(scope="session", params=[(h, k) for h in HEADS for k in KERNELS], ids="-".join)

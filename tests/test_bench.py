@@ -6,16 +6,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from clva_lens.bench import (
+from clva_lens.bench import BenchReport, BenchRow, PeakMemory, bench, peak_memory
+from clva_lens.bench_models import (
     LARGE_TARGETS,
-    BenchReport,
-    BenchRow,
-    PeakMemory,
     Subject,
-    bench,
-    peak_memory,
+    random_instructblip,
     random_llava,
     random_prompt,
+    toy_subjects,
 )
 from clva_lens.errors import ParameterError
 
@@ -108,8 +106,18 @@ def test_random_prompt_has_the_models_image_tokens():
     model = random_llava(layers=4, width=16, heads=2, image_tokens=36)
     prompt = random_prompt(model)
     assert prompt.spans.visual_count == 36
-    assert prompt.grid == (6, 6)
     assert prompt.inputs["input_ids"].shape == (1, 8 + 36 + 16)
+
+
+def test_an_instructblip_is_measured_too():
+    model = random_instructblip(layers=4, width=16, heads=2)
+    assert random_prompt(model).spans.visual_count == model.config.num_query_tokens == 32
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clva_lens.bench.ROUND_SECONDS", 1e-6)
+        subject = next(one for one in toy_subjects() if "InstructBLIP" in one.name)
+        made = bench(rounds=1, subjects=[subject], new_tokens=2, progress=False)
+    assert {(row.case, row.unit) for row in made.rows} == {pair for pair in CASES if "s" in pair}
+    assert all(math.isfinite(row.ratio) and row.ratio > 0 for row in made.rows)
 
 
 def test_peak_counts_what_is_alive_at_once():

@@ -65,6 +65,17 @@ def test_the_demo_draws_and_counts(tmp_path):
     assert run("demo", "--out", out, "--questions", 12).exit_code == 0  # its own folder: redrawn
 
 
+def test_the_demo_of_a_qformer_draws_both_sites(tmp_path):
+    out = tmp_path / "demo"
+    result = run("demo", "--model", "toy-instructblip", "--out", out, "--questions", 12)
+    assert result.exit_code == 0, result.output
+    composed = {f"composed.{kind}" for kind in ("pdf", "png", "csv")}
+    assert composed | DRAWN <= {path.name for path in out.iterdir()}
+    results = json.loads((out / "results.json").read_text())
+    assert {row["method"] for row in results} == {"greedy", "CLVA", "CLVA, decoder", "knock-out"}
+    assert "6 layers of the qformer, 6 layers of the decoder" in " ".join(result.output.split())
+
+
 def test_the_demo_takes_a_picture_and_a_model(tmp_path, random_llava, photo):
     out = tmp_path / "mine"
     asked = ("--image", photo, "--question", "Is there a cup in the image?")
@@ -99,7 +110,10 @@ def test_an_error_is_one_sentence_and_a_remedy_and_leaves_nothing(tmp_path, phot
         (("--image", text, *ask), "not an image that Pillow can read"),
         (("--image", photo, "--question", " ", "--out", out), "Pass a question that is not empty"),
         (("--image", photo, "--out", out), "--image was given without --question"),
-        (("--model", "toy-lava", "--out", out, "--image", photo, *ask), "no toy (known: toy-llava"),
+        (
+            ("--model", "toy-lava", "--out", out, "--image", photo, *ask),
+            "no toy (known: toy-instructblip",
+        ),
         (("--model", tmp_path, "--out", out, "--image", photo, *ask), "has no config.json"),
     ):
         result = run("demo", *args)
@@ -123,7 +137,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
 def test_check_model_says_what_it_checked(random_llava):
     result = run("check-model", random_llava)
     assert result.exit_code == 0
-    assert "12 layers" in result.output
+    assert "12 layers of the decoder" in " ".join(result.output.split())
 
 
 def test_help_names_every_command():

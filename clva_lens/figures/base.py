@@ -193,6 +193,20 @@ def numbers(name: str, values: ArrayLike, axes: Sequence[str]) -> np.ndarray:
     return array
 
 
+def layer_numbers(layers: Sequence[int] | None, count: int) -> list[int]:
+    """Return the 0-based number of each of ``count`` layers; None numbers them from 0.
+
+    Raises:
+        FigureError: if there is another number of them.
+    """
+    numbered = list(range(count) if layers is None else layers)
+    if len(numbered) != count:
+        raise FigureError(
+            f"layers names {len(numbered)} layers, but the data has {count}. Pass one number each."
+        )
+    return numbered
+
+
 def mask(name: str, values: ArrayLike, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """Return ``values`` as a bool array, of ``shape`` if one is given and else with two axes.
 

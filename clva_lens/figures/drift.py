@@ -9,7 +9,17 @@ from numpy.typing import ArrayLike
 
 from clva_lens.benchmarks.statistics import cluster_index, resample_counts
 from clva_lens.errors import FigureError
-from clva_lens.figures.base import BLUE, COLUMN, GREEN, VERMILION, Drawing, Row, figure, numbers
+from clva_lens.figures.base import (
+    BLUE,
+    COLUMN,
+    GREEN,
+    VERMILION,
+    Drawing,
+    Row,
+    figure,
+    layer_numbers,
+    numbers,
+)
 
 # Curve: (panel, colour, words in the legend).
 _CURVES = {
@@ -29,6 +39,7 @@ def drift_curves(
     *,
     clva: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
     groups: Sequence[Hashable] | None = None,
+    layers: Sequence[int] | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Drawing:
@@ -45,6 +56,7 @@ def drift_curves(
         negative_layer: layer of the negative anchor, marked likewise.
         clva: the same three quantities under CLVA, drawn dashed.
         groups: image of each sample, resampled together; None resamples the samples.
+        layers: the 0-based number of each layer, where they are not 0, 1, 2, …
         resamples: number of bootstrap resamples of the band.
         seed: seed of the band.
 
@@ -56,20 +68,21 @@ def drift_curves(
     if clva is not None:
         runs["with CLVA"] = clva
     curves = {run: _checked(run, values) for run, values in runs.items()}
-    layers = curves["greedy"][0].shape[-1]
+    count = curves["greedy"][0].shape[-1]
     for run, values in curves.items():
-        if values[0].shape[-1] != layers:
-            raise FigureError(
-                f"'{run}' has {values[0].shape[-1]} layers, not {layers}. Align them."
-            )
+        if values[0].shape[-1] != count:
+            raise FigureError(f"'{run}' has {values[0].shape[-1]} layers, not {count}. Align them.")
+    names = layer_numbers(layers, count)
     for name, layer in (("positive_layer", positive_layer), ("negative_layer", negative_layer)):
-        if not 0 <= layer < layers:
-            raise FigureError(f"{name}={layer}, but layers are 0 to {layers - 1}. Pass an index.")
+        if layer not in names:
+            raise FigureError(
+                f"{name}={layer}, but the layers are {', '.join(map(str, names))}. Pass one."
+            )
     rows = [
         row
         for run, values in curves.items()
         for name, value in zip(_CURVES, values, strict=True)
-        for row in _summary(run, name, value, groups, resamples, seed)
+        for row in _summary(run, name, value, names, groups, resamples, seed)
     ]
     fig = Drawing(COLUMN, 4.2, rows)
     panels = fig.subplots(2, 1, sharex=True)
@@ -96,7 +109,13 @@ def _checked(run: str, values: tuple[ArrayLike, ArrayLike, ArrayLike]) -> list[n
 
 
 def _summary(
-    run: str, name: str, values: np.ndarray, groups: Any, resamples: int, seed: int
+    run: str,
+    name: str,
+    values: np.ndarray,
+    layers: list[int],
+    groups: Any,
+    resamples: int,
+    seed: int,
 ) -> list[Row]:
     """Return a row a layer; every curve sees the same draws, because the seed is the same."""
     low = high = [None] * values.shape[-1]
@@ -109,7 +128,7 @@ def _summary(
     mean = values.mean(axis=0) if values.ndim == 2 else values
     return [
         {"run": run, "curve": name, "layer": layer, "mean": float(m), "low": lo, "high": hi}
-        for layer, (m, lo, hi) in enumerate(zip(mean, low, high, strict=True))
+        for layer, m, lo, hi in zip(layers, mean, low, high, strict=True)
     ]
 
 

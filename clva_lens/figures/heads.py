@@ -1,12 +1,14 @@
 """Which heads look at the image: the paper's Fig. 1."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import seaborn as sns
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
 from clva_lens.errors import FigureError
-from clva_lens.figures.base import PAGE, Drawing, Row, figure, mask, numbers
+from clva_lens.figures.base import PAGE, Drawing, Row, figure, layer_numbers, mask, numbers
 
 # The classes are told apart by shape, white with a black edge on any colour of the cell.
 _SYMBOLS = {"sensitive": "^", "insensitive": "v"}
@@ -19,6 +21,8 @@ def head_intensity(
     intensity: ArrayLike,
     sensitive: ArrayLike | None = None,
     insensitive: ArrayLike | None = None,
+    *,
+    layers: Sequence[int] | None = None,
 ) -> Drawing:
     """Return the matrix of visual attention intensity, with both classes of heads marked.
 
@@ -26,6 +30,7 @@ def head_intensity(
         intensity: Eq. 1, [layer, head], fractions of attention in [0, 1].
         sensitive: bool [layer, head], Eq. 2; None marks no head.
         insensitive: bool [layer, head], Eq. 3; None marks no head.
+        layers: the 0-based number of each layer, where they are not 0, 1, 2, …
 
     **Departs from the paper:** the numbers in the cells of its Fig. 1 are the attention to system
     and text tokens; here they are the intensity itself, of which the former is the remainder.
@@ -41,13 +46,14 @@ def head_intensity(
         raise FigureError(
             f"layer {both[0]} head {both[1]} is in both classes. Pass disjoint masks."
         )
-    layers, heads = values.shape
+    count, heads = values.shape
+    names = layer_numbers(layers, count)
     cell = min(0.42, (PAGE - 1.4) / heads)
     fig = Drawing(
-        max(3.35, heads * cell + 1.4), max(1.2, layers * cell) + 0.85, _rows(values, classes)
+        max(3.35, heads * cell + 1.4), max(1.2, count * cell) + 0.85, _rows(values, classes, names)
     )
     ax = fig.add_subplot()
-    written = layers <= _WRITTEN and heads <= _WRITTEN
+    written = count <= _WRITTEN and heads <= _WRITTEN
     sns.heatmap(
         values,
         ax=ax,
@@ -77,8 +83,9 @@ def head_intensity(
         )
     ax.set_xlabel("head (index, 0-based)")
     ax.set_ylabel("layer (index, 0-based)")
-    for axis, count in ((ax.xaxis, heads), (ax.yaxis, layers)):
-        axis.set_ticks([tick + 0.5 for tick in _ticks(count)], [str(t) for t in _ticks(count)])
+    for axis, numbered in ((ax.xaxis, list(range(heads))), (ax.yaxis, names)):
+        ticks = _ticks(len(numbered))
+        axis.set_ticks([tick + 0.5 for tick in ticks], [str(numbered[tick]) for tick in ticks])
     ax.tick_params(length=2, rotation=0)
     if classes:
         handles = [
@@ -102,9 +109,9 @@ def _ticks(count: int) -> list[int]:
     return list(range(0, count, 1 if count <= 16 else 4))
 
 
-def _rows(values: np.ndarray, classes: dict[str, np.ndarray]) -> list[Row]:
+def _rows(values: np.ndarray, classes: dict[str, np.ndarray], layers: list[int]) -> list[Row]:
     return [
-        {"layer": layer, "head": head, "intensity": float(value)}
-        | {name: bool(chosen[layer, head]) for name, chosen in classes.items()}
-        for (layer, head), value in np.ndenumerate(values)
+        {"layer": layers[row], "head": head, "intensity": float(value)}
+        | {name: bool(chosen[row, head]) for name, chosen in classes.items()}
+        for (row, head), value in np.ndenumerate(values)
     ]

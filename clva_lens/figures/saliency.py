@@ -57,7 +57,11 @@ class SaliencyPicture:
 
 @figure("saliency_overlays")
 def saliency_overlays(
-    pictures: Sequence[SaliencyPicture], layers: Sequence[int], *, scale: str = "picture"
+    pictures: Sequence[SaliencyPicture],
+    layers: Sequence[int],
+    *,
+    scale: str = "picture",
+    site: str = "",
 ) -> Drawing:
     """Return the maps over each picture: a row without a method above a row with CLVA.
 
@@ -69,6 +73,7 @@ def saliency_overlays(
         layers: the 0-based layer of each entry of the maps' first axis, at most 8.
         scale: "picture" shares the colours among all maps of a picture, so they can be compared;
             "panel" stretches each map to its own maximum, which shows shape only.
+        site: whose layers these are, where a model has several stacks: "decoder", for example.
 
     Raises:
         FigureError: if there is nothing to draw, shapes do not fit, a value is nan or negative,
@@ -90,7 +95,8 @@ def saliency_overlays(
     fig = Drawing(PAGE, total, _rows(parts, layers), arranged=False)
     top = total
     for picture, part, height, block in zip(pictures, parts, heights, block_heights, strict=True):
-        _draw_block(fig, picture, part, layers, _Box(total, top, panel, height), scale)
+        titles = [f"{plain(site, 10)} layer {layer}".strip() for layer in layers]
+        _draw_block(fig, picture, part, titles, _Box(total, top, panel, height), scale)
         top -= block
     _legend(fig, {name for part in parts for name in OUTLINES if part[name] is not None})
     return fig
@@ -160,7 +166,7 @@ def _draw_block(
     fig: Drawing,
     picture: SaliencyPicture,
     part: dict[str, Any],
-    layers: Sequence[int],
+    titles: Sequence[str],
     box: _Box,
     scale: str,
 ) -> None:
@@ -196,7 +202,7 @@ def _draw_block(
             va="center",
             fontsize=7.5,
         )
-        for column, layer in enumerate(layers):
+        for column, title in enumerate(titles):
             place = left + _ROW_LABEL + column * (box.panel + _GAP)
             ax = box.axes(fig, place, down, box.panel, box.height)
             values = part[name][column]
@@ -206,8 +212,8 @@ def _draw_block(
                 outline(ax, part["objects"], part["image"].shape, "objects", 0.8)
             ax.set_xlabel(f"sum {values.sum():.2f}", fontsize=6, labelpad=1.5)
             if line == 0:
-                ax.set_title(f"layer {layer}", fontsize=7.5, pad=3)
-    right = _GAP + wide + _GAP + _ROW_LABEL + len(layers) * (box.panel + _GAP)
+                ax.set_title(title, fontsize=7.5, pad=3)
+    right = _GAP + wide + _GAP + _ROW_LABEL + len(titles) * (box.panel + _GAP)
     ax = box.axes(fig, right + 0.02, start, 0.09, step + box.height)
     if scale == "picture":
         heat_bar(fig, ax, float(most) or 1.0, "saliency\n(fraction of attention)")

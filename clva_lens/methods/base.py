@@ -44,6 +44,10 @@ class Shape(NamedTuple):
         wanted = default_positive_layer(self.depth)
         return max(layer for layer in self.layers if layer <= wanted)
 
+    def row(self, layer: int, rows: int) -> int:
+        """Return a layer's row in a table of ``rows`` rows: of the whole stack, or of the site."""
+        return layer if rows == self.depth else self.layers.index(layer)
+
     def after(self, layer: int) -> tuple[int, ...]:
         """Return the layers after ``layer``."""
         return tuple(other for other in self.layers if other > layer)

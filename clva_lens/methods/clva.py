@@ -63,8 +63,8 @@ class CLVA(Method):
         rows: edited prompt rows: all text after the image, or the "last"; generated rows always.
         refresh: anchors are read from every new row ("step"), or once, at the "prompt".
         empty: what an empty head set becomes, see ``classify_heads``.
-        heads: the heads of both anchors, given explicitly instead of by Eqs. 2–3; one row for each
-            layer of the site.
+        heads: the heads of both anchors, given explicitly instead of by Eqs. 2–3: a row for each
+            layer of the stack, or one for each that the site has, as a trace's ``heads()``.
         site: where; None is the family's choice: the cross-attention of a Q-Former (Eq. 14) if the
             model has one, else the "decoder".
 
@@ -121,14 +121,28 @@ class CLVA(Method):
                 f"Pass layers from {max(positive, self.negative_layer) + 1} on, or earlier anchor "
                 "layers."
             )
-        size = (len(shape.layers), shape.heads)
-        if self.heads is not None and self.heads.sensitive.shape[-2:] != size:
-            raise ParameterError(
-                f"heads is for {tuple(self.heads.sensitive.shape[-2:])} (layers, heads), but the "
-                f"model's {shape.site} has {size}. Make it with HeadClasses.from_indices(..., "
-                f"layers={size[0]}, heads={size[1]})."
-            )
+        if self.heads is not None:
+            self._check_heads(self.heads, shape, positive)
         return [ClvaSession(self, shape, positive, edited)]
+
+    def _check_heads(self, heads: HeadClasses, shape: Shape, positive: int) -> None:
+        """Check that explicit heads are for this site, and that both anchors have some."""
+        found = tuple(heads.sensitive.shape[-2:])
+        if found not in ((shape.depth, shape.heads), (len(shape.layers), shape.heads)):
+            raise ParameterError(
+                f"heads is for {found} (layers, heads), but the model's {shape.site} has "
+                f"{(shape.depth, shape.heads)}. Make it with HeadClasses.from_indices(..., "
+                f"layers={shape.depth}, heads={shape.heads})."
+            )
+        for word, classes, layer in (
+            ("sensitive", heads.sensitive, positive),
+            ("insensitive", heads.insensitive, self.negative_layer),
+        ):
+            if not classes[..., shape.row(layer, found[0]), :].any():
+                raise ParameterError(
+                    f"heads has no {word} head at layer {layer}, where CLVA reads an anchor from "
+                    "them. Name one, or choose the anchor's layer."
+                )
 
 
 class _LayerReading(NamedTuple):
@@ -193,9 +207,10 @@ class ClvaSession(Session):
     def _classes(self, layer: int, intensity: Float[Tensor, "batch head"]) -> HeadClasses:
         """Return the head classes of one layer, as a HeadClasses of that single layer."""
         given = self.method.heads
-        row = self.shape.layers.index(layer)
         if given is None:
             return classify_heads(intensity[:, None], self.method.head_threshold, self.method.empty)
+
+        row = self.shape.row(layer, given.sensitive.shape[-2])
 
         def pick(mask: Tensor, axis: int) -> Tensor:
             chosen = mask.narrow(axis, row, 1).to(intensity.device)

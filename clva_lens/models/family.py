@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from clva_lens.axes import TokenSpans
-from clva_lens.errors import ModelLoadError, ParameterError
+from clva_lens.errors import ClvaLensError, ModelLoadError, ParameterError
 from clva_lens.passes import Passes
 from clva_lens.registry import Registry
 
@@ -92,6 +92,10 @@ class ModelFamily(ABC):
             add_special_tokens=not (bos and texts[0].startswith(bos)),
         )
         return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+
+    def explain(self, error: Exception) -> ClvaLensError | None:
+        """Return a clearer error for one that the model raised, if there is one."""
+        return None
 
     @abstractmethod
     def tiny(self, **text_config: Any) -> PreTrainedModel:

@@ -11,6 +11,7 @@ whose positions are absolute, is padded on the right.
 """
 
 from collections.abc import Mapping, Sequence
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from clva_lens.axes import TokenSpans
-from clva_lens.errors import ModelLoadError, PromptError
+from clva_lens.errors import ClvaLensError, ModelLoadError, PromptError
 from clva_lens.models.family import FAMILIES, ModelFamily, Site
 from clva_lens.passes import DecoderPasses, EncoderDecoderPasses, Passes, QueryPasses, picture_spans
 
@@ -57,7 +58,13 @@ class InstructBlip(ModelFamily):
             layers,
             len(stack),
             modules[0].config,
-            lambda: QueryPasses(qformer, CLS),
+            lambda: QueryPasses(
+                qformer,
+                self.image_token_id(model),
+                model.get_input_embeddings(),
+                lead=CLS,
+                patches=self.visual_count(model, "qformer"),
+            ),
             ordered=False,
         )
         return reading, self._decoder(model)
@@ -163,6 +170,18 @@ class InstructBlip(ModelFamily):
             start = language.config.decoder_start_token_id
             inputs["decoder_input_ids"] = torch.full((len(texts), 1), start)
         return inputs
+
+    def explain(self, error: Exception) -> ClvaLensError | None:
+        """Return what is missing where transformers fails on a question that is not there."""
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        inside = frame.f_code.co_name == "get_image_features"
+        unset = inside and frame.f_locals.get("qformer_input_ids", 0) is None
+        if not unset and "'qformer_input_ids'" not in str(error):
+            return None
+        return PromptError(
+            "the Q-Former reads the question too, but the model was called without "
+            "qformer_input_ids. Pass them: model.prompt(image, question) has them."
+        )
 
     def tiny(self, **text_config: Any) -> InstructBlipForConditionalGeneration:
         """Return a small InstructBLIP: two 12-layer, 4-head stacks, 8 queries, 16 patches."""

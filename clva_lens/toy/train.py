@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,8 +79,8 @@ def train(recipe: Recipe, folder: Path, advance: Advance) -> LlavaForConditional
         ParameterError: if ``folder`` holds a run of another recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _check_recipe(recipe, folder)
-    clock = _Clock(folder / TIMES, advance)
+    check_recipe(recipe, folder)
+    clock = Clock(folder / TIMES, advance)
     model = untrained(recipe.seed)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     for name, part, run in (
@@ -98,8 +99,12 @@ def train(recipe: Recipe, folder: Path, advance: Advance) -> LlavaForConditional
     return model.eval()
 
 
-def _check_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write the recipe, or check that it is the one that this folder was begun with."""
+def check_recipe(recipe: Any, folder: Path) -> None:
+    """Write the recipe, or check that it is the one that this folder was begun with.
+
+    Raises:
+        ParameterError: if ``folder`` holds a run of another recipe.
+    """
     text = json.dumps(asdict(recipe), indent=1)
     path = folder / RECIPE
     if path.is_file() and path.read_text(encoding="utf-8") != text:
@@ -110,14 +115,16 @@ def _check_recipe(recipe: Recipe, folder: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-class _Clock:
+class Clock:
     """Passes every step on, and adds the time since the last one to its stage's minutes."""
 
     def __init__(self, path: Path, advance: Advance) -> None:
+        """Go on from the minutes in ``path``, if it is there."""
         self.path, self.advance, self.last = path, advance, time.perf_counter()
         self.minutes = json.loads(path.read_text()) if path.is_file() else {}
 
     def __call__(self, stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+        """Count a step that has just ended, and write the minutes now and then."""
         now = time.perf_counter()
         self.minutes[stage] = self.minutes.get(stage, 0.0) + (now - self.last) / 60
         self.last = now
@@ -168,7 +175,8 @@ def _projector_stage(
         advance("projector", step, recipe.projector_steps, {"loss": loss.item()})
 
 
-def _ramp(done: float, start: float, full: float) -> float:
+def ramp(done: float, start: float, full: float) -> float:
+    """Return 0 before ``start``, 1 after ``full``, and a straight line between them."""
     return min(1.0, max(0.0, (done - start) / (full - start)))
 
 
@@ -192,13 +200,13 @@ def _decoder_stage(
     model.model.vision_tower.eval()
     for step in range(first, recipe.decoder_steps):
         done = step / recipe.decoder_steps
-        fall = 1 - 0.97 * _ramp(done, recipe.decay_from, 1.0)
+        fall = 1 - 0.97 * ramp(done, recipe.decay_from, 1.0)
         optimiser.param_groups[0]["lr"] = recipe.rate * min(1, (step + 1) / 100) * fall
         rng = np.random.default_rng([recipe.seed, 2, step])
         hard = done >= recipe.hard_from and rng.random() < recipe.hard_share
         scenes = [sample_scene(rng) for _ in range(BATCH)]
         packed = pack(scenes, [training_questions(s, rng, hard) for s in scenes], words)
-        size = _ramp(done, recipe.noise_from, recipe.noise_full)
+        size = ramp(done, recipe.noise_from, recipe.noise_full)
         reader.swap_probability = None if recipe.control else tuple(size * p for p in recipe.noise)
         reader.generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         reader.point = done < recipe.taught
@@ -245,7 +253,7 @@ def _loss(
     target, weight = packed.target[counted], packed.weight[counted]
     each = cross_entropy(logits, target, reduction="none")
     loss = (each * weight).sum() / weight.sum()
-    figures = {"loss": loss.item()} | _accuracy(logits, target)
+    figures = {"loss": loss.item()} | accuracy(logits, target)
     if reader.point:
         cue = packed.asked >= 0
         hidden = out.hidden_states[READING_LAYERS[0]][:, start:][cue]
@@ -258,7 +266,7 @@ def _loss(
     return loss, figures
 
 
-def _accuracy(logits: Tensor, target: Tensor) -> dict[str, float]:
+def accuracy(logits: Tensor, target: Tensor) -> dict[str, float]:
     """Return the share of right first words among yes/no, colour and side answers of a batch."""
     words = tokenizer()
     right = logits.argmax(-1) == target

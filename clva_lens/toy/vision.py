@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, InstructBlipVisionModel
 
 from clva_lens.toy.checkpoint import EVERY, restore_training, save_training
 from clva_lens.toy.scenes import COLORS, GRID, KINDS, Scene, render, sample_scene
@@ -35,7 +35,7 @@ def patch_labels(scene: Scene) -> Int[np.ndarray, "3 visual"]:
 
 
 def train_vision(
-    tower: CLIPVisionModel,
+    tower: CLIPVisionModel | InstructBlipVisionModel,
     steps: int,
     seed: int,
     checkpoint: Path,

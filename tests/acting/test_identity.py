@@ -1,7 +1,14 @@
-"""Law 1, and the laws that every registered method has to keep, whatever it does."""
+"""Law 1, and the laws that every registered method has to keep, whatever it does.
+
+They hold wherever a method can act: in LLaVA's decoder, in a Q-Former, and in the decoder behind
+one.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import HEADS, KERNELS, SITES, blip_of, lens_of
 from test_state import state
 
 import clva_lens as cl
@@ -9,7 +16,8 @@ from clva_lens.attention import Session
 from clva_lens.methods.base import METHODS, Method, Shapes
 
 STEPS = 4
-METHOD = cl.CLVA(tau=1.0)
+PLACES = [("llava", heads, kernel, "decoder") for heads in HEADS for kernel in KERNELS]
+PLACES += [("instructblip", "grouped", kernel, site) for kernel in KERNELS for site in SITES]
 # Methods with a strength: what switches them off.
 ZERO = {"clva": {"alpha": 0.0, "beta": 0.0}}
 # Parameters under which a method does something on 16 image tokens.
@@ -34,6 +42,27 @@ def decode(model, inputs, method, **options):
     return torch.stack(out.logits, dim=1)
 
 
+@pytest.fixture(scope="module", params=PLACES, ids="-".join)
+def place(request):
+    return request.param
+
+
+@pytest.fixture
+def lens(place):
+    family, heads, kernel, _ = place
+    return lens_of(heads, kernel) if family == "llava" else blip_of(kernel)
+
+
+@pytest.fixture
+def site(place):
+    return place[-1]
+
+
+@pytest.fixture
+def clva(site):
+    return cl.CLVA(tau=1.0, site=site)
+
+
 @pytest.fixture
 def bare(lens, ask):
     """The logits of the model as transformers runs it."""
@@ -53,50 +82,52 @@ def bare(lens, ask):
     ],
     ids=["none", "identity", "nested identity", "strength 0", "knock-out nowhere", "CLVA nowhere"],
 )
-def test_no_effect_is_bit_identical(lens, ask, bare, methods):
-    assert torch.equal(logits(lens.hf_model, ask(lens, 3).inputs, *methods), bare)
+def test_no_effect_is_bit_identical(lens, ask, site, bare, methods):
+    sited = [replace(m, site=site) if hasattr(m, "site") else m for m in methods]
+    assert torch.equal(logits(lens.hf_model, ask(lens, 3).inputs, *sited), bare)
 
 
-def test_observing_is_bit_identical(lens, ask, bare):
-    with torch.inference_mode(), cl.observing(lens.hf_model):
+def test_observing_is_bit_identical(lens, ask, site, bare):
+    with torch.inference_mode(), cl.observing(lens.hf_model, site=site):
         assert torch.equal(lens.hf_model(**ask(lens, 3).inputs).logits, bare)
 
 
-def test_composing_with_the_identity(lens, ask, bare):
+def test_composing_with_the_identity(lens, ask, clva, bare):
     inputs = ask(lens, 3).inputs
-    edited = logits(lens.hf_model, inputs, METHOD)
+    edited = logits(lens.hf_model, inputs, clva)
     assert float((edited - bare).abs().max()) > 0.05
     for composed in (
-        cl.compose(METHOD),
-        cl.compose(METHOD, cl.compose()),
-        cl.compose(cl.compose(), METHOD),
-        cl.compose(METHOD, cl.CLVA(alpha=0, beta=0)),
+        cl.compose(clva),
+        cl.compose(clva, cl.compose()),
+        cl.compose(cl.compose(), clva),
+        cl.compose(clva, replace(clva, alpha=0, beta=0)),
     ):
         assert torch.equal(logits(lens.hf_model, inputs, composed), edited)
 
 
-def test_composing_is_opening_one_after_the_other(lens, ask):
+def test_composing_is_opening_one_after_the_other(lens, ask, site, clva):
     inputs = ask(lens, 3).inputs
-    other = cl.KnockOut(layers=(2, 7), rows="last")
-    composed = logits(lens.hf_model, inputs, cl.compose(METHOD, other))
-    assert torch.equal(logits(lens.hf_model, inputs, METHOD, other), composed)
-    with cl.intervening(lens.hf_model, METHOD):
+    rows = "text" if site == "qformer" else "last"
+    other = cl.KnockOut(layers=(2, 8), rows=rows, site=site)
+    composed = logits(lens.hf_model, inputs, cl.compose(clva, other))
+    assert torch.equal(logits(lens.hf_model, inputs, clva, other), composed)
+    with cl.intervening(lens.hf_model, clva):
         assert torch.equal(logits(lens.hf_model, inputs, other), composed)
     # Order counts: the knock-out at layer 2 is there before the anchors are read either way, but
     # an edit at an anchor layer is seen only by the methods after it.
-    at_anchor = cl.KnockOut(layers=(4,), rows="last")
-    before = logits(lens.hf_model, inputs, at_anchor, METHOD)
-    after = logits(lens.hf_model, inputs, METHOD, at_anchor)
+    at_anchor = cl.KnockOut(layers=(4,), rows=rows, site=site)
+    before = logits(lens.hf_model, inputs, at_anchor, clva)
+    after = logits(lens.hf_model, inputs, clva, at_anchor)
     assert float((before - after).abs().max()) > 1e-3
 
 
-def test_bare_generation_is_bit_identical(lens, ask):
+def test_bare_generation_is_bit_identical(lens, ask, site):
     inputs = ask(lens, 3).inputs
     options = {"max_new_tokens": STEPS, "do_sample": False, "output_logits": True}
     with torch.inference_mode():
         out = lens.hf_model.generate(**inputs, **options, return_dict_in_generate=True)
     wanted = torch.stack(out.logits, dim=1)
-    for method in (cl.compose(), cl.CLVA(alpha=0, beta=0)):
+    for method in (cl.compose(), cl.CLVA(alpha=0, beta=0, site=site)):
         assert torch.equal(decode(lens.hf_model, inputs, method), wanted)
 
 
@@ -109,8 +140,8 @@ def name(request):
 
 
 @pytest.fixture
-def method(name):
-    return METHODS.get(name)(**STRONG.get(name, {}))
+def method(name, site):
+    return METHODS.get(name)(**STRONG.get(name, {}), site=site)
 
 
 def test_method_moves_the_logits(lens, ask, bare, name, method):
@@ -120,10 +151,10 @@ def test_method_moves_the_logits(lens, ask, bare, name, method):
     assert moved > 0.05
 
 
-def test_zero_strength(lens, ask, bare, name):
+def test_zero_strength(lens, ask, site, bare, name):
     if name not in ZERO:
         pytest.skip(f"{name} has no strength; un-skip when it gets one, by adding it to ZERO")
-    zero = METHODS.get(name)(**ZERO[name])
+    zero = METHODS.get(name)(**ZERO[name], site=site)
     assert torch.equal(logits(lens.hf_model, ask(lens, 3).inputs, zero), bare)
 
 
@@ -148,12 +179,13 @@ def test_state_is_restored(lens, ask, method):
     assert state(lens.hf_model) == before
 
 
-def test_a_method_has_fresh_sessions(one, name, method):
+def test_a_method_has_fresh_sessions(lens, site, name, method):
     """Nothing of one run is in the next: a method makes new sessions each time."""
-    first, second = (method.sessions(Shapes(one.hf_model)) for _ in range(2))
+    first, second = (method.sessions(Shapes(lens.hf_model)) for _ in range(2))
     assert method.name == name
     assert first
     assert all(isinstance(session, Session) for session in first)
+    assert all(session.site == site for session in first)
     assert not {id(session) for session in first} & {id(session) for session in second}
 
 

@@ -11,7 +11,10 @@ from clva_lens.models.family import find_site
 from clva_lens.passes import Step
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_that_sees_nothing_stays_finite(one, dtype):
     """In half precision the lowest float32 is −inf: padding rows would turn into NaN and spread."""
     ids = torch.tensor([[0, 5, 5, 5, 7, 8]])  # one token of padding, three of image, two of text

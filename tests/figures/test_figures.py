@@ -173,7 +173,7 @@ def test_drift_draws_the_mean_and_a_band_around_it():
     ("arguments", "options", "message"),
     [
         ((CURVES[0], CURVES[1], CURVES[2][:2], 2), {}, "have shapes .*Pass equal shapes"),
-        ((*CURVES, 4), {}, "positive_layer=4, but layers are 0 to 3"),
+        ((*CURVES, 4), {}, "positive_layer=4, but the layers are 0, 1, 2, 3"),
         ((*CURVES, 2, -1), {}, "negative_layer=-1"),
         ((*CURVES, 2), {"clva": tuple(c[:, :3] for c in CURVES)}, "has 3 layers, not 4"),
         ((np.full(4, math.nan), *CURVES[1:], 2), {}, r"4 of 4 values of entropy \(greedy\)"),

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from clva_lens.toy.card import card_text
 from clva_lens.toy.measure import object_patches, pointing, trace_questions
 from clva_lens.toy.questions import exist_question
 from clva_lens.toy.scenes import sample_scenes
+from clva_lens.toy.toys import TOYS
 
 # Held-out scenes that neither training nor the card has seen.
 FRESH = 31337
@@ -27,11 +29,11 @@ def toys():
     return {name: cl.load(name) for name in pretrained.names()}
 
 
-def test_both_toys_are_here_small_and_safe():
-    assert pretrained.names() == ("toy-llava", "toy-llava-control")
+def test_the_toys_are_here_small_and_safe():
+    assert pretrained.names() == ("toy-instructblip", "toy-llava", "toy-llava-control")
     for name in pretrained.names():
         folder = pretrained.FOLDER / name
-        assert sum(f.stat().st_size for f in folder.iterdir()) < 12e6
+        assert sum(f.stat().st_size for f in folder.rglob("*")) < 12e6
         assert [f.name for f in folder.glob("*.safetensors")] == ["model.safetensors"]
         assert not list(folder.glob("*.bin")) + list(folder.glob("*.pt"))
 
@@ -53,12 +55,39 @@ def test_the_model_is_a_real_llava(toys):
     assert model.hf_model.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["toy-llava", "toy-llava-control"])
+def test_the_model_is_a_real_instructblip(toys):
+    model = toys["toy-instructblip"]
+    assert type(model.hf_model).__name__ == "InstructBlipForConditionalGeneration"
+    assert type(model.processor).__name__ == "InstructBlipProcessor"
+    qformer, decoder = model.sites
+    assert (qformer.layers, qformer.depth) == ((0, 2, 4, 6, 8, 10), 12)
+    assert len(decoder.layers) == 6
+    assert model.hf_model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", pretrained.names())
 def test_the_card_is_made_from_its_measures(name):
     folder = pretrained.FOLDER / name
     recipe = json.loads((folder / "recipe.json").read_text())
     assert (folder / "README.md").read_text() == card_text(folder)
-    assert recipe["control"] == name.endswith("control")
+    assert recipe.get("control", False) == name.endswith("control")
+    assert asdict(TOYS.get(name).recipe) == {
+        key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items()
+    }
+
+
+def test_what_the_instructblip_had_to_reach():
+    found = measures("toy-instructblip")
+    pope = found["pope"]
+    adversarial, blind = pope["adversarial, greedy"], pope["adversarial, knock-out"]
+    assert min(row["n"] for row in pope.values()) >= 1800
+    assert pope["random, greedy"]["accuracy"] >= 0.85
+    assert adversarial["accuracy"] >= 0.85
+    assert adversarial["accuracy"] - blind["accuracy"] >= 0.10
+    assert adversarial["best_threshold"] - blind["best_threshold"] >= 0.10
+    assert found["pointing"]["layers"] == [0, 2, 4, 6, 8, 10]
+    assert found["pointing"]["all_heads"][2] >= 0.7  # layer 4
+    assert {f"adversarial, {name}" for name in ("CLVA", "CLVA, decoder")} <= pope.keys()
 
 
 def test_what_the_toy_had_to_reach():
@@ -87,11 +116,12 @@ def test_the_control_has_the_maps_and_not_the_cause():
 
 
 @pytest.mark.parametrize("split", ["random", "adversarial"])
-def test_accuracy_on_fresh_scenes_agrees_with_the_card(toys, split):
+@pytest.mark.parametrize("name", ["toy-llava", "toy-instructblip"])
+def test_accuracy_on_fresh_scenes_agrees_with_the_card(toys, name, split):
     """180 fresh questions: within four standard errors of what the card states."""
     benchmark = ToyPope(split, scenes=32, seed=FRESH)
-    report = cl.evaluate(toys["toy-llava"], benchmark, progress=False, batch_size=60)
-    stated = measures("toy-llava")["pope"][f"{split}, greedy"]["accuracy"]
+    report = cl.evaluate(toys[name], benchmark, progress=False, batch_size=60)
+    stated = measures(name)["pope"][f"{split}, greedy"]["accuracy"]
     n = report.metrics["n"]
     error = (stated * (1 - stated) / n) ** 0.5
     print(f"{split}: {report.metrics['accuracy']:.3f} on {n:.0f}, card {stated:.3f}")
@@ -124,4 +154,5 @@ def test_the_knock_out_blinds_the_toy_but_not_the_control(toys):
         change[name] = runs[1].metrics["auc"] - runs[0].metrics["auc"]
     print(f"AUC lost by the knock-out: {change}")
     assert change["toy-llava"] < -0.05
+    assert change["toy-instructblip"] < -0.05
     assert change["toy-llava-control"] > -0.03

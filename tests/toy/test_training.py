@@ -1,7 +1,6 @@
 """Training: packed questions are the questions asked alone, and a broken run goes on."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from clva_lens.toy.build import processor, tokenizer, untrained
 from clva_lens.toy.packing import pack, training_questions
 from clva_lens.toy.reading import READING_LAYERS, Reader
 from clva_lens.toy.scenes import render, sample_scene
+from clva_lens.toy.toys import TOYS
 from clva_lens.toy.vision import patch_labels, pixels
 
 
@@ -159,12 +159,14 @@ def test_a_run_that_broke_off_goes_on_where_it_was(tmp_path, monkeypatch):
 @pytest.mark.parametrize("control", [False, True])
 def test_the_command_trains_a_model_that_loads(tmp_path, monkeypatch, control):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
-    short = training.Recipe(vision_steps=1, projector_steps=1, decoder_steps=2)
-    monkeypatch.setattr(training, "Recipe", lambda: short)
-    monkeypatch.setattr(training, "CONTROL", replace(short, control=True, blind=0.5))
+    short = training.Recipe(
+        vision_steps=1, projector_steps=1, decoder_steps=2, control=control, blind=0.5 * control
+    )
+    name = "toy-llava-control" if control else "toy-llava"
+    monkeypatch.setitem(TOYS._items, name, TOYS.get(name)._replace(recipe=short))
     run = tmp_path / "run"
-    command = ["toy", "train", "--folder", str(run), "--seed", "5"]
-    result = CliRunner().invoke(app, command + ["--control"] * control, catch_exceptions=False)
+    command = ["toy", "train", name, "--folder", str(run), "--seed", "5"]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     recipe = json.loads((run / "model" / "recipe.json").read_text())
     assert (recipe["seed"], recipe["control"]) == (5, control)
@@ -174,6 +176,6 @@ def test_the_command_trains_a_model_that_loads(tmp_path, monkeypatch, control):
         "decoder",
     }
     assert cl.load(run / "model").num_layers == 12
-    other = CliRunner().invoke(app, [*command[:-1], "6", *["--control"] * control])
+    other = CliRunner().invoke(app, [*command[:-1], "6"])
     assert other.exit_code == 1
     assert "of another recipe" in " ".join(other.stderr.split())

@@ -63,8 +63,12 @@ def run(
     pixels: Tensor,
     edits: Sequence[Edit] = (),
     prompt_length: int | None = None,
+    features: Tensor | None = None,
 ) -> Result:
-    """Run one sample (``ids`` [position], unpadded); from ``prompt_length`` on, it is generated."""
+    """Run one sample (``ids`` [position], unpadded); from ``prompt_length`` on, it is generated.
+
+    ``features`` are the image tokens' embeddings, where they are not LLaVA's own.
+    """
     decoder, config = model.model.language_model, model.config.text_config
     kind = model.lm_head.weight.dtype
     length, prompt_length = len(ids), prompt_length or len(ids)
@@ -75,7 +79,7 @@ def run(
     state = [_ClvaState(edit) if isinstance(edit, Clva) else None for edit in edits]
 
     hidden = decoder.embed_tokens.weight[ids].clone()
-    hidden[image] = _features(model, pixels.to(kind))
+    hidden[image] = _features(model, pixels.to(kind)) if features is None else features
     total_layers, heads = len(decoder.layers), config.num_attention_heads
     width = config.hidden_size // heads
     groups = heads // config.num_key_value_heads

@@ -1,0 +1,42 @@
+"""The toys that can be trained: a recipe, what follows it, and how the result is kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from clva_lens.registry import Registry
+from clva_lens.toy.build import processor
+from clva_lens.toy.build_instructblip import save as save_instructblip
+from clva_lens.toy.train import CONTROL, Advance, Recipe
+from clva_lens.toy.train import train as train_llava
+from clva_lens.toy.train_instructblip import InstructBlipRecipe
+from clva_lens.toy.train_instructblip import train as train_instructblip
+
+
+class Toy(NamedTuple):
+    """One toy model.
+
+    ``train(recipe, folder, advance)`` returns the model; ``save(model, folder)`` writes it with its
+    processor. ``steps`` is the field of the recipe that has the steps of the longest stage.
+    """
+
+    recipe: Any
+    train: Callable[[Any, Path, Advance], Any]
+    save: Callable[[Any, Path], None]
+    steps: str
+
+
+def _save_llava(model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    processor().save_pretrained(folder)
+
+
+TOYS = Registry[Toy]("toy")
+TOYS.register("toy-llava", Toy(Recipe(), train_llava, _save_llava, "decoder_steps"))
+TOYS.register("toy-llava-control", Toy(CONTROL, train_llava, _save_llava, "decoder_steps"))
+TOYS.register(
+    "toy-instructblip",
+    Toy(InstructBlipRecipe(), train_instructblip, save_instructblip, "qformer_steps"),
+)
