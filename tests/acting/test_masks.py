@@ -10,7 +10,6 @@ from clva_lens.axes import TokenSpans
 from clva_lens.models.family import find_site
 from clva_lens.passes import Step
 
-
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
