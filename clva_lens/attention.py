@@ -60,18 +60,17 @@ class AttentionCall:
         Softmax in float32 over all keys, under the mask and the bias. Rows are relative to this
         pass; those of padding are meaningless.
         """
-        query = self.query[:, :, start:stop].float()
-        key = self.key.float()
-        batch, heads, count, width = query.shape
-        groups = heads // key.shape[1]
-        grouped = query.reshape(batch, key.shape[1], groups * count, width)
-        scores = (grouped @ key.mT).reshape(batch, heads, count, -1) * self.scaling
+        return self.scores(start, stop).softmax(dim=-1)
+
+    def scores(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
+        """Return what the softmax of ``rows`` is taken of, in float32, under mask and bias."""
+        scores = raw_scores(self.query[:, :, start:stop], self.key, self.scaling)
         allowed = self.additive_mask(start, stop)
         if allowed is not None:
             scores += allowed
         if self.bias is not None:
             scores += self.bias[:, :, start:stop]
-        return scores.softmax(dim=-1)
+        return scores
 
     def row_pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Return (start, stop) of pieces of these rows that hold few scores each."""
@@ -85,11 +84,7 @@ class AttentionCall:
         if self.mask is not None:
             rows = slice(start, stop) if self.mask.shape[2] > 1 else slice(None)
             mask = self.mask[:, :, rows, :keys]
-            if mask.dtype != torch.bool:
-                return mask.float()
-            return torch.zeros(mask.shape, device=mask.device).masked_fill_(
-                ~mask, torch.finfo(torch.float32).min
-            )
+            return as_additive(mask)
         count = self.query.shape[2]
         if not self.step.causal or (count == 1 and keys == self.step.offset + 1):
             return None
@@ -99,6 +94,28 @@ class AttentionCall:
         return torch.zeros(future.shape, device=self.key.device).masked_fill_(
             future, torch.finfo(torch.float32).min
         )
+
+
+def raw_scores(
+    query: Float[Tensor, "batch head row width"],
+    key: Float[Tensor, "batch kv_head key width"],
+    scaling: float | int,
+) -> Float[Tensor, "batch head row key"]:
+    """Return the scaled products of queries and keys in float32; keys may be of grouped heads."""
+    query, key = query.float(), key.float()
+    batch, heads, count, width = query.shape
+    groups = heads // key.shape[1]
+    grouped = query.reshape(batch, key.shape[1], groups * count, width)
+    return (grouped @ key.mT).reshape(batch, heads, count, -1) * scaling
+
+
+def as_additive(mask: Tensor) -> Float[Tensor, "..."]:
+    """Return a mask, of truths or of summands, as float32 summands of the scores."""
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(torch.float32).min
+    )
 
 
 class Session:

@@ -150,6 +150,15 @@ def transformers_model(model: Any) -> PreTrainedModel:
     raise AssertionError("find_family() accepted a module that no family matches")
 
 
+def in_trace() -> bool:
+    """Return whether this is called within an nnsight trace."""
+    try:
+        Mediator.current("run_with_cache")
+    except ValueError:
+        return False
+    return True
+
+
 def _sessions(model: PreTrainedModel, methods: Sequence[Method]) -> list[Session]:
     shapes = Shapes(model)
     return [session for method in methods for session in method.sessions(shapes)]

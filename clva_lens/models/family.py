@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from clva_lens.axes import TokenSpans
 from clva_lens.errors import ClvaLensError, ModelLoadError, ParameterError
+from clva_lens.models.hooks import Activations
 from clva_lens.passes import Passes
 from clva_lens.registry import Registry
 
@@ -76,6 +77,18 @@ class ModelFamily(ABC):
 
         ``system`` is the system message; None leaves the model's own, "" leaves it out.
         """
+
+    def activations(self, model: PreTrainedModel) -> Activations:
+        """Return what has a TransformerLens name in the model, for ``run_with_cache``.
+
+        Raises:
+            ModelLoadError: if nobody wrote them down for this family or this language model.
+        """
+        raise ModelLoadError(
+            f"the family '{self.name}' has no table of TransformerLens names, which run_with_cache "
+            "needs. Give it one (ModelFamily.activations; clva_lens/models/llava.py is an "
+            "example), or read activations inside model.trace(prompt)."
+        )
 
     def encode(
         self, model: PreTrainedModel, processor: Any, images: list[Any], texts: list[str]

@@ -28,6 +28,7 @@ from transformers import (
 
 from clva_lens.axes import TokenSpans
 from clva_lens.errors import ClvaLensError, ModelLoadError, PromptError
+from clva_lens.models import hooks
 from clva_lens.models.family import FAMILIES, ModelFamily, Site
 from clva_lens.passes import DecoderPasses, EncoderDecoderPasses, Passes, QueryPasses, picture_spans
 
@@ -91,6 +92,27 @@ class InstructBlip(ModelFamily):
 
         layers = tuple(range(len(modules)))
         return Site("decoder", modules, layers, len(layers), modules[0].config, passes)
+
+    def activations(self, model: PreTrainedModel) -> hooks.Activations:
+        """Return the names of the vision tower, of the Q-Former and of the language model.
+
+        Raises:
+            ModelLoadError: if the language model is a T5.
+        """
+        inner: Any = model
+        tables = {"llama": hooks.llama, "opt": hooks.opt}
+        kind = inner.language_model.config.model_type
+        if kind not in tables:
+            raise ModelLoadError(
+                f"the language model is a '{kind}', for which run_with_cache has no table of "
+                f"TransformerLens names (it has {' and '.join(tables)}). Read its activations "
+                "inside model.trace(prompt)."
+            )
+        seeing = hooks.vision(inner.vision_model.encoder.layers, hooks.BLIP_VISION)
+        asking = hooks.qformer(inner.qformer.encoder.layer)
+        language = inner.language_model
+        reading = tables[kind](language.get_decoder(), language.lm_head)
+        return reading._replace(places=(*seeing, *asking, *reading.places))
 
     def image_token_id(self, model: PreTrainedModel) -> int:
         """Return the id of ``<image>``.

@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import logging
 
+from clva_lens.cache import CachedRun, NamesFilter, run_with_cache
 from clva_lens.errors import ModelLoadError, PromptError
+from clva_lens.methods.base import Method
 from clva_lens.models.check import check_family
 from clva_lens.models.family import ModelFamily, Site, find_family
 from clva_lens.models.prompt import ImageLike, Prompt, VisualTokens, as_lists
@@ -105,6 +107,38 @@ class LensModel(TransformersModel):
             inputs[name] = value.to(model.device, dtype)
         sites = {site.name: self._visual_tokens(site.name, inputs) for site in self.sites}
         return Prompt(inputs, sites, batched, tuple(images), tuple(questions), system)
+
+    def run_with_cache(
+        self,
+        prompt: Prompt,
+        names_filter: NamesFilter = None,
+        *,
+        method: Method | None = None,
+    ) -> CachedRun:
+        """Return (logits, ``transformer_lens.ActivationCache``) of one forward pass.
+
+        Names and axes are TransformerLens': ``blocks.{i}.hook_resid_pre|mid|post``,
+        ``.hook_attn_out``, ``.hook_mlp_out``, ``.attn.hook_q|k|v|z`` [batch, pos, head, d_head]
+        (``rot_q|rot_k`` after the rotary embedding), ``.attn.hook_pattern|attn_scores`` [batch,
+        head, query_pos, key_pos], ``.attn.hook_result``, ``.ln1|ln2.hook_scale|normalized``,
+        ``.mlp.hook_pre|post``, ``hook_embed``, ``ln_final.hook_scale|normalized``. The vision
+        tower has the same under ``vision.``, the Q-Former under ``qformer.``, where
+        ``cross_attn`` reads the picture. ``hook_embed`` is what enters the first layer, with the
+        picture's features in their places.
+
+        ``names_filter`` is a name, a list of names or a function of a name, and nothing else is
+        kept; None keeps all but patterns, scores and results. Patterns and scores are float32 and
+        show the attention under ``method`` and under interventions that are open; rows of padding
+        are meaningless. No gradients are kept.
+
+        Raises:
+            UnknownName: if ``names_filter`` has a name that the model does not.
+            ParameterError: if ``names_filter`` selects nothing, or is of another kind.
+            ModelLoadError: if nobody wrote the names of this model down.
+            InterventionError: inside a trace, or if attention is asked for and its kernel cannot
+                be intercepted.
+        """
+        return run_with_cache(self, prompt, names_filter, method)
 
     def _visual_tokens(self, site: str, inputs: dict[str, torch.Tensor]) -> VisualTokens:
         spans = self.family.spans(self.hf_model, site, inputs)

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from clva_lens.errors import PromptError
+from clva_lens.models import hooks
 from clva_lens.models.family import FAMILIES, ModelFamily, Site
 from clva_lens.passes import DecoderPasses
 
@@ -42,6 +43,14 @@ class Llava(ModelFamily):
                 lambda: DecoderPasses(model, image),
             ),
         )
+
+    def activations(self, model: PreTrainedModel) -> hooks.Activations:
+        """Return the names of the vision tower and of the decoder."""
+        inner: Any = model
+        tower = inner.model.vision_tower
+        seeing = hooks.vision(getattr(tower, "vision_model", tower).encoder.layers, hooks.CLIP)
+        reading = hooks.llama(model.get_decoder(), inner.lm_head)
+        return reading._replace(places=(*seeing, *reading.places))
 
     def image_token_id(self, model: PreTrainedModel) -> int:
         """Return the id of ``<image>``."""

@@ -1,0 +1,130 @@
+"""What TransformerLens' ActivationCache asks of a model: sizes and weights, read in place.
+
+``logit_attrs`` divides by the final norm's cached scale and leaves out the norm's weight, so the
+directions that it asks for carry that weight: its sum over all components is then the model's own
+logit, up to the constant of a norm's bias and of the unembedding's.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clva_lens.errors import ParameterError
+from clva_lens.models.hooks import Readout
+
+
+class CacheModel:
+    """Stands for the language model in an ActivationCache; it copies no weight.
+
+    Weights have TransformerLens' axes: ``blocks[i].attn.W_O`` [head, d_head, d_model], ``b_O``,
+    ``blocks[i].mlp.W_out`` [d_mlp, d_model], ``b_out``, ``W_U`` [d_model, d_vocab], ``b_U``.
+    """
+
+    training = False
+
+    def __init__(self, readout: Readout, tokenizer: Any, config: Any, name: str) -> None:
+        """Take the modules to read from, and the configuration of the language model."""
+        self._tokenizer = tokenizer
+        self.ln_final = readout.norm
+        self.unembed = readout.unembed
+        self.blocks = tuple(
+            _block(out, down, readout.d_head)
+            for out, down in zip(readout.attention, readout.mlp, strict=True)
+        )
+        centred = isinstance(readout.norm, nn.LayerNorm)
+        weight = self.W_U
+        heads, d_head, d_model = self.blocks[0].attn.W_O.shape
+        self.cfg = SimpleNamespace(
+            model_name=name,
+            n_layers=len(self.blocks),
+            n_heads=heads,
+            n_key_value_heads=getattr(config, "num_key_value_heads", heads),
+            d_head=d_head,
+            d_model=d_model,
+            d_mlp=self.blocks[0].mlp.W_out.shape[0],
+            d_vocab=weight.shape[1],
+            n_ctx=config.max_position_embeddings,
+            normalization_type="LN" if centred else "RMS",
+            final_rms=not centred,
+            positional_embedding_type="standard" if centred else "rotary",
+            attn_only=False,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding, without the final norm's weight."""
+        weight = self.unembed.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().T
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """The unembedding's bias."""
+        bias = getattr(self.unembed, "bias", None)
+        return self.W_U.new_zeros(self.W_U.shape[1]) if bias is None else bias.detach()
+
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Tensor
+    ) -> Float[Tensor, "*tokens d_model"]:
+        """Return the directions whose products with the normalised stream are the tokens' logits.
+
+        They carry the final norm's weight.
+        """
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        if isinstance(tokens, Tensor) and tokens.numel() == 1:
+            tokens = int(tokens)
+        weight = self.ln_final.weight
+        assert isinstance(weight, Tensor)
+        return self.W_U.T[tokens] * weight.detach()
+
+    def to_single_token(self, text: str) -> int:
+        """Return the id of a text that is one token.
+
+        Raises:
+            ParameterError: if it is none or several.
+        """
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise ParameterError(
+                f"{text!r} is {len(ids)} tokens ({ids}), but a single one is needed. Pass a text "
+                "that is one token, or a token id."
+            )
+        return ids[0]
+
+    def to_single_str_token(self, token: int) -> str:
+        """Return the text of a token."""
+        return self._tokenizer.decode([token])
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Return the sum of the biases that layers before ``layer`` write to the stream."""
+        total = self.W_U.new_zeros(self.cfg.d_model)
+        for block in self.blocks[:layer]:
+            total = total + block.attn.b_O
+            if include_mlp_biases:
+                total = total + block.mlp.b_out
+        return total + self.blocks[layer].attn.b_O if mlp_input else total
+
+
+def _block(out: Any, down: Any, d_head: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        attn=SimpleNamespace(W_O=per_head(out, d_head), b_O=_bias(out)),
+        mlp=SimpleNamespace(W_out=down.weight.detach().T, b_out=_bias(down)),
+    )
+
+
+def per_head(out: Any, d_head: int) -> Float[Tensor, "head d_head d_model"]:
+    """Return an output projection's weight by head, as a view of it."""
+    return rearrange(out.weight.detach(), "m (h d) -> h d m", d=d_head)
+
+
+def _bias(linear: Any) -> Tensor:
+    weight = linear.weight.detach()
+    return weight.new_zeros(()).expand(len(weight)) if linear.bias is None else linear.bias.detach()
