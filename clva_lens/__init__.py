@@ -13,6 +13,7 @@ from clva_lens.anchors import VisualAnchors as VisualAnchors
 from clva_lens.axes import TokenSpans as TokenSpans
 from clva_lens.benchmarks.base import BENCHMARKS as _BENCHMARKS
 from clva_lens.benchmarks.comparison import compare as compare
+from clva_lens.bridge import to_transformer_lens as to_transformer_lens
 from clva_lens.drift import attention_drift as attention_drift
 from clva_lens.errors import ClvaLensError as ClvaLensError
 from clva_lens.evaluate import evaluate as evaluate
@@ -83,5 +84,6 @@ __all__ = [
     "models",
     "observe",
     "observing",
+    "to_transformer_lens",
     "trace_attention",
 ]

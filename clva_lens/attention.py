@@ -119,9 +119,13 @@ def as_additive(mask: Tensor) -> Float[Tensor, "..."]:
 
 
 class Session:
-    """One method's state during one run; it dies with the run. ``site`` is where it acts."""
+    """One method's state during one run; it dies with the run.
+
+    ``site`` is where it acts, ``layers`` are those whose attention it reads or edits.
+    """
 
     site: str
+    layers: tuple[int, ...]
 
     def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
         """Look at one layer's attention; return a bias on its scores, or None for no edit."""

@@ -22,6 +22,7 @@ from clva_lens.models.family import find_family
 from clva_lens.models.hooks import Place
 from clva_lens.models.prompt import Prompt
 from clva_lens.readout import CacheModel, per_head
+from clva_lens.transformerlens import transformer_lens
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
@@ -77,12 +78,10 @@ def run_with_cache(
     found = reader.found
     for session in sessions:
         found |= session.found
-    from transformer_lens import ActivationCache  # it takes seconds to import
-
     config = model.config.get_text_config()
     standing = CacheModel(activations.readout, lens.words, config, lens.name)
     ordered = {place.name: found[place.name] for place in chosen}
-    return CachedRun(logits, ActivationCache(ordered, standing))
+    return CachedRun(logits, transformer_lens().cache(ordered, standing))
 
 
 def choose(places: Sequence[Place], names_filter: NamesFilter) -> tuple[Place, ...]:

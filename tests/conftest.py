@@ -10,6 +10,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import copy
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -352,3 +353,17 @@ def untyped() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No process may be started, an installer least of all: not even if the error is swallowed."""
+    started: list[object] = []
+
+    def refuse(self: object, *args: object, **kwargs: object) -> None:
+        started.append(args)
+        raise AssertionError(f"a process was started: {args}")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    yield
+    assert started == []

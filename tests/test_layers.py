@@ -8,7 +8,7 @@ import clva_lens
 ROOT = Path(clva_lens.__file__).parent
 ORDER = [
     {"errors"},
-    {"registry", "axes"},
+    {"registry", "axes", "transformerlens"},
     {"heads", "anchors", "drift"},
     {"passes"},
     {"models.hooks"},
@@ -16,7 +16,7 @@ ORDER = [
     {"models.llava", "models.instructblip", "models.__init__"},
     {"attention"},
     {"rows"},
-    {"methods.base", "methods.clva", "methods.knockout", "methods.__init__"},
+    {"methods.base", "methods.clva", "methods.knockout", "methods.hooks", "methods.__init__"},
     {"models.prompt"},
     {"trace"},
     {"intervene", "models.check"},
@@ -24,7 +24,7 @@ ORDER = [
     {"cache"},
     {"toy.__init__", "toy.pretrained.__init__", "toy.scenes", "toy.questions"},
     {"models.lens"},
-    {"generate"},
+    {"generate", "bridge"},
     {"benchmarks.base", "benchmarks.metrics"},
     {"benchmarks.statistics"},
     {"benchmarks.pope", "benchmarks.comparison"},
@@ -50,6 +50,7 @@ ORDER = [
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 NNSIGHT = {"models.lens", "intervene", "bench"}
+TRANSFORMER_LENS = {"transformerlens", "cache"}
 NO_TORCH = {name for name in LEVEL if name.startswith(("benchmarks.", "figures."))}
 SCIENCE = {"heads", "anchors", "drift", "axes"}
 
@@ -106,6 +107,8 @@ def test_each_upstream_stays_in_its_rooms():
             top = module.split(".")[0]
             if top == "nnsight" and name not in NNSIGHT:
                 wrong.append(f"{name} imports nnsight")
+            if top == "transformer_lens" and name not in TRANSFORMER_LENS:
+                wrong.append(f"{name} imports transformer_lens")
             if name in NO_TORCH and top in ("torch", "transformers"):
                 wrong.append(f"{name} imports {top}")
             if name in SCIENCE and top in ("transformers", "nnsight", "pathlib"):

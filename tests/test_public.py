@@ -33,6 +33,7 @@ def test_public_names():
         "models",
         "observe",
         "observing",
+        "to_transformer_lens",
         "trace_attention",
     ]
     assert all(hasattr(cl, name) for name in cl.__all__)

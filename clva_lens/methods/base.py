@@ -1,9 +1,9 @@
 """What a method is: frozen parameters, and a session for each run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from einops import rearrange
@@ -81,6 +81,21 @@ def shape_of(model: PreTrainedModel, site: str | None = None) -> Shape:
     return Shape(found.name, found.layers, found.depth, heads, found.ordered)
 
 
+Hook = tuple[str, Callable[[Tensor, Any], Tensor | None]]
+
+
+class MethodHooks(list[Hook]):
+    """What ``run_with_hooks(fwd_hooks=...)`` of TransformerLens takes: names and functions.
+
+    ``sessions`` are behind them; after a run, that of a CLVA has its ``anchors``.
+    """
+
+    def __init__(self, hooks: Sequence[Hook], sessions: Sequence[Session]) -> None:
+        """Keep the hooks in order."""
+        super().__init__(hooks)
+        self.sessions = tuple(sessions)
+
+
 class Method(ABC):
     """A training-free method: parameters that never change. ``name`` is its registered name."""
 
@@ -93,6 +108,24 @@ class Method(ABC):
         Raises:
             ParameterError: if a parameter does not fit (an unknown layer, for example).
         """
+
+    def as_hooks(self, bridge: Any, prompt: Mapping[str, Tensor]) -> MethodHooks:
+        """Return the method as hooks for ``bridge.run_with_hooks(..., fwd_hooks=...)``.
+
+        ``bridge`` is a TransformerLens ``TransformerBridge``, for example that of
+        ``cl.to_transformer_lens(model)``. The hooks are for this ``prompt`` (or a processor's
+        output), in any number of runs, and for what is generated from it inside
+        ``with bridge.hooks(fwd_hooks=...)``. Lists of several methods may be joined; each sees the
+        edits of those before it.
+
+        Raises:
+            InterventionError: if ``bridge`` is no bridge, or its attention cannot be edited by
+                hooks.
+            ParameterError: if the method does not fit the model.
+        """
+        from clva_lens.methods.hooks import method_hooks
+
+        return method_hooks(self, bridge, prompt)
 
 
 METHODS = Registry[type[Method]]("method")

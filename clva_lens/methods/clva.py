@@ -162,6 +162,7 @@ class ClvaSession(Session):
         """Keep the resolved layers; the anchors come with the first pass."""
         self.method, self.shape, self.site = method, shape, shape.site
         self.positive_layer, self.edited = positive_layer, edited
+        self.layers = (method.negative_layer, positive_layer, *edited)
         self._read: dict[int, _LayerReading] = {}
         self._bias: tuple[Step, Tensor] | None = None
         self._prompt_weights: Float[Tensor, "batch visual"] | None = None
