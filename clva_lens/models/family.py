@@ -13,6 +13,20 @@ from clva_lens.models.hooks import Activations
 from clva_lens.passes import Passes
 from clva_lens.registry import Registry
 
+# The decoder of a family's tiny model.
+TINY_DECODER: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
 
 class Site(NamedTuple):
     """A place where attention can be read and edited.

@@ -29,7 +29,7 @@ from transformers import (
 from clva_lens.axes import TokenSpans
 from clva_lens.errors import ClvaLensError, ModelLoadError, PromptError
 from clva_lens.models import hooks
-from clva_lens.models.family import FAMILIES, ModelFamily, Site
+from clva_lens.models.family import FAMILIES, TINY_DECODER, ModelFamily, Site
 from clva_lens.passes import DecoderPasses, EncoderDecoderPasses, Passes, QueryPasses, picture_spans
 
 CLS = 1  # keys of the Q-Former that lie on no patch
@@ -207,19 +207,7 @@ class InstructBlip(ModelFamily):
 
     def tiny(self, **text_config: Any) -> InstructBlipForConditionalGeneration:
         """Return a small InstructBLIP: two 12-layer, 4-head stacks, 8 queries, 16 patches."""
-        text: dict[str, Any] = {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 256,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        }
-        return self.tiny_with(LlamaConfig(**(text | text_config)))
+        return self.tiny_with(LlamaConfig(**(TINY_DECODER | text_config)))
 
     @staticmethod
     def tiny_with(text_config: PreTrainedConfig) -> InstructBlipForConditionalGeneration:

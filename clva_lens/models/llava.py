@@ -14,7 +14,7 @@ from transformers import (
 
 from clva_lens.errors import PromptError
 from clva_lens.models import hooks
-from clva_lens.models.family import FAMILIES, ModelFamily, Site
+from clva_lens.models.family import FAMILIES, TINY_DECODER, ModelFamily, Site
 from clva_lens.passes import DecoderPasses
 
 
@@ -100,21 +100,9 @@ class Llava(ModelFamily):
             patch_size=8,
             projection_dim=24,
         )
-        text: dict[str, Any] = {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 256,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        }
         config = LlavaConfig(
             vision_config=vision,
-            text_config=LlamaConfig(**(text | text_config)),
+            text_config=LlamaConfig(**(TINY_DECODER | text_config)),
             image_token_index=5,
             vision_feature_layer=-1,
             vision_feature_select_strategy="default",

@@ -9,24 +9,21 @@ from jaxtyping import Float
 from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 from transformers import (
-    CLIPImageProcessorPil,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
     InstructBlipQFormerConfig,
     InstructBlipVisionConfig,
     InstructBlipVisionModel,
-    LlamaConfig,
     PreTrainedTokenizerFast,
 )
 
-from clva_lens.toy.build import SPECIAL
+from clva_lens.toy.build import SPECIAL, WIDTH, decoder_config, image_processor, start_decoder
 from clva_lens.toy.build import tokenizer as llava_tokenizer
 from clva_lens.toy.scenes import IMAGE_SIZE, PATCH_SIZE
 
 QUERIES = 16
 VISION_WIDTH, VISION_LAYERS = 96, 4
-WIDTH = 128  # of the Q-Former and of the language model
 EMBED = 0.3  # scale of the language model's embeddings; the Q-Former's are normalised to 1
 
 
@@ -53,14 +50,8 @@ def tokenizer(padding_side: str = "left") -> PreTrainedTokenizerFast:
 
 def processor() -> InstructBlipProcessor:
     """Return a real ``InstructBlipProcessor``: 16 image tokens, then ``<s>`` and the question."""
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.25, 0.25, 0.25],
-    )
     return InstructBlipProcessor(
-        image_processor=images,
+        image_processor=image_processor(),
         tokenizer=tokenizer(),
         qformer_tokenizer=tokenizer("right"),
         num_query_tokens=QUERIES,
@@ -93,20 +84,7 @@ def config() -> InstructBlipConfig:
             pad_token_id=0,
             cross_attention_frequency=2,
         ),
-        text_config=LlamaConfig(
-            vocab_size=words,
-            hidden_size=WIDTH,
-            intermediate_size=320,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            max_position_embeddings=512,
-            rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-            tie_word_embeddings=False,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
+        text_config=decoder_config(6),
         num_query_tokens=QUERIES,
         image_token_index=SPECIAL.index("<image>"),
     )
@@ -115,11 +93,10 @@ def config() -> InstructBlipConfig:
 def untrained(seed: int) -> InstructBlipForConditionalGeneration:
     """Return the model with the initial weights that training starts from.
 
-    Attention starts *identity-biased* as in toy-llava: W_k = W_q, so that equal content attracts,
-    and W_o = W_vᵀ/2, so that attention copies content. Words have the same embedding, up to scale,
-    in the Q-Former, at the entrance and at the exit of the language model, and the projection
-    between the two is the identity. Cross-attention is left to the alignment that follows the
-    vision tower's training, as it starts from what the tower sees.
+    Attention starts identity-biased (see ``start_decoder``). Words have the same embedding, up to
+    scale, in the Q-Former, at the entrance and at the exit of the language model, and the
+    projection between the two is the identity. Cross-attention is left to the alignment that
+    follows the vision tower's training, as it starts from what the tower sees.
     """
     model = InstructBlipForConditionalGeneration(config())
     torch.manual_seed(seed)
@@ -141,17 +118,7 @@ def untrained(seed: int) -> InstructBlipForConditionalGeneration:
         model.language_projection.weight.copy_(EMBED * torch.eye(WIDTH))
         text.embed_tokens.weight.copy_(EMBED * words)
         model.language_model.lm_head.weight.copy_(0.06 * words)
-        scale = 0.06 / (2 * len(text.layers)) ** 0.5
-        decoder: Any = text.layers
-        for layer in decoder:
-            attention, mlp = layer.self_attn, layer.mlp
-            attention.q_proj.weight.normal_(0, 0.08)
-            attention.k_proj.weight.copy_(attention.q_proj.weight)
-            attention.v_proj.weight.normal_(0, 0.06)
-            attention.o_proj.weight.copy_(attention.v_proj.weight.T / 2)
-            mlp.gate_proj.weight.normal_(0, 0.06)
-            mlp.up_proj.weight.normal_(0, 0.06)
-            mlp.down_proj.weight.normal_(0, scale)
+        start_decoder(text.layers)
     return model
 
 
