@@ -2,7 +2,7 @@
 
 >>> import clva_lens as cl
 >>> cl.methods()
-('clva', 'knockout')
+('ablation', 'clva', 'knockout')
 """
 
 from clva_lens import benchmarks as _benchmarks  # noqa: F401  (registers the benchmarks)
@@ -25,11 +25,13 @@ from clva_lens.generate import generate as generate
 from clva_lens.heads import HeadClasses as HeadClasses
 from clva_lens.heads import classify_heads as classify_heads
 from clva_lens.intervene import composed_saliency as composed_saliency
+from clva_lens.intervene import head_means as head_means
 from clva_lens.intervene import intervene as intervene
 from clva_lens.intervene import intervening as intervening
 from clva_lens.intervene import observe as observe
 from clva_lens.intervene import observing as observing
 from clva_lens.intervene import trace_attention as trace_attention
+from clva_lens.methods.ablation import AblateHeads as AblateHeads
 from clva_lens.methods.base import METHODS as _METHODS
 from clva_lens.methods.base import compose as compose
 from clva_lens.methods.clva import CLVA as CLVA
@@ -60,6 +62,7 @@ def figures() -> tuple[str, ...]:
 
 __all__ = [
     "CLVA",
+    "AblateHeads",
     "Beam",
     "ClvaLensError",
     "Greedy",
@@ -77,6 +80,7 @@ __all__ = [
     "evaluate",
     "figures",
     "generate",
+    "head_means",
     "intervene",
     "intervening",
     "load",

@@ -121,15 +121,26 @@ def as_additive(mask: Tensor) -> Float[Tensor, "..."]:
 class Session:
     """One method's state during one run; it dies with the run.
 
-    ``site`` is where it acts, ``layers`` are those whose attention it reads or edits.
+    ``site`` is where it acts, ``layers`` are those whose attention it reads or edits;
+    ``edits_output`` says whether it wants ``output`` called.
     """
 
     site: str
     layers: tuple[int, ...]
+    edits_output: bool = False
 
     def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
         """Look at one layer's attention; return a bias on its scores, or None for no edit."""
-        raise NotImplementedError
+        return None
+
+    def output(
+        self, call: AttentionCall, out: Float[Tensor, "batch query head width"]
+    ) -> Float[Tensor, "batch query head width"] | None:
+        """Look at what the heads of one layer put out, z; return what replaces it, or None.
+
+        ``call`` has the bias of all sessions.
+        """
+        return None
 
 
 class Run:
@@ -159,6 +170,7 @@ class Run:
             )
         self._layers = dict(zip(map(id, site.modules), site.layers, strict=True))
         self._hooks: list[RemovableHandle] = []
+        self._call: AttentionCall | None = None
         self._merged: tuple[Tensor | None, Tensor, Tensor] | None = None
 
     def install(self) -> None:
@@ -185,7 +197,7 @@ class Run:
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor | None:
         """Show one layer to the sessions; return its mask with their biases, None without any."""
-        step = self.passes.step
+        step, self._call = self.passes.step, None
         if step is None or isinstance(query, FakeTensor):
             return None
         call = AttentionCall(self._layers[id(module)], step, query, key, mask, None, scaling)
@@ -193,7 +205,17 @@ class Run:
             bias = session.attention(call)
             if bias is not None:
                 call = replace(call, bias=bias if call.bias is None else call.bias + bias)
+        self._call = call if any(session.edits_output for session in self.sessions) else None
         return None if call.bias is None else self.merge(call)
+
+    def output(self, out: Tensor) -> Tensor:
+        """Return the output of the layer that ``edit`` was for, as the sessions leave it."""
+        call, self._call = self._call, None
+        if call is not None:
+            for session in self.sessions:
+                edited = session.output(call, out) if session.edits_output else None
+                out = out if edited is None else edited
+        return out
 
     def merge(self, call: AttentionCall) -> Tensor:
         """Return mask and bias as one additive mask; the last one is kept for the next layer."""
@@ -298,7 +320,8 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             edited = run.edit(module, query, seen, attention_mask, scale)
             if edited is not None:
                 key, value, attention_mask = seen, values, edited
-        return base(module, query, key, value, attention_mask, scaling=scale, **kwargs)
+        out, weights = base(module, query, key, value, attention_mask, scaling=scale, **kwargs)
+        return (out if run is None else run.output(out)), weights
 
     return attend
 

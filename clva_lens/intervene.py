@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from clva_lens.anchors import VisualAnchors
 from clva_lens.attention import Session, open_run, running
 from clva_lens.errors import InterventionError, ModelLoadError
+from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
 from clva_lens.methods.base import Method, Shapes, shape_of
 from clva_lens.methods.clva import ClvaSession
 from clva_lens.models.family import FAMILIES, find_family
@@ -243,6 +244,34 @@ def trace_attention(
     with intervening(found, *methods), running(found, [observer]):
         logits = _last_logits(found, prompt)
     return observer.trace(prompt.batched, logits)
+
+
+@torch.inference_mode()
+def head_means(
+    model: Any,
+    prompts: Sequence[Prompt],
+    method: Method | None = None,
+    *,
+    rows: ZRows = "text",
+    site: str | None = None,
+) -> HeadMeans:
+    """Return the mean output z of each head over rows of prompts, for ``AblateHeads``.
+
+    Each prompt (which may be a batch) is read once, under ``method``; only sums are kept. ``rows``
+    are those of the prompt: all text after the image, the "last", or "all". In the units of the
+    values, before the output projection.
+
+    Raises:
+        ModelLoadError: if no family knows the model.
+        ParameterError: if the site does not exist, the method does not fit, or there is no prompt.
+    """
+    found = transformers_model(model)
+    session = MeanSession(shape_of(found, site), rows)
+    methods = () if method is None else (method,)
+    for prompt in prompts:
+        with intervening(found, *methods), running(found, [session]):
+            _last_logits(found, prompt)
+    return session.means()
 
 
 def _last_logits(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "batch vocabulary"]:

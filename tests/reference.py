@@ -34,6 +34,8 @@ class Clva:
 class KnockOut:
     layers: tuple[int, ...] | None = None
     rows: str = "text"
+    # The heads that lose the image, by layer; None is all of them.
+    heads: Mapping[int, Sequence[int]] | None = None
 
 
 Edit = Clva | KnockOut
@@ -99,12 +101,12 @@ def run(
                 pattern[head, row, : row + 1] = scores.softmax(0)
         for edit, its in zip(edits, state, strict=True):
             weights = (
-                _knock_out_weights(edit, index, total_layers, result, generated, length, kind)
+                _knock_out_weights(edit, index, total_layers, result, generated, pattern)
                 if its is None
                 else its.weights(pattern, index, total_layers, result, generated)
             )
             if weights is not None:
-                pattern = pattern * weights[None]
+                pattern = pattern * weights
                 pattern = pattern / pattern.sum(dim=2, keepdim=True)
         result.patterns.append(pattern)
         mixed = [pattern[head] @ value[head // groups] for head in range(heads)]
@@ -135,14 +137,15 @@ def _knock_out_weights(
     total: int,
     result: Result,
     generated: list[int],
-    length: int,
-    kind: torch.dtype,
+    pattern: Tensor,
 ) -> Tensor | None:
     if index not in _later_layers(edit.layers, total // 2 - 1, total):
         return None
-    weights = torch.ones(length, length, dtype=kind)
-    for row in _edited_rows(edit.rows, result, generated):
-        weights[row, result.image] = 0
+    weights = torch.ones_like(pattern)
+    heads = range(len(pattern)) if edit.heads is None else edit.heads.get(index, ())
+    for head in heads:
+        for row in _edited_rows(edit.rows, result, generated):
+            weights[head, row, result.image] = 0
     return weights
 
 

@@ -9,6 +9,7 @@ import clva_lens as cl
 def test_public_names():
     assert cl.__all__ == [
         "CLVA",
+        "AblateHeads",
         "Beam",
         "ClvaLensError",
         "Greedy",
@@ -26,6 +27,7 @@ def test_public_names():
         "evaluate",
         "figures",
         "generate",
+        "head_means",
         "intervene",
         "intervening",
         "load",
@@ -40,7 +42,7 @@ def test_public_names():
 
 
 def test_what_is_registered():
-    assert cl.methods() == ("clva", "knockout")
+    assert cl.methods() == ("ablation", "clva", "knockout")
     assert cl.models() == ("instructblip", "llava")
     assert set(cl.benchmarks()) >= {
         "pope/toy/adversarial",

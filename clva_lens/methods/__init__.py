@@ -1,4 +1,5 @@
 """The methods: one file each; importing this room registers them."""
 
+from clva_lens.methods import ablation as ablation
 from clva_lens.methods import clva as clva
 from clva_lens.methods import knockout as knockout

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -182,6 +182,19 @@ def check_layers(name: str, layers: Sequence[int], shape: Shape) -> tuple[int, .
     return tuple(sorted(set(layers)))
 
 
+def edited_rows(call: AttentionCall, rows: Rows) -> Bool[Tensor, "batch query"]:
+    """Return which query rows of this pass an edit is for: ``rows``, and generated ones."""
+    step, count = call.step, call.query.shape[2]
+    old = count - call.new_rows
+    chosen = torch.ones(call.query.shape[0], count, dtype=torch.bool, device=call.query.device)
+    is_text = step.text_rows[:, step.offset : step.offset + old]
+    if rows == "last":
+        position = torch.arange(old, device=is_text.device) + step.offset
+        is_text = is_text & (position == rearrange(step.last_text, "b -> b 1"))
+    chosen[:, :old] = is_text
+    return chosen
+
+
 def row_bias(
     call: AttentionCall,
     rows: Rows,
@@ -203,10 +216,7 @@ def row_bias(
         part.scatter_(3, visual.expand(-1, -1, new, -1), rearrange(generated, "b r v -> b 1 r v"))
     old = count - new
     if old > 0:
-        is_text = step.text_rows[:, step.offset : step.offset + old]
-        if rows == "last":
-            position = torch.arange(old, device=is_text.device) + step.offset
-            is_text = is_text & (position == rearrange(step.last_text, "b -> b 1"))
+        is_text = edited_rows(call, rows)[:, :old]
         weights = torch.where(
             rearrange(is_text, "b q -> b 1 q 1"), rearrange(prompt, "b v -> b 1 1 v"), 0.0
         )

@@ -82,6 +82,8 @@ def method_hooks(method: Method, bridge: Any, prompt: Mapping[str, Tensor]) -> M
     for layer in sorted({layer for session in sessions for layer in session.layers}):
         edit = _ScoresHook(layer, watch, tuple(s for s in sessions if layer in s.layers))
         hooks.append((f"blocks.{layer}.attn.hook_attn_scores", edit))
+        if any(session.edits_output for session in edit.sessions):
+            hooks.append((f"blocks.{layer}.attn.hook_z", edit.output))
     return MethodHooks(hooks, sessions)
 
 
@@ -112,6 +114,7 @@ class _Watch:
         self.image_token_id = image_token_id(model)
         self.passes = DecoderPasses(model, self.image_token_id)
         self.seen: set[int] = set()
+        self.edited: _ScoresCall | None = None
 
     def begin(self, ids: Tensor, hook: Any) -> None:
         """Begin with the prompt, or go on to a generated token."""
@@ -187,4 +190,15 @@ class _ScoresHook:
             bias = session.attention(call)
             if bias is not None:
                 call = replace(call, query=call.query + bias)
+        self.watch.edited = call if any(s.edits_output for s in self.sessions) else None
         return None if call.query is scores else call.query
+
+    def output(self, z: Tensor, hook: Any) -> Tensor | None:
+        """Return what the heads put out, flat or by head, as the sessions leave it."""
+        call, self.watch.edited = self.watch.edited, None
+        assert call is not None and call.layer == self.layer
+        out = z.reshape(*z.shape[:2], call.query.shape[1], -1)
+        for session in self.sessions:
+            edited = session.output(call, out) if session.edits_output else None
+            out = out if edited is None else edited
+        return out.reshape(z.shape)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clva_lens.attention import AttentionCall, Session
@@ -24,6 +25,7 @@ from clva_lens.methods.base import (
     check_rows,
     row_bias,
 )
+from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
 from clva_lens.passes import Step
 
 
@@ -32,15 +34,23 @@ class KnockOut(Method):
     """Remove all attention from text rows to image tokens in ``layers``.
 
     Args:
-        layers: 0-based; None is every layer after L/2 − 2, those that CLVA edits by default.
+        layers: 0-based; None is every layer after L/2 − 2, those that CLVA edits by default, or,
+            with a mask of heads, every layer in which it names one.
         rows: prompt rows that go blind: all text after the image, or the "last"; generated rows
             always. In a Q-Former, "text" is all queries; they keep what lies on no patch (CLS).
+        heads: the heads that go blind: a bool mask [layer, head] with a row for each layer of the
+            stack, or for each that the site has; or "sensitive" or "insensitive", the class that
+            each layer gives its heads on the prompt (Eqs. 2-3). None is all of them.
         site: where; None is where the model's family has CLVA act.
+
+    Raises:
+        ParameterError: if ``rows`` or ``heads`` is none of these.
     """
 
     name: ClassVar[str] = "knockout"
     layers: Sequence[int] | None = None
     rows: Rows = "text"
+    heads: Bool[Tensor, "layer head"] | HeadTable | str | None = None
     site: str | None = None
 
     def __post_init__(self) -> None:
@@ -48,26 +58,35 @@ class KnockOut(Method):
         check_rows(self.rows)
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
+        if self.heads is not None:
+            object.__setattr__(self, "heads", head_table(self.heads))
 
     def sessions(self, shapes: Shapes) -> list[Session]:
         """Return one session for the layers of this model."""
         shape = shapes.at(self.site)
         check_order(self.rows, shape)
+        if self.heads is not None:
+            chosen = ChosenHeads(head_table(self.heads), self.layers, shape)
+            return [_KnockOutSession(shape.site, chosen.layers, self.rows, chosen)]
         layers: Sequence[int] | None = self.layers
         if layers is None:
             layers = shape.after(shape.positive_layer)
-        return [_KnockOutSession(shape.site, check_layers("layers", layers, shape), self.rows)]
+        layers = check_layers("layers", layers, shape)
+        return [_KnockOutSession(shape.site, layers, self.rows, None)]
 
 
 class _KnockOutSession(Session):
-    def __init__(self, site: str, layers: tuple[int, ...], rows: Rows) -> None:
+    def __init__(
+        self, site: str, layers: tuple[int, ...], rows: Rows, heads: ChosenHeads | None
+    ) -> None:
         self.site = site
         self.layers = layers
         self.rows: Rows = rows
+        self.heads = heads
         self._bias: tuple[Step, Tensor] | None = None
 
-    def attention(self, call: AttentionCall) -> Float[Tensor, "batch 1 query key"] | None:
-        """Return log 0 on the image keys of the chosen rows."""
+    def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
+        """Return log 0 on the image keys of the chosen rows, for the chosen heads."""
         if call.layer not in self.layers:
             return None
         if self._bias is None or self._bias[0] is not call.step:
@@ -75,7 +94,11 @@ class _KnockOutSession(Session):
             none = torch.full((batch, visual), -torch.inf, device=call.query.device)
             generated = none[:, None].expand(-1, call.new_rows, -1)
             self._bias = (call.step, row_bias(call, self.rows, none, generated))
-        return self._bias[1]
+        bias = self._bias[1]
+        if self.heads is None:
+            return bias
+        chosen = self.heads.at(call)
+        return bias if chosen.all() else bias.where(rearrange(chosen, "b h -> b h 1 1"), 0.0)
 
 
 METHODS.register("knockout", KnockOut)

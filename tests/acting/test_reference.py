@@ -37,7 +37,13 @@ def both(**parameters):
 
 
 def knock_out(**parameters):
-    return cl.KnockOut(**parameters), reference.KnockOut(**parameters)
+    ours, theirs = dict(parameters), dict(parameters)
+    if "heads" in parameters:
+        ours["heads"] = torch.zeros(TOTAL, HEADS, dtype=torch.bool)
+        for layer, chosen in parameters["heads"].items():
+            ours["heads"][layer, list(chosen)] = True
+        theirs.setdefault("layers", tuple(parameters["heads"]))
+    return cl.KnockOut(**ours), reference.KnockOut(**theirs)
 
 
 CASES = {
@@ -63,6 +69,11 @@ CASES = {
     "knock-out": [knock_out()],
     "knock-out, last row": [knock_out(rows="last")],
     "knock-out, two layers": [knock_out(layers=(3, 8))],
+    "knock-out of heads": [knock_out(heads={3: [0, 2], 8: [1], 9: range(4)})],
+    "knock-out of heads, last row": [knock_out(heads={6: [0, 3], 7: [1, 2]}, rows="last")],
+    "knock-out of heads, some layers": [knock_out(heads={2: [1], 8: [0, 1]}, layers=(8, 10))],
+    "knock-out of heads, then CLVA": [knock_out(heads={2: [0, 1], 4: [3]}), both(tau=1.0)],
+    "CLVA, then knock-out of heads": [both(tau=1.0), knock_out(heads={7: [0, 1, 2]})],
     "CLVA, then knock-out": [both(layers=(5, 6, 7), tau=1.0), knock_out(layers=(7, 9))],
     "knock-out, then CLVA": [knock_out(layers=(2, 3)), both(tau=1.0)],
     "knock-out before the anchor's own layer": [knock_out(layers=(2,), rows="last"), both(tau=1.0)],

@@ -20,6 +20,10 @@ CASES = {
     "weight 0": cl.CLVA(tau=1.0, alpha=0.0, beta=1.0),
     "knock-out": cl.KnockOut(),
     "knock-out, last row": cl.KnockOut(layers=(3, 8), rows="last"),
+    "knock-out of heads": cl.KnockOut(heads=SOME_HEADS.sensitive | SOME_HEADS.insensitive),
+    "knock-out of a class": cl.KnockOut(heads="insensitive"),
+    "ablation": cl.AblateHeads(heads=SOME_HEADS.sensitive | SOME_HEADS.insensitive),
+    "ablation of a class, then CLVA": cl.compose(cl.AblateHeads(rows="last"), cl.CLVA(tau=1.0)),
     "CLVA, then knock-out": cl.compose(
         cl.CLVA(tau=1.0, layers=(5, 6, 7)), cl.KnockOut(layers=(7, 9))
     ),
