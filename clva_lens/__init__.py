@@ -31,6 +31,7 @@ from clva_lens.intervene import intervening as intervening
 from clva_lens.intervene import observe as observe
 from clva_lens.intervene import observing as observing
 from clva_lens.intervene import trace_attention as trace_attention
+from clva_lens.logit_lens import logit_lens as logit_lens
 from clva_lens.methods.ablation import AblateHeads as AblateHeads
 from clva_lens.methods.base import METHODS as _METHODS
 from clva_lens.methods.base import compose as compose
@@ -84,6 +85,7 @@ __all__ = [
     "intervene",
     "intervening",
     "load",
+    "logit_lens",
     "methods",
     "models",
     "observe",

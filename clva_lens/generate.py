@@ -246,11 +246,17 @@ def _until(row: Int[Tensor, " step"], ends: set[int | None]) -> Int[Tensor, " ge
 
 def yes_margins(scores: Float[Tensor, "batch vocabulary"], tokenizer: Any) -> list[float | None]:
     """Return logit(yes) − logit(no) of each row, in nats, over the spellings that are one token."""
-    yes, no = (sorted(_single_tokens(tokenizer, words)) for words in (YES, NO))
+    yes, no = answer_tokens(tokenizer)
     if not yes or not no:
         return [None] * len(scores)
     difference = scores[:, yes].amax(dim=1) - scores[:, no].amax(dim=1)
     return difference.tolist()
+
+
+def answer_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids of the spellings of yes, and of no, that are one token each."""
+    yes, no = (sorted(_single_tokens(tokenizer, words)) for words in (YES, NO))
+    return yes, no
 
 
 def _single_tokens(tokenizer: Any, words: Sequence[str]) -> set[int]:

@@ -8,9 +8,11 @@ logit, up to the constant of a norm's bias and of the unembedding's.
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from clva_lens.errors import ParameterError
 from clva_lens.models.hooks import Readout
@@ -128,3 +130,25 @@ def per_head(out: Any, d_head: int) -> Float[Tensor, "head d_head d_model"]:
 def _bias(linear: Any) -> Tensor:
     weight = linear.weight.detach()
     return weight.new_zeros(()).expand(len(weight)) if linear.bias is None else linear.bias.detach()
+
+
+def read_out(
+    readout: Readout, residual: Float[Tensor, "*places d_model"]
+) -> Float[Tensor, "*places vocabulary"]:
+    """Return the logits of a residual stream: the model's own final norm, then its unembedding.
+
+    Computed from the modules' weights without calling them, so that it may be used in a trace.
+    In the model's own type, as the model does it.
+    """
+    norm: Any = readout.norm
+    unembed: Any = readout.unembed
+    residual = residual.to(norm.weight.device)
+    if isinstance(norm, nn.LayerNorm):
+        normal = functional.layer_norm(
+            residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        )
+    else:
+        wide = residual if residual.dtype == torch.float64 else residual.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        normal = norm.weight * wide.to(residual.dtype)
+    return functional.linear(normal, unembed.weight, getattr(unembed, "bias", None))

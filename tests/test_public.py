@@ -31,6 +31,7 @@ def test_public_names():
         "intervene",
         "intervening",
         "load",
+        "logit_lens",
         "methods",
         "models",
         "observe",
@@ -52,7 +53,9 @@ def test_what_is_registered():
     assert set(cl.figures()) == {
         "drift_curves",
         "head_intensity",
+        "logit_lens",
         "method_comparison",
+        "patch_maps",
         "saliency_overlays",
     }
 

@@ -5,8 +5,11 @@
 
 from clva_lens.figures.accuracy import method_comparison as method_comparison
 from clva_lens.figures.base import FIGURES as FIGURES
+from clva_lens.figures.base import Drawing as Drawing
 from clva_lens.figures.base import save as save
 from clva_lens.figures.drift import drift_curves as drift_curves
 from clva_lens.figures.heads import head_intensity as head_intensity
+from clva_lens.figures.logit_lens import logit_lens as logit_lens
+from clva_lens.figures.patch_maps import patch_maps as patch_maps
 from clva_lens.figures.saliency import SaliencyPicture as SaliencyPicture
 from clva_lens.figures.saliency import saliency_overlays as saliency_overlays

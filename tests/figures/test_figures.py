@@ -16,7 +16,9 @@ from clva_lens.figures import (
     FIGURES,
     drift_curves,
     head_intensity,
+    logit_lens,
     method_comparison,
+    patch_maps,
     saliency_overlays,
     save,
 )
@@ -57,6 +59,8 @@ DRAW = {
     "head_intensity": lambda: head_intensity(INTENSITY, INTENSITY > 0.8, INTENSITY < 0.2),
     "drift_curves": lambda: drift_curves(*CURVES, 2, clva=CURVES, resamples=20),
     "saliency_overlays": lambda: saliency_overlays([picture()], [4]),
+    "logit_lens": lambda: logit_lens(INTENSITY - 0.4, [["$a", "猫", "no"]] * 2),
+    "patch_maps": lambda: patch_maps(CURVES[0].reshape(5, 2, 2) - 0.5, layers=[0, 1, 2, 3, 7]),
     "method_comparison": lambda: method_comparison(METHODS),
 }
 
