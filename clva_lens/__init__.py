@@ -10,6 +10,7 @@ from clva_lens import figures as _figures  # noqa: F401  (registers the figures)
 from clva_lens import methods as _methods  # noqa: F401  (registers the methods)
 from clva_lens import models as _models  # noqa: F401  (registers the model families)
 from clva_lens.anchors import VisualAnchors as VisualAnchors
+from clva_lens.attribution import direct_logit_attribution as direct_logit_attribution
 from clva_lens.axes import TokenSpans as TokenSpans
 from clva_lens.benchmarks.base import BENCHMARKS as _BENCHMARKS
 from clva_lens.benchmarks.comparison import compare as compare
@@ -78,6 +79,7 @@ __all__ = [
     "compare",
     "compose",
     "composed_saliency",
+    "direct_logit_attribution",
     "evaluate",
     "figures",
     "generate",

@@ -44,6 +44,7 @@ ORDER = [
     {"figures.overlay"},
     {
         "figures.accuracy",
+        "figures.attribution",
         "figures.drift",
         "figures.heads",
         "figures.logit_lens",
@@ -51,7 +52,7 @@ ORDER = [
         "figures.saliency",
     },
     {"figures.__init__"},
-    {"logit_lens"},
+    {"logit_lens", "attribution"},
     {"toy.build", "toy.checkpoint"},
     {"toy.build_instructblip"},
     {"toy.packing", "toy.vision", "toy.measure"},

@@ -24,6 +24,7 @@ def test_public_names():
         "compare",
         "compose",
         "composed_saliency",
+        "direct_logit_attribution",
         "evaluate",
         "figures",
         "generate",
@@ -52,6 +53,7 @@ def test_what_is_registered():
     }
     assert set(cl.figures()) == {
         "drift_curves",
+        "head_attribution",
         "head_intensity",
         "logit_lens",
         "method_comparison",

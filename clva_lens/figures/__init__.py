@@ -4,6 +4,7 @@
 """
 
 from clva_lens.figures.accuracy import method_comparison as method_comparison
+from clva_lens.figures.attribution import head_attribution as head_attribution
 from clva_lens.figures.base import FIGURES as FIGURES
 from clva_lens.figures.base import Drawing as Drawing
 from clva_lens.figures.base import save as save

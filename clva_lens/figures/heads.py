@@ -11,7 +11,7 @@ from clva_lens.errors import FigureError
 from clva_lens.figures.base import PAGE, Drawing, Row, figure, layer_numbers, mask, numbers
 
 # The classes are told apart by shape, white with a black edge on any colour of the cell.
-_SYMBOLS = {"sensitive": "^", "insensitive": "v"}
+SYMBOLS = {"sensitive": "^", "insensitive": "v"}
 # Up to this many layers and heads, the value is written into each cell.
 _WRITTEN = 12
 
@@ -74,7 +74,7 @@ def head_intensity(
         ax.plot(
             at_head + 0.5,
             at_layer + (0.25 if written else 0.5),
-            _SYMBOLS[name],
+            SYMBOLS[name],
             ms=size,
             mfc="white",
             mec="black",
@@ -92,7 +92,7 @@ def head_intensity(
             Line2D(
                 [],
                 [],
-                marker=_SYMBOLS[name],
+                marker=SYMBOLS[name],
                 ls="none",
                 mfc="white",
                 mec="black",

@@ -15,6 +15,7 @@ from clva_lens.errors import BenchmarkError, FigureError
 from clva_lens.figures import (
     FIGURES,
     drift_curves,
+    head_attribution,
     head_intensity,
     logit_lens,
     method_comparison,
@@ -57,6 +58,7 @@ def picture(**changes):
 
 DRAW = {
     "head_intensity": lambda: head_intensity(INTENSITY, INTENSITY > 0.8, INTENSITY < 0.2),
+    "head_attribution": lambda: head_attribution(INTENSITY - 0.4, INTENSITY > 0.8, INTENSITY < 0.2),
     "drift_curves": lambda: drift_curves(*CURVES, 2, clva=CURVES, resamples=20),
     "saliency_overlays": lambda: saliency_overlays([picture()], [4]),
     "logit_lens": lambda: logit_lens(INTENSITY - 0.4, [["$a", "猫", "no"]] * 2),

@@ -1,0 +1,72 @@
+"""What each head adds to a logit: a signed matrix of layers and heads."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import seaborn as sns
+from matplotlib.lines import Line2D
+from numpy.typing import ArrayLike
+
+from clva_lens.figures.base import PAGE, Drawing, figure, layer_numbers, mask, numbers, plain
+from clva_lens.figures.heads import SYMBOLS
+
+
+@figure("head_attribution")
+def head_attribution(
+    values: ArrayLike,
+    sensitive: ArrayLike | None = None,
+    insensitive: ArrayLike | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    label: str = "logit(yes) − logit(no)",
+) -> Drawing:
+    """Return the matrix of the heads' parts of a logit, with both classes of heads marked.
+
+    Args:
+        values: [layer, head], in logits, of either sign; colours diverge around 0.
+        sensitive: bool [layer, head], Eq. 2 of arXiv:2603.25088v1; None marks no head.
+        insensitive: bool [layer, head], Eq. 3; None marks no head.
+        layers: the 0-based number of each layer, where they are not 0, 1, 2, …
+        label: whose parts they are.
+
+    Raises:
+        FigureError: if the data is empty, nan or of another shape.
+    """
+    array = numbers("values", values, ("layer", "head"))
+    given = {"sensitive": sensitive, "insensitive": insensitive}
+    classes = {name: mask(name, v, array.shape) for name, v in given.items() if v is not None}
+    count, heads = array.shape
+    numbered = layer_numbers(layers, count)
+    rows = [
+        {"layer": numbered[row], "head": head, "logits": float(value)}
+        | {name: bool(chosen[row, head]) for name, chosen in classes.items()}
+        for (row, head), value in np.ndenumerate(array)
+    ]
+    cell = min(0.42, (PAGE - 1.4) / heads)
+    fig = Drawing(max(3.35, heads * cell + 1.4), max(1.2, count * cell) + 0.85, rows)
+    ax = fig.add_subplot()
+    top = float(np.abs(array).max()) or 1.0
+    bar = {"label": f"part of {plain(label)}\n(logits)", "shrink": 0.9, "pad": 0.02}
+    sns.heatmap(array, ax=ax, cmap="vlag", vmin=-top, vmax=top, square=True, cbar_kws=bar)
+    handles = []
+    for name, chosen in classes.items():
+        at_layer, at_head = np.nonzero(chosen)
+        shape: dict[str, Any] = {
+            "marker": SYMBOLS[name],
+            "ls": "none",
+            "mfc": "white",
+            "mec": "black",
+        }
+        ax.plot(at_head + 0.5, at_layer + 0.5, ms=cell * 72 * 0.3, mew=0.5, **shape)
+        words = f"{name} ({int(chosen.sum())} of {chosen.size} heads)"
+        handles.append(Line2D([], [], ms=5, label=words, **shape))
+    ax.set_xlabel("head (index, 0-based)")
+    ax.set_ylabel("layer (index, 0-based)")
+    for axis, names in ((ax.xaxis, list(range(heads))), (ax.yaxis, numbered)):
+        ticks = range(0, len(names), 1 if len(names) <= 16 else 4)
+        axis.set_ticks([tick + 0.5 for tick in ticks], [str(names[tick]) for tick in ticks])
+    ax.tick_params(length=2, rotation=0)
+    if handles:
+        fig.legend(handles=handles, loc="outside lower center", ncols=2)
+    return fig
