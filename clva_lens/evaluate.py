@@ -54,7 +54,7 @@ def evaluate(
         BenchmarkError: if the limit does not fit.
     """
     chosen = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
-    decoding = decoding or Greedy(max_new_tokens=4)
+    decoding = decoding or Greedy(max_new_tokens=chosen.max_new_tokens)
     samples = chosen.samples(limit, seed)
     made = generate(
         model,
@@ -72,6 +72,7 @@ def evaluate(
     record = {
         "benchmark": chosen.name,
         "benchmark_version": chosen.version,
+        "settings": chosen.settings,
         "samples": len(samples),
         "limit": limit,
         "seed": seed,

@@ -4,8 +4,8 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ class Sample:
 
     ``image`` is a path, an array or a PIL image, and does not count for equality. ``group`` names
     the image: questions of one image are not independent, so intervals resample groups.
+    ``category`` is the part of the benchmark that the sample counts for. With id, question, label,
+    group and category a sample can be scored again; its image is for the model only.
     """
 
     id: str
@@ -26,6 +28,7 @@ class Sample:
     question: str
     label: str
     group: str = ""
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,14 @@ class Answer:
     """What a model answered to the sample ``id``.
 
     ``margin`` is logit(yes) − logit(no) at the first answer position, None if it was not recorded.
+    ``error`` says why there is no answer: such a sample is counted as wrong and as failed, and is
+    never dropped.
     """
 
     id: str
     text: str
     margin: float | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,15 +69,29 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.4f}"
 
 
+@dataclass(frozen=True)
 class Benchmark(ABC):
-    """A set of samples and the rule that scores answers to them.
+    """A set of samples and the rule that scores answers to them; its fields are its settings.
 
-    ``version`` is raised whenever what is counted changes, so that scores of different versions
-    are not compared by accident.
+    Whatever the score depends on besides the answers is a field (parser, prompt, lemmatiser, where
+    the data lie), so that ``settings`` names the variant in every result, and
+    ``dataclasses.replace`` makes another. Scoring needs samples and answers only, no data files. ``version`` is raised
+    whenever what is counted changes, so that scores of different versions are not compared by
+    accident; ``max_new_tokens`` is how long an answer may be unless the run says otherwise.
     """
 
-    name: str
-    version: str
+    version: ClassVar[str]
+    max_new_tokens: ClassVar[int]
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name under which it is registered: benchmark, source and split."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every field by name."""
+        return asdict(self)
 
     @abstractmethod
     def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
@@ -80,6 +100,10 @@ class Benchmark(ABC):
     @abstractmethod
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
         """Return the score of ``answers``, matched to ``samples`` by id."""
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of each data file that ``samples`` reads, by file name."""
+        return {}
 
 
 BENCHMARKS = Registry[Benchmark]("benchmark")

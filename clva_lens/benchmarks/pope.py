@@ -9,8 +9,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from clva_lens.benchmarks.base import Answer, Benchmark, Sample, Score, choose, match
 from clva_lens.benchmarks.metrics import auc
@@ -146,7 +147,7 @@ def score_pope(samples: Sequence[Sample], answers: Sequence[Answer], parser: str
             "question": sample.question,
             "label": sample.label,
             "answer": answer.text,
-            "prediction": parse(answer.text, parser),
+            "prediction": "other" if answer.error else parse(answer.text, parser),
             "strict": parse(answer.text, "strict"),
             "margin": answer.margin,
             "parser": parser,
@@ -190,46 +191,52 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True)
 class PopeFile(Benchmark):
-    """One official POPE question file, with the images in a folder.
+    """One POPE question file, with the images in a folder.
 
-    Attributes:
-        digest: SHA-256 of the file, to be kept with every result.
+    Args:
+        path: JSON lines or one JSON array.
+        images: the folder of its images.
+        parser: what an answer means, see ``parse``.
         suffix: text added to each question; papers differ in it, so it belongs to the result.
     """
 
-    version = "1"
+    version: ClassVar[str] = "1"
+    max_new_tokens: ClassVar[int] = 4
+    path: str | Path
+    images: str | Path
+    parser: str = "official"
+    suffix: str = ""
 
-    def __init__(
-        self,
-        path: str | Path,
-        images: str | Path,
-        *,
-        name: str | None = None,
-        parser: str = "official",
-        suffix: str = "",
-    ) -> None:
-        """Read the questions of ``path``; the name defaults to ``pope/`` and the file's stem."""
-        PARSERS.get(parser)
-        self.name = name or f"pope/{Path(path).stem}"
-        self.parser = parser
-        self.suffix = suffix
-        self._samples = [
-            Sample(
-                id=str(row["question_id"]),
-                image=Path(images) / row["image"],
-                question=row["text"] + suffix,
-                label=row["label"],
-                group=row["image"],
-            )
-            for row in read_questions(path)
-        ]
-        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    def __post_init__(self) -> None:
+        """Check the parser."""
+        PARSERS.get(self.parser)
+
+    @property
+    def name(self) -> str:
+        """``pope/`` and the stem of the file."""
+        return f"pope/{Path(self.path).stem}"
 
     def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
         """Return all samples, or ``limit`` of them from images drawn with ``seed``."""
-        return choose(self._samples, limit, seed)
+        everything = [
+            Sample(
+                id=str(row["question_id"]),
+                image=Path(self.images) / row["image"],
+                question=row["text"] + self.suffix,
+                label=row["label"],
+                group=row["image"],
+            )
+            for row in read_questions(self.path)
+        ]
+        return choose(everything, limit, seed)
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
         """Return the POPE score, parsed by the benchmark's parser."""
         return score_pope(samples, answers, self.parser)
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of the question file."""
+        file = Path(self.path)
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}

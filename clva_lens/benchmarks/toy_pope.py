@@ -4,7 +4,9 @@ One sample: the picture of scene 0, "is there a plate in the image?", label "yes
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Score, choose
 from clva_lens.benchmarks.pope import score_pope
@@ -16,16 +18,24 @@ SCENES = 340
 SEED = 4242
 
 
+@dataclass(frozen=True)
 class ToyPope(Benchmark):
-    """One split of the toy POPE: 340 held-out scenes with up to six questions each."""
+    """One split of the toy POPE: 340 held-out scenes with up to six questions each.
 
-    version = "1"
+    ``count`` scenes and ``seed`` make other held-out sets.
+    """
 
-    def __init__(self, split: Split, scenes: int = SCENES, seed: int = SEED) -> None:
-        """Choose the split; ``scenes`` and ``seed`` make other held-out sets."""
-        self.name = f"pope/toy/{split}"
-        self.split: Split = split
-        self.count, self.seed = scenes, seed
+    version: ClassVar[str] = "1"
+    max_new_tokens: ClassVar[int] = 4
+    split: Split
+    count: int = SCENES
+    seed: int = SEED
+    parser: str = "official"
+
+    @property
+    def name(self) -> str:
+        """``pope/toy/`` and the split."""
+        return f"pope/toy/{self.split}"
 
     @cached_property
     def scenes(self) -> list[Scene]:
@@ -48,8 +58,8 @@ class ToyPope(Benchmark):
         return choose(everything, limit, seed)
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
-        """Return the POPE score with the official parser."""
-        return score_pope(samples, answers, "official")
+        """Return the POPE score."""
+        return score_pope(samples, answers, self.parser)
 
 
 for _split in SPLITS:

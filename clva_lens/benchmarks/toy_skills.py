@@ -4,6 +4,8 @@ One sample: the picture of scene 1, "what color is the ball?", label "green".
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Score, choose, match
 from clva_lens.benchmarks.toy_pope import SEED
@@ -13,16 +15,22 @@ from clva_lens.toy.scenes import render, sample_scenes
 SCENES = 800
 
 
+@dataclass(frozen=True)
 class ToySkill(Benchmark):
-    """Questions with a one-word answer, every answer equally frequent."""
+    """Questions with a one-word answer, every answer equally frequent.
 
-    version = "1"
+    More scenes (``count``) give more questions of rare answers.
+    """
 
-    def __init__(self, skill: Skill, scenes: int = SCENES) -> None:
-        """Choose the skill; more ``scenes`` give more questions of rare answers."""
-        self.name = f"skill/toy/{skill}"
-        self.skill: Skill = skill
-        self.count = scenes
+    version: ClassVar[str] = "1"
+    max_new_tokens: ClassVar[int] = 4
+    skill: Skill
+    count: int = SCENES
+
+    @property
+    def name(self) -> str:
+        """``skill/toy/`` and the skill."""
+        return f"skill/toy/{self.skill}"
 
     def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
         """Return all samples, or ``limit`` of them from scenes drawn with ``seed``."""

@@ -132,7 +132,7 @@ def _pointing(model: LensModel, count: int) -> dict[str, Any]:
 def _skills(model: LensModel) -> dict[str, Any]:
     found = {}
     for skill in SKILLS:
-        report = evaluate(model, ToySkill(skill, scenes=2000), batch_size=48)
+        report = evaluate(model, ToySkill(skill, count=2000), batch_size=48)
         right = [row["prediction"] == row["label"] for row in report.rows]
         found[skill] = {
             "accuracy": report.metrics["accuracy"],

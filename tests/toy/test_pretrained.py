@@ -119,7 +119,7 @@ def test_the_control_has_the_maps_and_not_the_cause():
 @pytest.mark.parametrize("name", ["toy-llava", "toy-instructblip"])
 def test_accuracy_on_fresh_scenes_agrees_with_the_card(toys, name, split):
     """180 fresh questions: within four standard errors of what the card states."""
-    benchmark = ToyPope(split, scenes=32, seed=FRESH)
+    benchmark = ToyPope(split, count=32, seed=FRESH)
     report = cl.evaluate(toys[name], benchmark, progress=False, batch_size=60)
     stated = measures(name)["pope"][f"{split}, greedy"]["accuracy"]
     n = report.metrics["n"]
@@ -144,7 +144,7 @@ def test_pointing_and_knock_out_on_fresh_scenes(toys):
 
 
 def test_the_knock_out_blinds_the_toy_but_not_the_control(toys):
-    benchmark = ToyPope("adversarial", scenes=32, seed=FRESH + 2)
+    benchmark = ToyPope("adversarial", count=32, seed=FRESH + 2)
     change = {}
     for name, model in toys.items():
         runs = [

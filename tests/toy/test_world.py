@@ -113,7 +113,7 @@ def test_counts_and_sides_are_those_of_the_scene():
 
 
 def test_the_benchmark_is_the_questions():
-    benchmark = ToyPope("adversarial", scenes=20)
+    benchmark = ToyPope("adversarial", count=20)
     samples = benchmark.samples()
     assert samples == benchmark.samples()
     assert {s.group for s in samples} == {str(i) for i in range(20)}
