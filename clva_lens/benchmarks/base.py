@@ -75,9 +75,10 @@ class Benchmark(ABC):
 
     Whatever the score depends on besides the answers is a field (parser, prompt, lemmatiser, where
     the data lie), so that ``settings`` names the variant in every result, and
-    ``dataclasses.replace`` makes another. Scoring needs samples and answers only, no data files. ``version`` is raised
-    whenever what is counted changes, so that scores of different versions are not compared by
-    accident; ``max_new_tokens`` is how long an answer may be unless the run says otherwise.
+    ``dataclasses.replace`` makes another. Scoring needs samples and answers only, no data files.
+    ``version`` is raised whenever what is counted changes, so that scores of different versions are
+    not compared by accident; ``max_new_tokens`` is how long an answer may be unless the run says
+    otherwise.
     """
 
     version: ClassVar[str]
