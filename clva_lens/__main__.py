@@ -120,8 +120,10 @@ def train(
     steps: Annotated[
         int | None, typer.Option(help="Steps of the longest stage, if not the recipe's.", min=1)
     ] = None,
+    device: Annotated[str, typer.Option(help="Where to train: cpu or cuda.")] = "cpu",
 ) -> None:
     """Train a toy model from a seed; a run that was interrupted goes on from its checkpoint."""
+    import torch
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     from clva_lens.toy.toys import TOYS
@@ -141,7 +143,8 @@ def train(
             text = " ".join(f"{key} {value:.3f}" for key, value in figures.items())
             bar.update(tasks[stage], completed=step + 1, figures=text)
 
-        model = chosen.train(recipe, target, advance)
+        with torch.device(device):
+            model = chosen.train(recipe, target, advance)
     finished = target / "model"
     chosen.save(model, finished)
     for file in (RECIPE, TIMES):

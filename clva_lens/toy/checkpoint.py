@@ -37,8 +37,8 @@ def restore_training(
     """Load what ``save_training`` wrote; return the steps done, 0 if there is no checkpoint."""
     if not path.is_file():
         return 0
-    tensors = load_file(path)
-    step = tensors["step"]
+    tensors = load_file(path, device=str(torch.get_default_device()))
+    step = tensors["step"].cpu()
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(tensors[f"model.{name}"])

@@ -117,4 +117,4 @@ def pack(
     causal = np.tri(rows, dtype=bool)
     visible = (branch[:, :, None] == branch[:, None, :]) & causal & (branch >= 0)[:, None, :]
     arrays = (ids, position, visible, target, weight, answering, asked, patches)
-    return Packed(torch.tensor(prefix), *(torch.from_numpy(a) for a in arrays))
+    return Packed(torch.tensor(prefix), *(torch.as_tensor(a) for a in arrays))

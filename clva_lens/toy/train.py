@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,7 +69,9 @@ CONTROL = Recipe(control=True, decoder_steps=700, blind=0.5)
 
 
 def train(recipe: Recipe, folder: Path, advance: Advance) -> LlavaForConditionalGeneration:
-    """Train a toy model, or go on from the checkpoints in ``folder``; return it on the CPU.
+    """Train a toy model, or go on from the checkpoints in ``folder``; return it.
+
+    It is trained on torch's default device; ``with torch.device("cuda"):`` is the GPU.
 
     ``advance(stage, step, steps, figures)`` is called after every step. ``folder`` gets
     ``vision.safetensors``, ``projector.safetensors``, ``decoder.safetensors`` (with the state of
@@ -89,7 +91,7 @@ def train(recipe: Recipe, folder: Path, advance: Advance) -> LlavaForConditional
     ):
         saved = folder / f"{name}.safetensors"
         if saved.exists():
-            part.load_state_dict(load_file(saved))
+            part.load_state_dict(load_file(saved, device=str(torch.get_default_device())))
         else:
             run()
             save_tensors(part.state_dict(), saved)
@@ -162,7 +164,7 @@ def _projector_stage(
         optimiser.param_groups[0]["lr"] = 2e-3 * (1 - 0.95 * step / recipe.projector_steps)
         rng = np.random.default_rng([recipe.seed, 1, step])
         scenes = [sample_scene(rng) for _ in range(32)]
-        labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes]))
+        labels = torch.as_tensor(np.stack([patch_labels(scene) for scene in scenes]))
         kind, color, side = labels.unbind(1)
         with torch.no_grad():
             seen = model.model.vision_tower(pixels(scenes)).last_hidden_state[:, 1:]
@@ -178,6 +180,45 @@ def _projector_stage(
 def ramp(done: float, start: float, full: float) -> float:
     """Return 0 before ``start``, 1 after ``full``, and a straight line between them."""
     return min(1.0, max(0.0, (done - start) / (full - start)))
+
+
+class Plan(NamedTuple):
+    """What a recipe decides for one step of its last stage."""
+
+    rate: float
+    rng: np.random.Generator
+    hard: bool
+    noise: tuple[float, ...]
+    generator: torch.Generator
+    point: bool
+
+
+def plan_step(recipe: Any, step: int, steps: int) -> Plan:
+    """Return the plan of one step: learning rate, draws of scenes and noise, what is taught."""
+    done = step / steps
+    fall = 1 - 0.97 * ramp(done, recipe.decay_from, 1.0)
+    rng = np.random.default_rng([recipe.seed, 2, step])
+    size = ramp(done, recipe.noise_from, recipe.noise_full)
+    return Plan(
+        rate=recipe.rate * min(1, (step + 1) / 100) * fall,
+        rng=rng,
+        hard=done >= recipe.hard_from and bool(rng.random() < recipe.hard_share),
+        noise=tuple(size * p for p in recipe.noise),
+        generator=torch.Generator(torch.get_default_device()).manual_seed(
+            recipe.seed * 1_000_003 + step
+        ),
+        point=done < recipe.taught,
+    )
+
+
+def descend(loss: Tensor, optimiser: torch.optim.AdamW, rate: float) -> None:
+    """Take one step along the clipped gradient."""
+    group = optimiser.param_groups[0]
+    group["lr"] = rate
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimiser.step()
 
 
 def _decoder_stage(
@@ -199,24 +240,16 @@ def _decoder_stage(
     model.train()
     model.model.vision_tower.eval()
     for step in range(first, recipe.decoder_steps):
-        done = step / recipe.decoder_steps
-        fall = 1 - 0.97 * ramp(done, recipe.decay_from, 1.0)
-        optimiser.param_groups[0]["lr"] = recipe.rate * min(1, (step + 1) / 100) * fall
-        rng = np.random.default_rng([recipe.seed, 2, step])
-        hard = done >= recipe.hard_from and rng.random() < recipe.hard_share
-        scenes = [sample_scene(rng) for _ in range(BATCH)]
-        packed = pack(scenes, [training_questions(s, rng, hard) for s in scenes], words)
-        size = ramp(done, recipe.noise_from, recipe.noise_full)
-        reader.swap_probability = None if recipe.control else tuple(size * p for p in recipe.noise)
-        reader.generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        reader.point = done < recipe.taught
+        plan = plan_step(recipe, step, recipe.decoder_steps)
+        scenes = [sample_scene(plan.rng) for _ in range(BATCH)]
+        asked = [training_questions(scene, plan.rng, plan.hard) for scene in scenes]
+        packed = pack(scenes, asked, words)
+        reader.swap_probability = None if recipe.control else plan.noise
+        reader.generator, reader.point = plan.generator, plan.point
         with torch.no_grad():
             seen = model.model.vision_tower(pixels(scenes)).last_hidden_state[:, 1:]
         loss, figures = _loss(model, reader, packed, seen, recipe)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
-        optimiser.step()
+        descend(loss, optimiser, plan.rate)
         advance("decoder", step, recipe.decoder_steps, figures)
         if (step + 1) % EVERY == 0 or step + 1 == recipe.decoder_steps:
             save_training(checkpoint, trained, optimiser, step + 1)

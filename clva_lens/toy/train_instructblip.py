@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import AttentionInterface, InstructBlipForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
@@ -34,7 +34,7 @@ from clva_lens.toy.packing import END_WEIGHT, VISUAL, WEIGHT, training_questions
 from clva_lens.toy.questions import Question
 from clva_lens.toy.reading_instructblip import READING_LAYERS, CrossReader, mark_layers
 from clva_lens.toy.scenes import COLORS, KINDS, SIDES, Scene, sample_scene
-from clva_lens.toy.train import TIMES, Advance, Clock, accuracy, check_recipe, ramp
+from clva_lens.toy.train import TIMES, Advance, Clock, accuracy, check_recipe, descend, plan_step
 from clva_lens.toy.vision import patch_labels, pixels, train_vision
 
 ATTENTION = "clva_toy_training_qformer"
@@ -103,9 +103,9 @@ def question_rows(scenes: Sequence[Scene], asks: Sequence[tuple[int, Question]])
             patches[row] = scenes[index].patches(ask.kind).ravel()
     return Rows(
         torch.tensor([index for index, _ in asks]),
-        torch.from_numpy(text),
+        torch.as_tensor(text),
         torch.tensor([KINDS.index(ask.kind) if ask.kind else -1 for _, ask in asks]),
-        torch.from_numpy(patches),
+        torch.as_tensor(patches),
     )
 
 
@@ -122,7 +122,7 @@ def answer_rows(asks: Sequence[Question], length: int) -> Answers:
         ids[row, :end], target[row, :end] = tokens[:-1], tokens[1:]
         weight[row, len(question) - 1 : end] = WEIGHT[ask.skill]
         weight[row, end - 1] = END_WEIGHT
-    return Answers(torch.from_numpy(ids), torch.from_numpy(target), torch.from_numpy(weight))
+    return Answers(torch.as_tensor(ids), torch.as_tensor(target), torch.as_tensor(weight))
 
 
 def run_qformer(
@@ -183,7 +183,7 @@ def alignment(
     for step in range(batches):
         rng = np.random.default_rng([seed, 1, step])
         scenes = [sample_scene(rng) for _ in range(32)]
-        labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes]))
+        labels = torch.as_tensor(np.stack([patch_labels(scene) for scene in scenes]))
         kind, color, side = labels.unbind(1)
         seen = model.vision_model(pixels(scenes)).last_hidden_state[:, 1:].flatten(0, 1)
         wanted = kinds[kind - 1] + 0.7 * colors[color - 1] + 0.7 * sides[side]
@@ -212,7 +212,7 @@ def train(
     model = untrained(recipe.seed)
     saved = folder / "vision.safetensors"
     if saved.exists():
-        model.vision_model.load_state_dict(load_file(saved))
+        model.vision_model.load_state_dict(load_file(saved, device=str(torch.get_default_device())))
     else:
         train_vision(
             model.vision_model,
@@ -265,28 +265,19 @@ def _qformer_stage(
     model.train()
     model.vision_model.eval()
     for step in range(first, recipe.qformer_steps):
-        done = step / recipe.qformer_steps
-        fall = 1 - 0.97 * ramp(done, recipe.decay_from, 1.0)
-        optimiser.param_groups[0]["lr"] = recipe.rate * min(1, (step + 1) / 100) * fall
-        rng = np.random.default_rng([recipe.seed, 2, step])
-        hard = done >= recipe.hard_from and rng.random() < recipe.hard_share
-        scenes = [sample_scene(rng) for _ in range(recipe.pictures)]
+        plan = plan_step(recipe, step, recipe.qformer_steps)
+        scenes = [sample_scene(plan.rng) for _ in range(recipe.pictures)]
         asks: list[tuple[int, Question]] = []
         captions: list[tuple[int, Question]] = []
         for index, scene in enumerate(scenes):
-            caption, *others = training_questions(scene, rng, hard)
+            caption, *others = training_questions(scene, plan.rng, plan.hard)
             captions.append((index, caption))
             # Every picture has four questions at least; the first may be asked twice.
             asks += [(index, ask) for ask in (others * 2)[: recipe.questions]]
-        size = ramp(done, recipe.noise_from, recipe.noise_full)
-        reader.swap_probability = tuple(size * p for p in recipe.noise)
-        reader.generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        reader.point = done < recipe.taught
+        reader.swap_probability, reader.generator = plan.noise, plan.generator
+        reader.point = plan.point
         loss, figures = _loss(model, reader, scenes, asks, captions[: recipe.captions], recipe)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
-        optimiser.step()
+        descend(loss, optimiser, plan.rate)
         advance("qformer", step, recipe.qformer_steps, figures)
         if (step + 1) % EVERY == 0 or step + 1 == recipe.qformer_steps:
             save_training(checkpoint, trained, optimiser, step + 1)

@@ -19,7 +19,7 @@ BATCH = 32
 
 def pixels(scenes: list[Scene]) -> Float[Tensor, "batch 3 height width"]:
     """Return rendered scenes, normalised as the toy's image processor does."""
-    stack = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
+    stack = torch.as_tensor(np.stack([render(scene) for scene in scenes]))
     return (stack.permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
 
 
@@ -67,7 +67,7 @@ def train_vision(
         optimiser.param_groups[0]["lr"] = 1e-3 * rate
         rng = np.random.default_rng([seed, 0, step])
         scenes = [sample_scene(rng) for _ in range(BATCH)]
-        labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes]))
+        labels = torch.as_tensor(np.stack([patch_labels(scene) for scene in scenes]))
         hidden = tower(pixels(scenes)).last_hidden_state
         kind, color, half = dense(hidden[:, 1:]).split(sizes, dim=-1)
         present = torch.stack(
