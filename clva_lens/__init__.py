@@ -36,6 +36,7 @@ from clva_lens.logit_lens import logit_lens as logit_lens
 from clva_lens.methods.ablation import AblateHeads as AblateHeads
 from clva_lens.methods.base import METHODS as _METHODS
 from clva_lens.methods.base import compose as compose
+from clva_lens.methods.base import register_method as register_method
 from clva_lens.methods.clva import CLVA as CLVA
 from clva_lens.methods.knockout import KnockOut as KnockOut
 from clva_lens.models.family import FAMILIES as _FAMILIES
@@ -92,6 +93,7 @@ __all__ = [
     "models",
     "observe",
     "observing",
+    "register_method",
     "to_transformer_lens",
     "trace_attention",
 ]

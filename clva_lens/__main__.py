@@ -4,12 +4,13 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Annotated, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from clva_lens.errors import ClvaLensError, ParameterError
 
@@ -87,6 +88,30 @@ def bench(
     Console().print(report)
     if out is not None:
         out.write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+
+
+@app.command()
+@friendly
+def methods() -> None:
+    """List the methods: where each comes from, its parameters, and what it costs."""
+    from rich.table import Column, Table
+
+    import clva_lens as cl
+    from clva_lens.methods.base import METHODS
+
+    table = Table("method", Column("parameters", no_wrap=True), show_lines=True)
+    for heading in ("attention", "forwards a token", "sites"):
+        table.add_column(heading)
+    table.add_column("paper", overflow="fold")
+    for name in cl.methods():
+        method = METHODS.get(name)
+        parameters = "\n".join(
+            field.name if field.default is MISSING else f"{field.name}={field.default!r}"
+            for field in fields(method)  # pyright: ignore[reportArgumentType]
+        )
+        facts = (method.kernel, f"{method.forwards:g}", " ".join(method.sites), method.paper)
+        table.add_row(*map(escape, (name, parameters, *facts)))
+    Console().print(table)
 
 
 @app.command(name="check-model")

@@ -49,6 +49,15 @@ class Registry(Generic[T]):
         known = ", ".join(self.names()) or "none"
         raise UnknownName(f"no {self.kind} '{name}'.{hint} Known: {known}.")
 
+    def remove(self, name: str) -> None:
+        """Take the object registered as ``name`` out again.
+
+        Raises:
+            UnknownName: listing the known names and the nearest one.
+        """
+        self.get(name)
+        del self._items[name]
+
     def names(self) -> tuple[str, ...]:
         """Return the registered names, sorted."""
         return tuple(sorted(self._items))

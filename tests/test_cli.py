@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import clva_lens as cl
 from clva_lens.__main__ import app
+from clva_lens.methods.base import METHODS
 from clva_lens.toy.build import processor, untrained
 from clva_lens.toy.scenes import render, sample_scenes
 
@@ -140,7 +142,18 @@ def test_check_model_says_what_it_checked(random_llava):
     assert "12 layers of the decoder" in " ".join(result.output.split())
 
 
+def test_methods_are_listed():
+    shown = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "300"}).output
+    for name in cl.methods():
+        row = next(line for line in shown.splitlines() if line.split()[1:2] == [name])
+        method = METHODS.get(name)
+        for fact in (method.kernel, method.paper, " ".join(method.sites)):
+            assert fact in row
+    for parameter in ("alpha=14.0", "beta=0.9", "site=None", "mode='zero'"):
+        assert parameter in shown
+
+
 def test_help_names_every_command():
     shown = run("--help").output
-    for command in ("demo", "bench", "check-model", "toy"):
+    for command in ("demo", "bench", "methods", "check-model", "toy"):
         assert command in shown

@@ -37,6 +37,7 @@ def test_public_names():
         "models",
         "observe",
         "observing",
+        "register_method",
         "to_transformer_lens",
         "trace_attention",
     ]

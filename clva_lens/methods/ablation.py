@@ -16,7 +16,15 @@ from torch import Tensor
 
 from clva_lens.attention import AttentionCall, Session
 from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.methods.base import METHODS, Method, Shape, Shapes, check_order, edited_rows
+from clva_lens.methods.base import (
+    Kernel,
+    Method,
+    Shape,
+    Shapes,
+    check_order,
+    edited_rows,
+    register_method,
+)
 from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
 from clva_lens.passes import Step
 
@@ -44,6 +52,7 @@ class HeadMeans:
         )
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class AblateHeads(Method):
     """Replace the output of heads, before the output projection; generated rows always.
@@ -67,6 +76,8 @@ class AblateHeads(Method):
     """
 
     name: ClassVar[str] = "ablation"
+    paper: ClassVar[str] = "control: head ablation by zero, mean or resampled output"
+    kernel: ClassVar[Kernel] = "none"
     heads: Bool[Tensor, "layer head"] | HeadTable | str = "sensitive"
     mode: Mode = "zero"
     rows: ZRows = "text"
@@ -208,6 +219,3 @@ def _rows(call: AttentionCall, rows: ZRows) -> Bool[Tensor, "batch query"]:
     if not step.causal:
         return torch.ones(call.query.shape[0], count, dtype=torch.bool, device=call.query.device)
     return step.spans.real[:, step.offset : step.offset + count]
-
-
-METHODS.register("ablation", AblateHeads)

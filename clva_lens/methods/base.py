@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from einops import rearrange
@@ -19,6 +19,14 @@ from clva_lens.registry import Registry
 
 Rows = Literal["text", "last"]
 """Which prompt rows an edit is for: all text after the image, or the last one only."""
+
+Kernel = Literal["none", "fused", "fused + rows", "eager rows"]
+"""How a method meets the attention kernel; each kind gives what its formula gives.
+
+``"none"``: attention is left alone. ``"fused"``: a bias on the scores, which fused kernels take.
+``"fused + rows"``: the same, and some rows of scores are formed to find it. ``"eager rows"``: what
+it does is no bias, so the rows (or heads) in question are computed again, eagerly.
+"""
 
 
 class Shape(NamedTuple):
@@ -97,9 +105,19 @@ class MethodHooks(list[Hook]):
 
 
 class Method(ABC):
-    """A training-free method: parameters that never change. ``name`` is its registered name."""
+    """A training-free method: parameters that never change.
+
+    ``name`` is its registered name, ``paper`` where it comes from, ``kernel`` how it meets the
+    attention kernel, ``forwards`` how many forward passes of the language model a generated token
+    costs (1 for the model alone), ``sites`` the attention sites it can act at; none for a method
+    that leaves attention alone.
+    """
 
     name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    kernel: ClassVar[Kernel] = "fused"
+    forwards: ClassVar[float | int] = 1
+    sites: ClassVar[tuple[str, ...]] = ("decoder", "qformer")
 
     @abstractmethod
     def sessions(self, shapes: Shapes) -> list[Session]:
@@ -129,6 +147,35 @@ class Method(ABC):
 
 
 METHODS = Registry[type[Method]]("method")
+SomeMethod = TypeVar("SomeMethod", bound=type[Method])
+
+
+def register_method(method: SomeMethod) -> SomeMethod:
+    """Register a method under its ``name``; a decorator above ``@dataclass(frozen=True)``.
+
+    A class of the same name and module takes the place of the one before, so that a notebook's
+    cell can be run again.
+
+    Raises:
+        ParameterError: if it is no frozen dataclass, or another method has its name.
+    """
+    if not getattr(vars(method).get("__dataclass_params__"), "frozen", False):
+        raise ParameterError(
+            f"{method.__name__} is no frozen dataclass, so its parameters could change during a "
+            "run. Put @dataclass(frozen=True, kw_only=True) between @register_method and the class."
+        )
+    if not isinstance(vars(method).get("name"), str):
+        raise ParameterError(
+            f"{method.__name__} has no name of its own to be registered under. Write "
+            'name: ClassVar[str] = "..." in it.'
+        )
+    known = dict(METHODS.items()).get(method.name)
+    if known is not None:
+        names = [(one.__module__, one.__qualname__) for one in (known, method)]
+        if names[0] == names[1]:
+            METHODS.remove(method.name)
+    METHODS.register(method.name, method)
+    return method
 
 
 @dataclass(frozen=True)

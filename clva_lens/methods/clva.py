@@ -33,7 +33,7 @@ from clva_lens.attention import AttentionCall, Session
 from clva_lens.errors import InterventionError, ParameterError
 from clva_lens.heads import EmptyPolicy, HeadClasses, classify_heads
 from clva_lens.methods.base import (
-    METHODS,
+    Kernel,
     Method,
     Rows,
     Shape,
@@ -41,12 +41,14 @@ from clva_lens.methods.base import (
     check_layers,
     check_order,
     check_rows,
+    register_method,
     row_bias,
 )
 from clva_lens.passes import Step
 from clva_lens.rows import read_generated_rows, read_prompt_rows
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class CLVA(Method):
     """Cross-Layer Visual Anchors; layer indices are 0-based.
@@ -73,6 +75,8 @@ class CLVA(Method):
     """
 
     name: ClassVar[str] = "clva"
+    paper: ClassVar[str] = "Cross-Layer Visual Anchors, arXiv:2603.25088"
+    kernel: ClassVar[Kernel] = "fused + rows"
     alpha: float | int = 14.0
     beta: float | int = 0.9
     tau: float | int = 2.0
@@ -302,6 +306,3 @@ class ClvaSession(Session):
         if batch == 1:
             sets, flags = [one[0] for one in sets], [one[0] for one in flags]
         return HeadClasses(*sets, *flags, threshold=first.threshold, empty=first.empty)
-
-
-METHODS.register("clva", CLVA)

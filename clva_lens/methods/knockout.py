@@ -16,19 +16,21 @@ from torch import Tensor
 
 from clva_lens.attention import AttentionCall, Session
 from clva_lens.methods.base import (
-    METHODS,
+    Kernel,
     Method,
     Rows,
     Shapes,
     check_layers,
     check_order,
     check_rows,
+    register_method,
     row_bias,
 )
 from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
 from clva_lens.passes import Step
 
 
+@register_method
 @dataclass(frozen=True, kw_only=True)
 class KnockOut(Method):
     """Remove all attention from text rows to image tokens in ``layers``.
@@ -48,6 +50,8 @@ class KnockOut(Method):
     """
 
     name: ClassVar[str] = "knockout"
+    paper: ClassVar[str] = "control: Eqs. 10-11 of arXiv:2603.25088 with weight 0"
+    kernel: ClassVar[Kernel] = "fused"
     layers: Sequence[int] | None = None
     rows: Rows = "text"
     heads: Bool[Tensor, "layer head"] | HeadTable | str | None = None
@@ -99,6 +103,3 @@ class _KnockOutSession(Session):
             return bias
         chosen = self.heads.at(call)
         return bias if chosen.all() else bias.where(rearrange(chosen, "b h -> b h 1 1"), 0.0)
-
-
-METHODS.register("knockout", KnockOut)

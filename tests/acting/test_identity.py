@@ -134,16 +134,32 @@ def test_bare_generation_is_bit_identical(lens, ask, site):
 # ── every registered method ──
 
 
-@pytest.fixture(params=METHODS.names())
-def name(request):
-    return request.param
+def acts_at(name, site):
+    sites = METHODS.get(name).sites
+    return site in sites or (not sites and site == "decoder")
+
+
+PAIRS = [(place, name) for place in PLACES for name in METHODS.names() if acts_at(name, place[-1])]
+every_method = pytest.mark.parametrize(
+    ("place", "name"),
+    PAIRS,
+    indirect=["place"],
+    ids=["-".join((*place, name)) for place, name in PAIRS],
+)
+
+
+def make(name, site, **parameters):
+    """Return a registered method at a site; those that leave attention alone have none."""
+    kind = METHODS.get(name)
+    return kind(**parameters, **({"site": site} if kind.sites else {}))
 
 
 @pytest.fixture
 def method(name, site):
-    return METHODS.get(name)(**STRONG.get(name, {}), site=site)
+    return make(name, site, **STRONG.get(name, {}))
 
 
+@every_method
 def test_method_moves_the_logits(lens, ask, bare, name, method):
     """Without this the laws below would hold for a method that does nothing."""
     moved = float((logits(lens.hf_model, ask(lens, 3).inputs, method) - bare).abs().max())
@@ -151,13 +167,15 @@ def test_method_moves_the_logits(lens, ask, bare, name, method):
     assert moved > 0.05
 
 
+@every_method
 def test_zero_strength(lens, ask, site, bare, name):
     if name not in ZERO:
         pytest.skip(f"{name} has no strength; un-skip when it gets one, by adding it to ZERO")
-    zero = METHODS.get(name)(**ZERO[name], site=site)
+    zero = make(name, site, **ZERO[name])
     assert torch.equal(logits(lens.hf_model, ask(lens, 3).inputs, zero), bare)
 
 
+@every_method
 def test_batch_is_singles(lens, ask, method):
     together = logits(lens.hf_model, ask(lens, 3).inputs, method)[:, -1]
     for item in range(3):
@@ -165,6 +183,7 @@ def test_batch_is_singles(lens, ask, method):
         torch.testing.assert_close(together[item], alone, rtol=0, atol=1e-4)
 
 
+@every_method
 def test_cached_is_uncached(lens, ask, method):
     inputs = ask(lens, 2).inputs
     cached = decode(lens.hf_model, inputs, method)
@@ -172,6 +191,7 @@ def test_cached_is_uncached(lens, ask, method):
     torch.testing.assert_close(cached, uncached, rtol=0, atol=1e-4)
 
 
+@every_method
 def test_state_is_restored(lens, ask, method):
     before = state(lens.hf_model)
     logits(lens.hf_model, ask(lens).inputs, method)
@@ -179,22 +199,38 @@ def test_state_is_restored(lens, ask, method):
     assert state(lens.hf_model) == before
 
 
+@every_method
 def test_a_method_has_fresh_sessions(lens, site, name, method):
     """Nothing of one run is in the next: a method makes new sessions each time."""
     first, second = (method.sessions(Shapes(lens.hf_model)) for _ in range(2))
     assert method.name == name
     assert first
     assert all(isinstance(session, Session) for session in first)
-    assert all(session.site == site for session in first)
+    if method.sites:
+        assert all(session.site == site for session in first)
     assert not {id(session) for session in first} & {id(session) for session in second}
 
 
-def test_a_method_is_frozen(method):
+@every_method
+def test_a_method_is_frozen(name, method):
     assert isinstance(method, Method)
     field = next(iter(vars(method)))
     with pytest.raises(AttributeError, match=r"cannot assign"):
         setattr(method, field, 1)
     assert method == type(method)(**vars(method))
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_other_sites_are_refused(one, one_blip, name):
+    """A method acts where it says it can, and nowhere else."""
+    kind = METHODS.get(name)
+    for lens, site in ((one, "decoder"), (one_blip, "decoder"), (one_blip, "qformer")):
+        if kind.sites and site not in kind.sites:
+            with pytest.raises(cl.ClvaLensError, match=rf"site.*{site}"):
+                kind(site=site).sessions(Shapes(lens.hf_model))
+    if kind.sites:
+        with pytest.raises(cl.ClvaLensError, match=r"has no attention site 'qformer'"):
+            kind(site="qformer").sessions(Shapes(one.hf_model))
 
 
 def test_layers_may_be_a_list_or_a_range():
