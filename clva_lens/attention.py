@@ -1,5 +1,7 @@
 """The one attention function: it lets sessions look at attention rows and put a bias on them.
 
+Sessions may also look at and edit the residual stream (stream.py), in the same run.
+
 Multiplying attention weights by w and renormalising is the same as adding log w to the scores:
 softmax(s + log w) = w·softmax(s) / Σ w·softmax(s). So every edit of Eqs. 10–11 of
 arXiv:2603.25088v1 is a bias, the fused kernels keep working, and no pattern is ever formed. What
@@ -11,7 +13,7 @@ of no run are passed through. Nothing is stored on any module, and ``remove`` re
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +30,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from clva_lens.errors import InterventionError
 from clva_lens.models.family import Site, find_family, find_site
 from clva_lens.passes import Step
+from clva_lens.stream import Part, Stream, StreamCall, stream_hooks, stream_name
 
 # Rows of the pattern are formed in pieces of at most this many scores (64 MiB of float32).
 SCORES_AT_ONCE = 2**24
@@ -122,12 +125,14 @@ class Session:
     """One method's state during one run; it dies with the run.
 
     ``site`` is where it acts, ``layers`` are those whose attention it reads or edits;
-    ``edits_output`` says whether it wants ``output`` called.
+    ``edits_output`` says whether it wants ``output`` called, ``streams`` for which parts of which
+    layers of the site's stack it wants ``stream`` called. Both stay as they are during a run.
     """
 
     site: str
     layers: tuple[int, ...]
     edits_output: bool = False
+    streams: Collection[tuple[Part, int]] = ()
 
     def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
         """Look at one layer's attention; return a bias on its scores, or None for no edit."""
@@ -139,6 +144,16 @@ class Session:
         """Look at what the heads of one layer put out, z; return what replaces it, or None.
 
         ``call`` has the bias of all sessions.
+        """
+        return None
+
+    def stream(self, call: StreamCall, hidden: Stream) -> Stream | None:
+        """Look at a part of the residual stream; return what replaces it, or None for no edit.
+
+        "resid_pre" and "resid_post" are what enters and leaves a layer, "attn_out" and "mlp_out"
+        (and a Q-Former's "cross_attn_out") what its blocks put out, as in TransformerLens. With a
+        key-value cache, ``hidden`` has this pass's rows only, from position ``call.step.offset``.
+        nnsight serves a module's own ``.output`` before this, inputs and later modules after it.
         """
         return None
 
@@ -170,6 +185,7 @@ class Run:
             )
         self._layers = dict(zip(map(id, site.modules), site.layers, strict=True))
         self._hooks: list[RemovableHandle] = []
+        self._streams: dict[tuple[Part, int], RemovableHandle] = {}
         self._call: AttentionCall | None = None
         self._merged: tuple[Tensor | None, Tensor, Tensor] | None = None
 
@@ -190,8 +206,19 @@ class Run:
         for module in self.site.modules:
             _ACTIVE.pop(id(module), None)
         self.site.config._attn_implementation = self.kernel
-        for hook in self._hooks:
+        for hook in (*self._hooks, *self._streams.values()):
             hook.remove()
+        self._streams.clear()
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """Have hooks on the residual stream where this run's sessions want them, nowhere else."""
+        wanted = {place for session in self.sessions for place in session.streams}
+        for place in self._streams.keys() - wanted:
+            self._streams.pop(place).remove()
+        missing = sorted(wanted - self._streams.keys())
+        if missing:
+            for place, hook in stream_hooks(model, self.site.name, missing, self.stream):
+                self._streams[place] = hook
 
     def edit(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
@@ -217,6 +244,21 @@ class Run:
                 out = out if edited is None else edited
         return out
 
+    def stream(self, part: Part, layer: int, value: Tensor) -> Tensor | None:
+        """Show a part of the residual stream to the sessions; return what replaces it, or None."""
+        step = self.passes.step
+        if step is None or isinstance(value, FakeTensor):
+            return None
+        call = StreamCall(part, layer, step)
+        batch = len(step.text_rows)
+        hidden = value if value.ndim == 3 else value.unflatten(0, (batch, -1))  # OPT's MLPs
+        found = hidden
+        for session in self.sessions:
+            if (part, layer) in session.streams:
+                edited = session.stream(call, found)
+                found = found if edited is None else edited
+        return None if found is hidden else found.reshape(value.shape)
+
     def merge(self, call: AttentionCall) -> Tensor:
         """Return mask and bias as one additive mask; the last one is kept for the next layer."""
         mask, bias = call.mask, call.bias
@@ -237,12 +279,25 @@ class Run:
 _ACTIVE: dict[int, Run] = {}
 
 
+def edited_streams(model: PreTrainedModel) -> set[str]:
+    """Return TransformerLens' names of what sessions of open runs may edit in the stream."""
+    runs = [_ACTIVE.get(id(site.modules[0])) for site in find_family(model).sites(model)]
+    return {
+        stream_name(run.site.name, *place)
+        for run in runs
+        if run is not None
+        for session in run.sessions
+        for place in session.streams
+    }
+
+
 def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[], None]:
     """Add sessions to the runs of their sites, starting those there are not; return what undoes it.
 
     Raises:
         ModelLoadError: if no family knows the model.
         InterventionError: if a site's attention kernel cannot be intercepted.
+        ParameterError: if a session names a part of the residual stream that there is not.
     """
     joined: list[tuple[Run, Session]] = []
 
@@ -250,7 +305,10 @@ def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[]
         for run, session in joined:
             if session in run.sessions:
                 run.sessions.remove(session)
-            if not run.sessions and _ACTIVE.get(id(run.site.modules[0])) is run:
+        for run in {id(run): run for run, _ in joined}.values():
+            if run.sessions:
+                run.follow(model)
+            elif _ACTIVE.get(id(run.site.modules[0])) is run:
                 run.remove()
 
     try:
@@ -262,6 +320,8 @@ def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[]
                 run.install()
             run.sessions.append(session)
             joined.append((run, session))
+            if session.streams:
+                run.follow(model)
     except BaseException:
         close()
         raise

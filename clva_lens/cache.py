@@ -7,14 +7,21 @@ where it is asked for. Where each name lies is in ``models/hooks.py``.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clva_lens.attention import AttentionCall, Session, as_additive, raw_scores, running
+from clva_lens.attention import (
+    AttentionCall,
+    Session,
+    as_additive,
+    edited_streams,
+    raw_scores,
+    running,
+)
 from clva_lens.errors import InterventionError, ParameterError, PromptError, UnknownName
 from clva_lens.intervene import in_trace, intervening
 from clva_lens.methods.base import Method
@@ -22,6 +29,7 @@ from clva_lens.models.family import find_family
 from clva_lens.models.hooks import Place
 from clva_lens.models.prompt import Prompt
 from clva_lens.readout import CacheModel, per_head
+from clva_lens.stream import Part, Stream, StreamCall
 from clva_lens.transformerlens import transformer_lens
 
 if TYPE_CHECKING:
@@ -70,11 +78,16 @@ def run_with_cache(
     chosen = choose(activations.places, names_filter)
     reader = _Reader(lens, activations.places, chosen, len(prompt["input_ids"]))
     sites = {place.site for place in chosen if place.site is not None}
-    sessions = [_Attention(site, chosen) for site in sorted(sites)]
+    sessions: list[_Attention | _Stream] = [_Attention(site, chosen) for site in sorted(sites)]
     methods = () if method is None else (method,)
-    with intervening(model, *methods), running(model, sessions), lens.trace(prompt):
-        reader.read()
-        logits = lens.output.logits.save()
+    with intervening(model, *methods):
+        # What methods make of a module's output comes after nnsight has served it.
+        edited = edited_streams(model)
+        late = [place for place in chosen if place.name in edited and place.tap.side == "output"]
+        sessions += [_Stream(place) for place in late]
+        with running(model, sessions), lens.trace(prompt):
+            reader.read()
+            logits = lens.output.logits.save()
     found = reader.found
     for session in sessions:
         found |= session.found
@@ -230,6 +243,22 @@ class _Attention(Session):
     def attention(self, call: AttentionCall) -> None:
         for place in self._wanted.get(call.layer, ()):
             self.found[place.name] = _seen(call, place.tap.form)
+
+
+class _Stream(Session):
+    """Edits nothing; keeps a part of the residual stream as the sessions before it left it."""
+
+    layers = ()
+
+    def __init__(self, place: Place) -> None:
+        self.site = "qformer" if place.name.startswith("qformer.") else "decoder"
+        part = place.name.rpartition("hook_")[2]
+        self.streams = {(cast(Part, part), place.layer)}
+        self.name = place.name
+        self.found: dict[str, Tensor] = {}
+
+    def stream(self, call: StreamCall, hidden: Stream) -> None:
+        self.found[self.name] = hidden
 
 
 def _seen(call: AttentionCall, form: str) -> Tensor:

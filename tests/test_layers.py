@@ -14,6 +14,7 @@ ORDER = [
     {"models.hooks"},
     {"models.family"},
     {"models.llava", "models.instructblip", "models.__init__"},
+    {"stream"},
     {"attention"},
     {"rows"},
     {

@@ -20,6 +20,7 @@ from clva_lens.errors import InterventionError, ModelLoadError, ParameterError
 from clva_lens.methods.base import Hook, Method, MethodHooks, Shape, Shapes
 from clva_lens.models.family import FAMILIES
 from clva_lens.passes import DecoderPasses
+from clva_lens.stream import Part, StreamCall, stream_name
 from clva_lens.transformerlens import transformer_lens
 
 
@@ -84,6 +85,10 @@ def method_hooks(method: Method, bridge: Any, prompt: Mapping[str, Tensor]) -> M
         hooks.append((f"blocks.{layer}.attn.hook_attn_scores", edit))
         if any(session.edits_output for session in edit.sessions):
             hooks.append((f"blocks.{layer}.attn.hook_z", edit.output))
+    for part, layer in sorted({place for session in sessions for place in session.streams}):
+        wanting = tuple(s for s in sessions if (part, layer) in s.streams)
+        hook = _StreamHook(part, layer, watch, wanting)
+        hooks.append((stream_name("decoder", part, layer), hook))
     return MethodHooks(hooks, sessions)
 
 
@@ -202,3 +207,28 @@ class _ScoresHook:
             edited = session.output(call, out) if session.edits_output else None
             out = out if edited is None else edited
         return out.reshape(z.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class _StreamHook:
+    """The hook of one part of a layer: each session sees it as those before it left it."""
+
+    part: Part
+    layer: int
+    watch: _Watch
+    sessions: tuple[Session, ...]
+
+    def __call__(self, hidden: Tensor, hook: Any) -> Tensor | None:
+        """Return what replaces this part of the residual stream; None for no edit."""
+        step = self.watch.passes.step
+        if step is None or step.keys != step.offset + hidden.shape[1]:
+            raise InterventionError(
+                f"layer {self.layer} reads {hidden.shape[1]} positions without the bridge having "
+                "read the prompt that the hooks were made for. Run the bridge on the prompt's "
+                "input_ids under the hooks."
+            )
+        call, found = StreamCall(self.part, self.layer, step), hidden
+        for session in self.sessions:
+            edited = session.stream(call, found)
+            found = found if edited is None else edited
+        return None if found is hidden else found
