@@ -2,7 +2,7 @@
 
 >>> import clva_lens as cl
 >>> cl.methods()
-('ablation', 'clva', 'knockout')
+('ablation', 'clva', 'icd', 'knockout', 'vcd')
 """
 
 from clva_lens import benchmarks as _benchmarks  # noqa: F401  (registers the benchmarks)
@@ -38,7 +38,9 @@ from clva_lens.methods.base import METHODS as _METHODS
 from clva_lens.methods.base import compose as compose
 from clva_lens.methods.base import register_method as register_method
 from clva_lens.methods.clva import CLVA as CLVA
+from clva_lens.methods.icd import ICD as ICD
 from clva_lens.methods.knockout import KnockOut as KnockOut
+from clva_lens.methods.vcd import VCD as VCD
 from clva_lens.models.family import FAMILIES as _FAMILIES
 from clva_lens.models.lens import load as load
 
@@ -65,6 +67,8 @@ def figures() -> tuple[str, ...]:
 
 __all__ = [
     "CLVA",
+    "ICD",
+    "VCD",
     "AblateHeads",
     "Beam",
     "ClvaLensError",

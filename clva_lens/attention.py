@@ -1,6 +1,6 @@
 """The one attention function: it lets sessions look at attention rows and put a bias on them.
 
-Sessions may also look at and edit the residual stream (stream.py), in the same run.
+Sessions may also edit the residual stream (stream.py) and the logits (logits.py), in the same run.
 
 Multiplying attention weights by w and renormalising is the same as adding log w to the scores:
 softmax(s + log w) = w·softmax(s) / Σ w·softmax(s). So every edit of Eqs. 10–11 of
@@ -13,13 +13,12 @@ of no run are passed through. Nothing is stored on any module, and ``remove`` re
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
@@ -28,134 +27,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from clva_lens.errors import InterventionError
+from clva_lens.logits import watch_logits
 from clva_lens.models.family import Site, find_family, find_site
-from clva_lens.passes import Step
-from clva_lens.stream import Part, Stream, StreamCall, stream_hooks, stream_name
-
-# Rows of the pattern are formed in pieces of at most this many scores (64 MiB of float32).
-SCORES_AT_ONCE = 2**24
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionCall:
-    """Queries and keys of one layer in one pass, and the bias that earlier sessions put on them.
-
-    Queries and keys are as the kernel gets them: after the rotary embedding, with the whole cache.
-    """
-
-    layer: int
-    step: Step
-    query: Float[Tensor, "batch head query width"]
-    key: Float[Tensor, "batch kv_head key width"]
-    mask: Tensor | None
-    bias: Float[Tensor, "batch _ query key"] | None
-    scaling: float
-
-    @property
-    def new_rows(self) -> int:
-        """How many of this pass's query rows, at its end, are generated tokens."""
-        count = self.query.shape[2]
-        return max(0, min(count, self.step.offset + count - self.step.prompt_rows))
-
-    def rows(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
-        """Return the pattern of query rows ``start`` to ``stop``; each row sums to 1.
-
-        Softmax in float32 over all keys, under the mask and the bias. Rows are relative to this
-        pass; those of padding are meaningless.
-        """
-        return self.scores(start, stop).softmax(dim=-1)
-
-    def scores(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
-        """Return what the softmax of ``rows`` is taken of, in float32, under mask and bias."""
-        scores = raw_scores(self.query[:, :, start:stop], self.key, self.scaling)
-        allowed = self.additive_mask(start, stop)
-        if allowed is not None:
-            scores += allowed
-        if self.bias is not None:
-            scores += self.bias[:, :, start:stop]
-        return scores
-
-    def row_pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Return (start, stop) of pieces of these rows that hold few scores each."""
-        batch, heads = self.query.shape[:2]
-        each = max(1, SCORES_AT_ONCE // (batch * heads * self.key.shape[2]))
-        return [(at, min(at + each, stop)) for at in range(start, stop, each)]
-
-    def additive_mask(self, start: int, stop: int) -> Float[Tensor, "..."] | None:
-        """Return 0 where a row may look, the lowest float32 elsewhere; None if it may anywhere."""
-        keys = self.key.shape[2]
-        if self.mask is not None:
-            rows = slice(start, stop) if self.mask.shape[2] > 1 else slice(None)
-            mask = self.mask[:, :, rows, :keys]
-            return as_additive(mask)
-        count = self.query.shape[2]
-        if not self.step.causal or (count == 1 and keys == self.step.offset + 1):
-            return None
-        position = torch.arange(keys, device=self.key.device)
-        row = torch.arange(start, stop, device=self.key.device) + self.step.offset
-        future = position[None, :] > row[:, None]
-        return torch.zeros(future.shape, device=self.key.device).masked_fill_(
-            future, torch.finfo(torch.float32).min
-        )
-
-
-def raw_scores(
-    query: Float[Tensor, "batch head row width"],
-    key: Float[Tensor, "batch kv_head key width"],
-    scaling: float | int,
-) -> Float[Tensor, "batch head row key"]:
-    """Return the scaled products of queries and keys in float32; keys may be of grouped heads."""
-    query, key = query.float(), key.float()
-    batch, heads, count, width = query.shape
-    groups = heads // key.shape[1]
-    grouped = query.reshape(batch, key.shape[1], groups * count, width)
-    return (grouped @ key.mT).reshape(batch, heads, count, -1) * scaling
-
-
-def as_additive(mask: Tensor) -> Float[Tensor, "..."]:
-    """Return a mask, of truths or of summands, as float32 summands of the scores."""
-    if mask.dtype != torch.bool:
-        return mask.float()
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(
-        ~mask, torch.finfo(torch.float32).min
-    )
-
-
-class Session:
-    """One method's state during one run; it dies with the run.
-
-    ``site`` is where it acts, ``layers`` are those whose attention it reads or edits;
-    ``edits_output`` says whether it wants ``output`` called, ``streams`` for which parts of which
-    layers of the site's stack it wants ``stream`` called. Both stay as they are during a run.
-    """
-
-    site: str
-    layers: tuple[int, ...]
-    edits_output: bool = False
-    streams: Collection[tuple[Part, int]] = ()
-
-    def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
-        """Look at one layer's attention; return a bias on its scores, or None for no edit."""
-        return None
-
-    def output(
-        self, call: AttentionCall, out: Float[Tensor, "batch query head width"]
-    ) -> Float[Tensor, "batch query head width"] | None:
-        """Look at what the heads of one layer put out, z; return what replaces it, or None.
-
-        ``call`` has the bias of all sessions.
-        """
-        return None
-
-    def stream(self, call: StreamCall, hidden: Stream) -> Stream | None:
-        """Look at a part of the residual stream; return what replaces it, or None for no edit.
-
-        "resid_pre" and "resid_post" are what enters and leaves a layer, "attn_out" and "mlp_out"
-        (and a Q-Former's "cross_attn_out") what its blocks put out, as in TransformerLens. With a
-        key-value cache, ``hidden`` has this pass's rows only, from position ``call.step.offset``.
-        nnsight serves a module's own ``.output`` before this, inputs and later modules after it.
-        """
-        return None
+from clva_lens.session import AttentionCall, Session
+from clva_lens.stream import Part, StreamCall, stream_hooks, stream_name
 
 
 class Run:
@@ -186,6 +61,7 @@ class Run:
         self._layers = dict(zip(map(id, site.modules), site.layers, strict=True))
         self._hooks: list[RemovableHandle] = []
         self._streams: dict[tuple[Part, int], RemovableHandle] = {}
+        self._watches_logits = False
         self._call: AttentionCall | None = None
         self._merged: tuple[Tensor | None, Tensor, Tensor] | None = None
 
@@ -219,6 +95,32 @@ class Run:
         if missing:
             for place, hook in stream_hooks(model, self.site.name, missing, self.stream):
                 self._streams[place] = hook
+
+    def add(self, session: Session) -> None:
+        """Let one more session see everything, after those that are there.
+
+        Raises:
+            InterventionError: if two would make tokens impossible.
+        """
+        if session.cuts_off and any(other.cuts_off for other in self.sessions):
+            raise InterventionError(
+                "two methods of this run cut implausible tokens off (each contrasts the logits "
+                "with a second input), and neither could judge by the unedited logits. Use one of "
+                "them; methods that edit attention go with each."
+            )
+        if session.edits_logits and not self._watches_logits:
+            self._hooks += watch_logits(self.passes.entry, self.logits)
+            self._watches_logits = True
+        self.sessions.append(session)
+
+    def logits(self, last: Tensor) -> Tensor:
+        """Return the logits of a pass's last position as the sessions leave them."""
+        step = self.passes.step
+        for session in self.sessions:
+            if step is not None and session.edits_logits:
+                edited = session.logits(step, last)
+                last = last if edited is None else edited
+        return last
 
     def edit(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
@@ -305,6 +207,7 @@ def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[]
         for run, session in joined:
             if session in run.sessions:
                 run.sessions.remove(session)
+                session.end()
         for run in {id(run): run for run, _ in joined}.values():
             if run.sessions:
                 run.follow(model)
@@ -318,14 +221,21 @@ def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[]
             if run is None:
                 run = Run(site)
                 run.install()
-            run.sessions.append(session)
+            run.add(session)
             joined.append((run, session))
             if session.streams:
                 run.follow(model)
+            session.begin()
     except BaseException:
         close()
         raise
     return close
+
+
+def open_sessions(model: PreTrainedModel) -> list[Session]:
+    """Return the sessions of all runs that a model is in."""
+    runs = (_ACTIVE.get(id(site.modules[0])) for site in find_family(model).sites(model))
+    return [session for run in runs if run is not None for session in run.sessions]
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clva_lens.attention import AttentionCall, Session, running
-from clva_lens.errors import ParameterError
+from clva_lens.attention import open_sessions, running
+from clva_lens.errors import InterventionError, ParameterError
 from clva_lens.figures import Drawing, head_attribution, patch_maps
 from clva_lens.generate import answer_tokens
 from clva_lens.heads import HeadClasses
@@ -18,6 +18,7 @@ from clva_lens.intervene import intervening
 from clva_lens.methods.base import Method, shape_of
 from clva_lens.models.lens import LensModel
 from clva_lens.models.prompt import Prompt
+from clva_lens.session import AttentionCall, Session
 from clva_lens.trace import Observer
 
 _MOST_MAPS = 12
@@ -131,7 +132,8 @@ def direct_logit_attribution(
     Raises:
         ParameterError: if there are not one or two tokens, or one of them is none.
         ModelLoadError: if nobody wrote the names of this model down.
-        InterventionError: inside a trace, or if the attention kernel cannot be intercepted.
+        InterventionError: inside a trace, if the attention kernel cannot be intercepted, or if an
+            open method replaces the logits.
     """
     found = model.hf_model
     real = prompt.spans.real
@@ -143,7 +145,12 @@ def direct_logit_attribution(
     for i in layers:
         wanted |= {f"blocks.{i}.{one}" for one in ("attn.hook_z", "attn.hook_v", "hook_mlp_out")}
     methods = () if method is None else (method,)
-    with intervening(found, *methods), running(found, [last, observer]):
+    with intervening(model, *methods), running(found, [last, observer]):
+        if any(session.edits_logits for session in open_sessions(found)):
+            raise InterventionError(
+                "an open method replaces the model's logits (a contrast), so they are no sum over "
+                "its parts. Leave that method out."
+            )
         logits, cache = model.run_with_cache(prompt, lambda name: name in wanted)
     rows = torch.arange(len(places), device=places.device)
     standing: Any = cache.model

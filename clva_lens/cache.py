@@ -14,14 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clva_lens.attention import (
-    AttentionCall,
-    Session,
-    as_additive,
-    edited_streams,
-    raw_scores,
-    running,
-)
+from clva_lens.attention import edited_streams, running
 from clva_lens.errors import InterventionError, ParameterError, PromptError, UnknownName
 from clva_lens.intervene import in_trace, intervening
 from clva_lens.methods.base import Method
@@ -29,6 +22,7 @@ from clva_lens.models.family import find_family
 from clva_lens.models.hooks import Place
 from clva_lens.models.prompt import Prompt
 from clva_lens.readout import CacheModel, per_head
+from clva_lens.session import AttentionCall, Session, as_additive, raw_scores
 from clva_lens.stream import Part, Stream, StreamCall
 from clva_lens.transformerlens import transformer_lens
 
@@ -80,7 +74,7 @@ def run_with_cache(
     sites = {place.site for place in chosen if place.site is not None}
     sessions: list[_Attention | _Stream] = [_Attention(site, chosen) for site in sorted(sites)]
     methods = () if method is None else (method,)
-    with intervening(model, *methods):
+    with intervening(lens, *methods):
         # What methods make of a module's output comes after nnsight has served it.
         edited = edited_streams(model)
         late = [place for place in chosen if place.name in edited and place.tap.side == "output"]

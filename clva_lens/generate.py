@@ -107,8 +107,9 @@ class Generation:
     """Answers, one a prompt, in the order of the prompts.
 
     ``ids`` are the generated tokens up to the end token. ``margins`` are logit(yes) − logit(no) at
-    the first generated position, in nats: the larger of each word's spellings; None where the
-    tokenizer knows no yes or no. ``seconds`` is the time in the model.
+    the first generated position, in nats: the larger of each word's spellings, before a method
+    cuts tokens off; None where the tokenizer knows no yes or no. ``seconds`` is the time in the
+    model.
     """
 
     texts: list[str]
@@ -223,18 +224,20 @@ def _generate_batch(
     first = _FirstLogits()
     methods = () if method is None else (method,)
     devices = [hf_model.device] if hf_model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), intervening(hf_model, *methods):
+    with torch.random.fork_rng(devices=devices), intervening(model, *methods) as run:
         if isinstance(decoding, Sampling):
             torch.manual_seed(decoding.seed)
-        run: Any = hf_model.generate  # transformers declares it on a mixin that hides the call
-        out = run(
+        answer: Any = hf_model.generate  # transformers declares it on a mixin that hides the call
+        out = answer(
             **prompt.inputs, generation_config=config, logits_processor=LogitsProcessorList([first])
         )
     assert isinstance(out, Tensor) and first.scores is not None
     ends = set(eos if isinstance(eos, list) else [eos]) | {pad}
     new = [_until(row, ends) for row in out[:, prompt.answer_start :].cpu()]
-    scores = first.scores[:: len(first.scores) // len(new)]
-    return new, yes_margins(scores, tokenizer)
+    scores = first.scores
+    for session in run.sessions:
+        scores = scores if session.uncut is None else session.uncut
+    return new, yes_margins(scores[:: len(scores) // len(new)].float(), tokenizer)
 
 
 def _until(row: Int[Tensor, " step"], ends: set[int | None]) -> Int[Tensor, " generated"]:

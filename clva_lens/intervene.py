@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import nnsight
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clva_lens.anchors import VisualAnchors
-from clva_lens.attention import Session, open_run, running
+from clva_lens.attention import open_run, running
 from clva_lens.errors import InterventionError, ModelLoadError
 from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
 from clva_lens.methods.base import Method, Shapes, shape_of
 from clva_lens.methods.clva import ClvaSession
 from clva_lens.models.family import FAMILIES, find_family
 from clva_lens.models.prompt import Prompt
+from clva_lens.session import Session
 from clva_lens.trace import AttentionTrace, HeadChoice, Observer, QueryObserver
 
 
@@ -80,7 +82,7 @@ def intervening(model: Any, *methods: Method) -> Iterator[Intervention]:
         ParameterError: if a method does not fit the model.
     """
     found = transformers_model(model)
-    sessions = _sessions(found, methods)
+    sessions = _sessions(found, methods, getattr(model, "processor", None))
     with running(found, sessions):
         yield Intervention(sessions)
 
@@ -110,8 +112,9 @@ def intervene(*methods: Method) -> Intervention:
             contains none that clva_lens knows.
         ParameterError: if a method does not fit the model.
     """
-    model, interleaver = _running("intervene", "cl.intervening(model, method)")
-    sessions = _sessions(model, methods)
+    root, interleaver = _running("intervene", "cl.intervening(model, method)")
+    model = transformers_model(root)
+    sessions = _sessions(model, methods, getattr(root, "processor", None))
     _attach(model, sessions, interleaver)
     return nnsight.save(Intervention(sessions))
 
@@ -126,7 +129,8 @@ def observe(layers: Sequence[int] | str = "all", site: str | None = None) -> Obs
         InterventionError: outside a trace, after the model started, or on an unknown model.
         ParameterError: if the site or a layer does not exist.
     """
-    model, interleaver = _running("observe", "cl.observing(model)")
+    root, interleaver = _running("observe", "cl.observing(model)")
+    model = transformers_model(root)
     observer = Observer(layers, shape_of(model, site))
     _attach(model, [observer], interleaver)
     return nnsight.save(Observation(observer))
@@ -160,13 +164,22 @@ def in_trace() -> bool:
     return True
 
 
-def _sessions(model: PreTrainedModel, methods: Sequence[Method]) -> list[Session]:
-    shapes = Shapes(model)
-    return [session for method in methods for session in method.sessions(shapes)]
+def _sessions(model: PreTrainedModel, methods: Sequence[Method], processor: Any) -> list[Session]:
+    """Return the sessions of all methods; each knows how to be made again for another model."""
+    sessions = []
+    for method in methods:
+        for index, session in enumerate(method.sessions(Shapes(model, processor))):
+            session.again = partial(_again, method, processor, index)
+            sessions.append(session)
+    return sessions
 
 
-def _running(name: str, instead: str) -> tuple[PreTrainedModel, Interleaver]:
-    """Return the model and the interleaver of the trace that is being run."""
+def _again(method: Method, processor: Any, index: int, model: PreTrainedModel) -> Session:
+    return method.sessions(Shapes(model, processor))[index]
+
+
+def _running(name: str, instead: str) -> tuple[nnsight.Envoy, Interleaver]:
+    """Return the traced handle and the interleaver of the trace that is being run."""
     try:
         mediator = Mediator.current(name)
     except ValueError:
@@ -187,7 +200,7 @@ def _running(name: str, instead: str) -> tuple[PreTrainedModel, Interleaver]:
             f"cl.{name}() found no model in the running trace. Trace an nnsight handle of a "
             "transformers model."
         )
-    return transformers_model(root), interleaver
+    return root, interleaver
 
 
 class _Guard(Mediator):
@@ -241,7 +254,7 @@ def trace_attention(
     found = transformers_model(model)
     observer = Observer(layers, shape_of(found, site))
     methods = () if method is None else (method,)
-    with intervening(found, *methods), running(found, [observer]):
+    with intervening(model, *methods), running(found, [observer]):
         logits = _last_logits(found, prompt)
     return observer.trace(prompt.batched, logits)
 
@@ -269,7 +282,7 @@ def head_means(
     session = MeanSession(shape_of(found, site), rows)
     methods = () if method is None else (method,)
     for prompt in prompts:
-        with intervening(found, *methods), running(found, [session]):
+        with intervening(model, *methods), running(found, [session]):
             _last_logits(found, prompt)
     return session.means()
 
@@ -310,7 +323,7 @@ def composed_saliency(
     if shapes.at().site != "decoder":
         queries = QueryObserver(qformer_layers, shapes.at())
     observers: list[Session] = [decoder] if queries is None else [decoder, queries]
-    with intervening(found, *methods), running(found, observers):
+    with intervening(model, *methods), running(found, observers):
         _last_logits(found, prompt)
     saliency = decoder.trace(prompt.batched).saliency(heads)
     if queries is None:

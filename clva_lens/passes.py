@@ -30,7 +30,8 @@ class Step(NamedTuple):
     image tokens among them. ``offset`` is the position of the pass's first query row;
     ``text_rows`` marks the rows of the prompt that are text. ``causal``: keys are the positions of
     the rows, which do not see later ones. ``ordered``: the rows have a last one, which makes the
-    maps of Eq. 4; otherwise all of them do, averaged.
+    maps of Eq. 4; otherwise all of them do, averaged. ``ids`` are the token ids of this
+    pass's rows, None where rows are no tokens.
     """
 
     number: int
@@ -40,6 +41,7 @@ class Step(NamedTuple):
     visual: Int[Tensor, "batch visual"]
     causal: bool
     ordered: bool
+    ids: Int[Tensor, "batch row"] | None = None
 
     @property
     def prompt_rows(self) -> int:
@@ -196,7 +198,7 @@ class DecoderPasses(_TokenPasses):
                     "no text row to read anchors from. Put the question after the image, and leave "
                     "prefill_chunk_size unset."
                 )
-            self.step = Step(0, 0, spans.text, spans, visual, causal=True, ordered=True)
+            self.step = Step(0, 0, spans.text, spans, visual, causal=True, ordered=True, ids=ids)
             return
         known = self._next(ids, offset)
         spans = known.spans
@@ -209,7 +211,8 @@ class DecoderPasses(_TokenPasses):
                 text=torch.cat([spans.text, no], dim=1),
                 generated=torch.cat([spans.generated, ~no], dim=1),
             )
-        self.step = known._replace(number=known.number + 1, offset=offset, spans=spans)
+        number = known.number + 1
+        self.step = known._replace(number=number, offset=offset, spans=spans, ids=ids)
 
 
 class EncoderDecoderPasses(_TokenPasses):
@@ -233,10 +236,10 @@ class EncoderDecoderPasses(_TokenPasses):
             )
             text = torch.ones_like(rows, dtype=torch.bool)
             visual = spans.visual_index()
-            self.step = Step(0, 0, text, spans, visual, causal=False, ordered=True)
+            self.step = Step(0, 0, text, spans, visual, causal=False, ordered=True, ids=rows)
             return
         known = self._next(rows, offset)
-        self.step = known._replace(number=known.number + 1, offset=offset)
+        self.step = known._replace(number=known.number + 1, offset=offset, ids=rows)
 
 
 class QueryPasses(Passes):

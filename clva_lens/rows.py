@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from clva_lens.attention import AttentionCall
+from clva_lens.session import AttentionCall
 
 
 class PromptRows(NamedTuple):

@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clva_lens.anchors import saliency_map
-from clva_lens.attention import AttentionCall, Session
 from clva_lens.errors import InterventionError, ParameterError
 from clva_lens.heads import EmptyPolicy, HeadClasses, classify_heads
 from clva_lens.methods.base import Shape, check_layers
@@ -19,6 +18,7 @@ from clva_lens.rows import (
     read_prompt_rows,
     read_query_rows,
 )
+from clva_lens.session import AttentionCall, Session
 
 HeadChoice = Literal["all", "sensitive", "insensitive"]
 

@@ -75,7 +75,7 @@ def run(
     kind = model.lm_head.weight.dtype
     length, prompt_length = len(ids), prompt_length or len(ids)
     image = [i for i, token in enumerate(ids.tolist()) if token == model.config.image_token_index]
-    text = list(range(max(image) + 1, prompt_length))
+    text = list(range(max(image, default=-1) + 1, prompt_length))
     generated = list(range(prompt_length, length))
     result = Result(torch.empty(0), [], image, text)
     state = [_ClvaState(edit) if isinstance(edit, Clva) else None for edit in edits]

@@ -9,6 +9,8 @@ import clva_lens as cl
 def test_public_names():
     assert cl.__all__ == [
         "CLVA",
+        "ICD",
+        "VCD",
         "AblateHeads",
         "Beam",
         "ClvaLensError",
@@ -45,7 +47,7 @@ def test_public_names():
 
 
 def test_what_is_registered():
-    assert cl.methods() == ("ablation", "clva", "knockout")
+    assert cl.methods() == ("ablation", "clva", "icd", "knockout", "vcd")
     assert cl.models() == ("instructblip", "llava")
     assert set(cl.benchmarks()) >= {
         "pope/toy/adversarial",

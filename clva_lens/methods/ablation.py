@@ -14,7 +14,6 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clva_lens.attention import AttentionCall, Session
 from clva_lens.errors import InterventionError, ParameterError
 from clva_lens.methods.base import (
     Kernel,
@@ -27,6 +26,7 @@ from clva_lens.methods.base import (
 )
 from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
 from clva_lens.passes import Step
+from clva_lens.session import AttentionCall, Session
 
 Mode = Literal["zero", "mean", "resample"]
 """What the output of a head becomes."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clva_lens.anchors import default_positive_layer
-from clva_lens.attention import AttentionCall, Session
 from clva_lens.errors import ParameterError
 from clva_lens.models.family import find_site
 from clva_lens.registry import Registry
+from clva_lens.session import AttentionCall, Session
 
 Rows = Literal["text", "last"]
 """Which prompt rows an edit is for: all text after the image, or the last one only."""
@@ -62,11 +62,11 @@ class Shape(NamedTuple):
 
 
 class Shapes:
-    """The sites of a model, for methods to find theirs."""
+    """A model that methods are to act on: its sites, and its processor where there is one."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, processor: Any = None) -> None:
         """Look at the model."""
-        self.model = model
+        self.model, self.processor = model, processor
 
     def at(self, site: str | None = None) -> Shape:
         """Return the shape of a site; None is the one that methods act on by default.

@@ -29,7 +29,6 @@ from clva_lens.anchors import (
     reanchor_log_weights,
     saliency_map,
 )
-from clva_lens.attention import AttentionCall, Session
 from clva_lens.errors import InterventionError, ParameterError
 from clva_lens.heads import EmptyPolicy, HeadClasses, classify_heads
 from clva_lens.methods.base import (
@@ -46,6 +45,7 @@ from clva_lens.methods.base import (
 )
 from clva_lens.passes import Step
 from clva_lens.rows import read_generated_rows, read_prompt_rows
+from clva_lens.session import AttentionCall, Session
 
 
 @register_method

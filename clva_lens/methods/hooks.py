@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clva_lens.attention import AttentionCall, Session
 from clva_lens.axes import TokenSpans
 from clva_lens.errors import InterventionError, ModelLoadError, ParameterError
 from clva_lens.methods.base import Hook, Method, MethodHooks, Shape, Shapes
 from clva_lens.models.family import FAMILIES
 from clva_lens.passes import DecoderPasses
+from clva_lens.session import AttentionCall, Session
 from clva_lens.stream import Part, StreamCall, stream_name
 from clva_lens.transformerlens import transformer_lens
 
@@ -78,6 +78,11 @@ def method_hooks(method: Method, bridge: Any, prompt: Mapping[str, Tensor]) -> M
             " Use a model of the LLaVA kind or, if clva_lens loads this one, cl.intervening()."
         )
     sessions = method.sessions(_BridgeShapes(bridge))
+    if any(session.edits_logits for session in sessions):
+        raise InterventionError(
+            "the method edits logits, for which it may run the model a second time, and hooks of "
+            "one TransformerLens pass cannot do that. Use cl.intervening(model, method)."
+        )
     watch = _Watch(bridge.original_model, prompt)
     hooks: list[Hook] = [("embed.hook_in", watch.begin)]
     for layer in sorted({layer for session in sessions for layer in session.layers}):

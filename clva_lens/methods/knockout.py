@@ -14,7 +14,6 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clva_lens.attention import AttentionCall, Session
 from clva_lens.methods.base import (
     Kernel,
     Method,
@@ -28,6 +27,7 @@ from clva_lens.methods.base import (
 )
 from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
 from clva_lens.passes import Step
+from clva_lens.session import AttentionCall, Session
 
 
 @register_method

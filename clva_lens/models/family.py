@@ -1,14 +1,16 @@
 """What clva_lens has to know about a family of models: facts, no algorithms."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from clva_lens.axes import TokenSpans
-from clva_lens.errors import ClvaLensError, ModelLoadError, ParameterError
+from clva_lens.errors import ClvaLensError, ModelLoadError, ParameterError, PromptError
 from clva_lens.models.hooks import Activations
 from clva_lens.passes import Passes
 from clva_lens.registry import Registry
@@ -26,6 +28,10 @@ TINY_DECODER: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+Inputs = dict[str, Tensor]
+"""Inputs of a model by name."""
 
 
 class Site(NamedTuple):
@@ -120,6 +126,32 @@ class ModelFamily(ABC):
         )
         return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
 
+    def watch(self, model: PreTrainedModel, seen: dict[str, Tensor]) -> list[RemovableHandle]:
+        """Keep in ``seen`` what the model is given besides token ids, by the names of its inputs.
+
+        The handles stop it. Contrastive methods make their second input from it.
+
+        Raises:
+            ModelLoadError: if nobody wrote it down for this family.
+        """
+        raise ModelLoadError(
+            f"the family '{self.name}' does not say where its pictures come in, which contrastive "
+            "methods need. Give it a method watch (clva_lens/models/llava.py is an example)."
+        )
+
+    def disturb(
+        self, model: PreTrainedModel, processor: Any, inputs: Inputs, instruction: str
+    ) -> Inputs:
+        """Return a prompt's inputs with a disturbing instruction where ICD puts it.
+
+        Raises:
+            PromptError: if the model has no place for it.
+        """
+        raise PromptError(
+            f"the family '{self.name}' does not say where a disturbing instruction goes, which ICD "
+            "needs. Give it a method disturb (clva_lens/models/llava.py is an example)."
+        )
+
     def explain(self, error: Exception) -> ClvaLensError | None:
         """Return a clearer error for one that the model raised, if there is one."""
         return None
@@ -127,6 +159,28 @@ class ModelFamily(ABC):
     @abstractmethod
     def tiny(self, **text_config: Any) -> PreTrainedModel:
         """Return a small model with random weights: 12 layers, 4 heads, 16 image tokens."""
+
+
+def note_inputs(
+    module: nn.Module, read: Callable[[dict[str, Any]], Inputs], seen: dict[str, Tensor]
+) -> RemovableHandle:
+    """Keep in ``seen`` what ``read`` finds among a module's arguments; the handle stops it.
+
+    A first argument without a name is called ``pixel_values``.
+    """
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.update(read({"pixel_values": args[0], **kwargs} if args else kwargs))
+
+    return module.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Return token ids of one length, and the mask that is 0 on their padding."""
+    length = max(len(row) for row in rows)
+    ids = [[pad] * (length - len(row)) + row for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 FAMILIES = Registry[ModelFamily]("model family")

@@ -10,12 +10,13 @@ the text: the distance from text to image is then that of the prompt alone. The 
 whose positions are absolute, is padded on the right.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     Blip2ForConditionalGeneration,
     InstructBlipConfig,
@@ -29,7 +30,15 @@ from transformers import (
 from clva_lens.axes import TokenSpans
 from clva_lens.errors import ClvaLensError, ModelLoadError, PromptError
 from clva_lens.models import hooks
-from clva_lens.models.family import FAMILIES, TINY_DECODER, ModelFamily, Site
+from clva_lens.models.family import (
+    FAMILIES,
+    TINY_DECODER,
+    Inputs,
+    ModelFamily,
+    Site,
+    note_inputs,
+    pad_left,
+)
 from clva_lens.passes import DecoderPasses, EncoderDecoderPasses, Passes, QueryPasses, picture_spans
 
 CLS = 1  # keys of the Q-Former that lie on no patch
@@ -173,7 +182,7 @@ class InstructBlip(ModelFamily):
         tokenizer = processor.tokenizer
         image = [self.image_token_id(model)] * model.config.num_query_tokens
         rows = [image + tokenizer(text).input_ids for text in texts]
-        ids, mask = _pad_left(rows, tokenizer.pad_token_id or 0)
+        ids, mask = pad_left(rows, tokenizer.pad_token_id or 0)
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
         if isinstance(model, InstructBlipForConditionalGeneration):
@@ -192,6 +201,56 @@ class InstructBlip(ModelFamily):
             start = language.config.decoder_start_token_id
             inputs["decoder_input_ids"] = torch.full((len(texts), 1), start)
         return inputs
+
+    def watch(self, model: PreTrainedModel, seen: dict[str, Tensor]) -> list[RemovableHandle]:
+        """Keep the pixels that the vision tower is given, and the text that the Q-Former reads."""
+        inner: Any = model
+
+        def text(given: dict[str, Any]) -> Inputs:
+            queries = given["query_embeds"].shape[1]
+            return {
+                "qformer_input_ids": given["input_ids"],
+                "qformer_attention_mask": given["attention_mask"][:, queries:],
+            }
+
+        def pixels(given: dict[str, Any]) -> Inputs:
+            return {"pixel_values": given["pixel_values"]}
+
+        handles = [note_inputs(inner.vision_model, pixels, seen)]
+        if isinstance(model, InstructBlipForConditionalGeneration):
+            handles.append(note_inputs(inner.qformer, text, seen))
+        return handles
+
+    def disturb(
+        self, model: PreTrainedModel, processor: Any, inputs: Inputs, instruction: str
+    ) -> Inputs:
+        """Return the prompt with the instruction before the Q-Former's text.
+
+        Raises:
+            PromptError: if the Q-Former reads no text, as BLIP-2's.
+        """
+        reader = getattr(processor, "qformer_tokenizer", None)
+        if reader is None or "qformer_input_ids" not in inputs:
+            raise PromptError(
+                "ICD puts its instruction into the Q-Former's text, but this model's reads none "
+                "(BLIP-2), or the processor has no qformer_tokenizer. Use an InstructBLIP with its "
+                "own processor."
+            )
+        mask = inputs["qformer_attention_mask"]
+        if not mask[:, 0].all():
+            raise PromptError(
+                "the Q-Former's text is padded on the left, where ICD's instruction goes. Pad "
+                "qformer_input_ids on the right, as model.prompt() does."
+            )
+        extra = reader(instruction, add_special_tokens=False).input_ids
+        whole = reader(instruction).input_ids
+        lead = next(i for i in range(len(whole)) if whole[i : i + len(extra)] == extra)
+        ids = inputs["qformer_input_ids"]
+        added = torch.tensor(extra, device=ids.device).expand(len(ids), -1)
+        return inputs | {
+            "qformer_input_ids": torch.cat([ids[:, :lead], added, ids[:, lead:]], dim=1),
+            "qformer_attention_mask": torch.cat([torch.ones_like(added), mask], dim=1),
+        }
 
     def explain(self, error: Exception) -> ClvaLensError | None:
         """Return what is missing where transformers fails on a question that is not there."""
@@ -240,14 +299,6 @@ class InstructBlip(ModelFamily):
             # They start as zeros, so that all queries would be one.
             model.query_tokens.normal_(0, 1)
         return model
-
-
-def _pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Return token ids of one length, and the mask that is 0 on their padding."""
-    length = max(len(row) for row in rows)
-    ids = [[pad] * (length - len(row)) + row for row in rows]
-    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
 
 
 FAMILIES.register("instructblip", InstructBlip())

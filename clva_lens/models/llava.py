@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -12,9 +13,18 @@ from transformers import (
     ProcessorMixin,
 )
 
+from clva_lens.axes import TokenSpans
 from clva_lens.errors import PromptError
 from clva_lens.models import hooks
-from clva_lens.models.family import FAMILIES, TINY_DECODER, ModelFamily, Site
+from clva_lens.models.family import (
+    FAMILIES,
+    TINY_DECODER,
+    Inputs,
+    ModelFamily,
+    Site,
+    note_inputs,
+    pad_left,
+)
 from clva_lens.passes import DecoderPasses
 
 
@@ -88,6 +98,31 @@ class Llava(ModelFamily):
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    def watch(self, model: PreTrainedModel, seen: dict[str, Tensor]) -> list[RemovableHandle]:
+        """Keep the pixels that the vision tower is given."""
+        inner: Any = model
+        tower = inner.model.vision_tower
+        return [note_inputs(tower, lambda given: {"pixel_values": given["pixel_values"]}, seen)]
+
+    def disturb(
+        self, model: PreTrainedModel, processor: Any, inputs: Inputs, instruction: str
+    ) -> Inputs:
+        """Return the prompt with the instruction as its system message."""
+        placeholder = str(getattr(processor, "image_token", "<image>"))
+        lead = self.ask(processor, "?", instruction).split(placeholder)[0]
+        bos = getattr(processor.tokenizer, "bos_token", None)
+        special = not (bos and lead.startswith(bos))
+        head = processor.tokenizer(lead, add_special_tokens=special).input_ids
+        image = self.image_token_id(model)
+        spans = TokenSpans.from_ids(inputs["input_ids"], image, inputs["attention_mask"])
+        rows = []
+        for row, kept in zip(inputs["input_ids"], spans.image | spans.text, strict=True):
+            first = int(kept.nonzero()[0])
+            rows.append(head + row[first:].tolist())
+        ids, mask = pad_left(rows, processor.tokenizer.pad_token_id or 0)
+        device = inputs["input_ids"].device
+        return inputs | {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
     def tiny(self, **text_config: Any) -> LlavaForConditionalGeneration:
         """Return a 12-layer, 4-head LLaVA of width 32 with 16 image tokens (token id 5)."""

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clva_lens.attention import AttentionCall, Run
+from clva_lens.attention import Run
 from clva_lens.axes import TokenSpans
 from clva_lens.models.family import find_site
 from clva_lens.passes import Step
+from clva_lens.session import AttentionCall
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

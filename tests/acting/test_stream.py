@@ -7,9 +7,10 @@ from conftest import blip_of, tiny_blip
 from test_state import state
 
 import clva_lens as cl
-from clva_lens.attention import Session, running
+from clva_lens.attention import running
 from clva_lens.errors import ModelLoadError, ParameterError
 from clva_lens.methods.base import Method
+from clva_lens.session import Session
 
 PARTS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 PLACES = [(part, layer) for part in PARTS for layer in (0, 5, 11)]

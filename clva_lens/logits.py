@@ -1,0 +1,48 @@
+"""The last position's logits of a pass, between the module that makes them and everybody else.
+
+They are replaced in the output of the unembedding: before the model hands its output to nnsight, to
+``generate`` or to the caller, who all see the same numbers. What somebody else sends through the
+unembedding while the layers run (a logit lens in a trace) is let through as it is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.hooks import RemovableHandle
+
+Edit = Callable[[Float[Tensor, "batch vocabulary"]], Float[Tensor, "batch vocabulary"]]
+
+
+def watch_logits(entry: nn.Module, edit: Edit) -> list[RemovableHandle]:
+    """Have ``edit`` replace the last position's logits in each pass; the handles stop it.
+
+    ``entry`` is the language model, or the model around it: a module with ``get_decoder`` and
+    ``get_output_embeddings``.
+    """
+    language: Any = entry
+    ready = False
+
+    def begin(*_: Any) -> None:
+        nonlocal ready
+        ready = False
+
+    def finish(*_: Any) -> None:
+        nonlocal ready
+        ready = True
+
+    def replace(_: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+        if not ready or isinstance(out, FakeTensor):
+            return None
+        last = edit(out[:, -1])
+        return torch.cat([out[:, :-1], last[:, None].to(out.dtype)], dim=1)
+
+    return [
+        entry.register_forward_pre_hook(begin),
+        entry.register_forward_hook(begin),
+        language.get_decoder().register_forward_hook(finish),
+        language.get_output_embeddings().register_forward_hook(replace),
+    ]

@@ -1,0 +1,277 @@
+"""Contrastive decoding: the logits of a prompt against those of a second, worse input.
+
+VCD, ICD, IMCCD and PAI's guidance differ in the second input (a noisy picture, a disturbing
+instruction, an impaired attention, no picture) and share the rest: it has a key-value cache of its
+own, it reads the tokens that the model generates from the first one, and the logits of the last
+position, l and l′, are combined and cut off (adaptive plausibility, arXiv:2210.15097): a token
+keeps a probability if l ≥ max l + ln β. "l" is what the model says without the contrast.
+
+The second input is read by a twin of the model (``models/twin.py``), so traces and hooks see the
+model's own pass only. Attention methods of the same run act on both inputs, where the second has a
+picture at all; what is done to activations by hand, in a trace or by hooks, acts on the first.
+
+Beams: the second cache is reordered with the model's. The releases define sampling (VCD, ICD) or
+greedy decoding; beams are an extension.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache, PreTrainedModel
+
+from clva_lens.attention import open_run, open_sessions
+from clva_lens.errors import InterventionError, ParameterError
+from clva_lens.models.family import Inputs, find_family, find_site
+from clva_lens.models.twin import twin
+from clva_lens.passes import DecoderPasses, Step
+from clva_lens.session import Session
+
+Form = Literal["difference", "subtraction", "guidance"]
+"""(1 + a)·l − a·l′; l − a·l′; or lp′ + a·(lp − lp′) with lp = log softmax l."""
+
+Logits = Float[Tensor, "batch vocabulary"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastRule:
+    """How the logits l of the prompt and l′ of the second input make the method's.
+
+    Args:
+        strength: a of ``form``; finite and >= 0.
+        beta: β of the cut-off l >= max l + ln β, in [0, 1]; 0 cuts nothing off.
+        form: see ``Form``.
+
+    Raises:
+        ParameterError: if a parameter is out of range.
+    """
+
+    strength: float | int
+    beta: float | int
+    form: Form = "difference"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not (math.isfinite(self.strength) and self.strength >= 0):
+            raise ParameterError(
+                f"the strength of a contrast must be a finite number >= 0, but is {self.strength}. "
+                "Pass 1.0, for example."
+            )
+        if not 0 <= self.beta <= 1:
+            raise ParameterError(
+                f"beta must be in [0, 1], but is {self.beta}. Pass beta=0.1, for example."
+            )
+        if self.form not in get_args(Form):
+            raise ParameterError(
+                f"form must be one of {', '.join(get_args(Form))}, but is {self.form!r}. Pass "
+                "form='difference'."
+            )
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the contrast is the prompt's own logits: it is left out then, cut-off and all."""
+        return self.strength == (1 if self.form == "guidance" else 0)
+
+    def uncut(self, own: Logits, other: Logits) -> Logits:
+        """Return the contrast before the cut-off, in float32 or better."""
+        own, other = (x if x.dtype == torch.float64 else x.float() for x in (own, other))
+        if self.form == "guidance":
+            own, other = own.log_softmax(dim=-1), other.log_softmax(dim=-1)
+            return other + self.strength * (own - other)
+        weight = 1 + self.strength if self.form == "difference" else 1
+        return weight * own - self.strength * other
+
+    def cut(self, own: Logits, contrast: Logits) -> Logits:
+        """Return ``contrast`` with −∞ where l < max l + ln β."""
+        if self.beta == 0:
+            return contrast
+        floor = own.amax(dim=-1, keepdim=True) + math.log(self.beta)
+        return contrast.masked_fill(own < floor, -torch.inf)
+
+
+class ContrastSession(Session):
+    """Reads a second input beside the prompt, and contrasts the logits of every pass with it.
+
+    ``second`` makes it from the prompt's inputs: ``input_ids`` and ``attention_mask`` [batch,
+    position], ``pixel_values``, and what else the family's ``watch`` keeps. Without
+    ``pixel_values`` it is text only. Rows and their order stay; lengths may change. ``impair``
+    makes sessions that act on the second input only.
+    """
+
+    site = "decoder"
+    layers = ()
+    edits_logits = True
+    cuts_off = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        second: Callable[[Inputs], Inputs],
+        rule: ContrastRule,
+        impair: Callable[[PreTrainedModel], list[Session]] = lambda _: [],
+    ) -> None:
+        """Prepare; nothing is read before the first pass.
+
+        Raises:
+            InterventionError: if the language model is an encoder-decoder.
+        """
+        self.model, self.second, self.rule, self.impair = model, second, rule, impair
+        passes = find_site(model, "decoder").passes()
+        if not isinstance(passes, DecoderPasses):
+            raise InterventionError(
+                "contrastive methods read their second input with a decoder-only language model, "
+                f"but this {type(model).__name__} has an encoder-decoder (T5). Use the model with "
+                "a Llama or OPT."
+            )
+        self._entry = passes.entry
+        self._twin: PreTrainedModel | None = None
+        self._seen: Inputs = {}
+        self._handles: list[RemovableHandle] = []
+        self._branch: _Branch | None = None
+        self._cache: Any = None
+        self._last: tuple[Step, Logits] | None = None
+
+    def begin(self) -> None:
+        """Watch the pictures that come in, and the key-value cache."""
+        self._handles = find_family(self.model).watch(self.model, self._seen)
+        self._handles.append(self._entry.register_forward_hook(self._follow, with_kwargs=True))
+
+    def end(self) -> None:
+        """Let go of the model, its cache and the second input."""
+        for handle in self._handles:
+            handle.remove()
+        self._release()
+        if self._branch is not None:
+            self._branch.close()
+        self._branch = self._twin = self._last = None
+        self._seen.clear()
+
+    def logits(self, step: Step, logits: Logits) -> Logits:
+        """Return the contrast of a pass's last position, cut off."""
+        if self._last is None or self._last[0] is not step:
+            self._last = (step, self._read(step))
+        contrast = self.rule.uncut(logits, self._last[1].to(logits.device))
+        if step.number == 0:
+            self.uncut = contrast
+        return self.rule.cut(logits, contrast)
+
+    def _read(self, step: Step) -> Logits:
+        """Return the second input's logits after the tokens that this pass reads."""
+        assert step.ids is not None
+        if step.number == 0:
+            self._branch = self._begin_branch(step)
+            return self._branch.read(step.ids[:, step.prompt_rows :])
+        branch = self._branch
+        if branch is None:
+            raise InterventionError(
+                "a contrastive method joined a run whose prompt had been read already, so its "
+                "second input is unknown. Start it before the prompt is read."
+            )
+        if step.offset == 0:
+            return branch.reread(step.ids[:, step.prompt_rows :])
+        if step.offset != step.prompt_rows + branch.generated:
+            raise InterventionError(
+                f"a pass reads position {step.offset}, but the second input has been read with "
+                f"{branch.generated} generated tokens (the key-value cache was cut, or passes were "
+                "left out). Generate under one method from the prompt on."
+            )
+        return branch.read(step.ids)
+
+    def _begin_branch(self, step: Step) -> "_Branch":
+        if self._branch is not None:
+            self._branch.close()
+            self._branch = None
+        assert step.ids is not None
+        rows = len(step.ids)
+        inputs = {"input_ids": step.ids, "attention_mask": step.spans.real.long()}
+        for name, value in self._seen.items():  # one a picture; the prompt may be one a beam
+            inputs[name] = value.repeat_interleave(rows // len(value), dim=0)
+        if "pixel_values" not in inputs:
+            raise InterventionError(
+                "a contrastive method saw no pixels before the prompt was read (the picture's "
+                "features were passed instead), so it has no second input. Pass pixel_values."
+            )
+        self._seen.clear()
+        if self._twin is None:
+            self._twin = twin(self.model)
+        second = self.second(inputs)
+        sessions = []
+        if "pixel_values" in second:
+            others = [s for s in open_sessions(self.model) if not s.edits_logits]
+            sessions = [s.again(self._twin) for s in others if s.again is not None]
+        return _Branch(self._twin, second, [*sessions, *self.impair(self._twin)])
+
+    def _follow(self, _: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Have the second cache reordered with the model's, as beam search does."""
+        cache = getattr(out, "past_key_values", None)
+        if cache is None or cache is self._cache:
+            return
+        self._release()
+        reorder = cache.reorder_cache
+
+        def reorder_both(beam_idx: Int[Tensor, " batch"]) -> None:
+            reorder(beam_idx)
+            if self._branch is not None:
+                self._branch.reorder(beam_idx)
+
+        self._cache, cache.reorder_cache = cache, reorder_both
+
+    def _release(self) -> None:
+        if self._cache is not None:
+            del self._cache.reorder_cache
+        self._cache = None
+
+
+class _Branch:
+    """A second input, its key-value cache, and how many generated tokens it has read."""
+
+    def __init__(self, model: PreTrainedModel, inputs: Inputs, sessions: list[Session]) -> None:
+        self.entry: Any = find_site(model, "decoder").passes().entry
+        self.reader: Any = model if "pixel_values" in inputs else self.entry
+        self.inputs = inputs
+        self.mask = inputs["attention_mask"]
+        self.cache: DynamicCache | None = None
+        self.generated = 0
+        self.close = open_run(model, sessions)
+
+    def read(self, ids: Int[Tensor, "batch new"]) -> Logits:
+        """Read more tokens, after the prompt if it was not read yet; return the last logits."""
+        how: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
+        if self.cache is None:
+            self.cache = DynamicCache()
+            out = self.reader(**self.inputs, past_key_values=self.cache, **how)
+            return out.logits[:, -1]
+        self.generated += ids.shape[1]
+        self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
+        given = {"input_ids": ids, "attention_mask": self.mask, "past_key_values": self.cache}
+        return self.entry(**given, **how).logits[:, -1]
+
+    def reread(self, ids: Int[Tensor, "batch generated"]) -> Logits:
+        """Read the prompt and everything generated at once, without a cache."""
+        both = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        whole = {name: torch.cat([self.inputs[name], both[name]], dim=1) for name in both}
+        out = self.reader(**(self.inputs | whole), use_cache=False, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    def reorder(self, rows: Int[Tensor, " batch"]) -> None:
+        """Take these rows, each the continuation of a row before."""
+        if self.cache is not None:
+            self.cache.reorder_cache(cast(torch.LongTensor, rows))
+        self.mask = self.mask[rows.to(self.mask.device)]
+
+
+def text_only(image_token_id: int) -> Callable[[Inputs], Inputs]:
+    """Return what takes the picture out of a prompt: its pixels and its tokens (PAI)."""
+
+    def second(inputs: Inputs) -> Inputs:
+        ids = inputs["input_ids"]
+        kept = ids != image_token_id
+        names = ("input_ids", "attention_mask")
+        return {name: inputs[name][kept].reshape(len(ids), -1) for name in names}
+
+    return second
