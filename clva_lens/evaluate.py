@@ -58,7 +58,10 @@ def evaluate(
     samples = chosen.samples(limit, seed)
     made = generate(
         model,
-        [(sample.image, sample.question) for sample in samples],
+        [
+            (sample.image, sample.question, sample.system if model.family.chats else None)
+            for sample in samples
+        ],
         method,
         decoding,
         batch_size=batch_size,

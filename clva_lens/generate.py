@@ -93,6 +93,7 @@ class Sampling:
 
 
 Decoding = Greedy | Beam | Sampling
+Asked = tuple[ImageLike, str] | tuple[ImageLike, str, str | None]
 
 
 def _check_length(max_new_tokens: int) -> None:
@@ -140,7 +141,7 @@ class _FirstLogits(LogitsProcessor):
 @torch.inference_mode()
 def generate(
     model: LensModel,
-    prompts: Prompt | Sequence[Prompt] | Sequence[tuple[ImageLike, str]],
+    prompts: Prompt | Sequence[Prompt] | Sequence[Asked],
     method: Method | None = None,
     decoding: Decoding | None = None,
     *,
@@ -149,8 +150,8 @@ def generate(
 ) -> Generation:
     """Return the model's answers to ``prompts``, under ``method`` if one is given.
 
-    ``prompts`` are a prompt (possibly a batch), several, or (image, question) pairs. Runs of
-    several batches show a progress bar.
+    ``prompts`` are a prompt (possibly a batch), several, or tuples (image, question), with the
+    system message as a third item if there is one. Runs of several batches show a progress bar.
 
     Raises:
         PromptError: if there are no prompts, or one is malformed.
@@ -162,6 +163,10 @@ def generate(
     pairs = list(_pairs(prompts))
     if not pairs:
         raise PromptError("there are 0 prompts to answer. Pass at least one.")
+    if len({system for _, _, system in pairs}) > 1:
+        raise PromptError(
+            "the prompts have different system messages. Call generate() once for each of them."
+        )
     texts: list[str] = []
     ids: list[Tensor] = []
     margins: list[float | None] = []
@@ -186,21 +191,15 @@ def generate(
 
 
 def _pairs(
-    prompts: Prompt | Sequence[Prompt] | Sequence[tuple[ImageLike, str]],
+    prompts: Prompt | Sequence[Prompt] | Sequence[Asked],
 ) -> Iterator[tuple[Any, str, str | None]]:
     """Yield (image, question, system) of every prompt."""
-    several = [prompts] if isinstance(prompts, Prompt) else prompts
-    systems = {one.system for one in several if isinstance(one, Prompt)}
-    if len(systems) > 1:
-        raise PromptError(
-            "the prompts have different system messages. Call generate() once for each of them."
-        )
-    for one in several:
+    for one in [prompts] if isinstance(prompts, Prompt) else prompts:
         if isinstance(one, Prompt):
             for image, question in zip(one.images, one.questions, strict=True):
                 yield image, question, one.system
-        elif isinstance(one, tuple) and len(one) == 2:
-            yield one[0], one[1], None
+        elif isinstance(one, tuple) and len(one) in (2, 3):
+            yield one[0], one[1], one[2] if len(one) == 3 else None
         else:
             raise PromptError(
                 f"a prompt must be a Prompt or an (image, question) pair, but got "

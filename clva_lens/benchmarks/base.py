@@ -5,11 +5,12 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from clva_lens.errors import BenchmarkError
+from clva_lens.errors import BenchmarkError, ParameterError
 from clva_lens.registry import Registry
 
 
@@ -19,8 +20,10 @@ class Sample:
 
     ``image`` is a path, an array or a PIL image, and does not count for equality. ``group`` names
     the image: questions of one image are not independent, so intervals resample groups.
-    ``category`` is the part of the benchmark that the sample counts for. With id, question, label,
-    group and category a sample can be scored again; its image is for the model only.
+    ``category`` is the part of the benchmark that the sample counts for. ``system`` is the system
+    message it is asked under, where the model has one: None leaves the model's own. With id,
+    question, label, group and category a sample can be scored again; its image is for the model
+    only.
     """
 
     id: str
@@ -29,6 +32,7 @@ class Sample:
     label: str
     group: str = ""
     category: str = ""
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,15 @@ class Benchmark(ABC):
     the data lie), so that ``settings`` names the variant in every result, and
     ``dataclasses.replace`` makes another. Scoring needs samples and answers only, no data files.
     ``version`` is raised whenever what is counted changes, so that scores of different versions are
-    not compared by accident; ``max_new_tokens`` is how long an answer may be unless the run says
-    otherwise.
+    not compared by accident.
     """
 
     version: ClassVar[str]
-    max_new_tokens: ClassVar[int]
+
+    @property
+    @abstractmethod
+    def max_new_tokens(self) -> int:
+        """How long an answer may be unless the run says otherwise."""
 
     @property
     @abstractmethod
@@ -91,12 +98,19 @@ class Benchmark(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every field by name."""
-        return asdict(self)
+        """Every field by name, paths as text."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+        }
 
     @abstractmethod
     def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
         """Return all samples, or ``limit`` of them chosen with ``seed``."""
+
+    def questions(self) -> list[Sample]:
+        """Return all samples for scoring: pictures that are files need not be there."""
+        return self.samples()
 
     @abstractmethod
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
@@ -108,6 +122,18 @@ class Benchmark(ABC):
 
 
 BENCHMARKS = Registry[Benchmark]("benchmark")
+
+
+def require_known(name: str, value: str, known: Sequence[str]) -> None:
+    """Return silently if a parameter has one of its values.
+
+    Raises:
+        ParameterError: naming the values it may have.
+    """
+    if value not in known:
+        raise ParameterError(
+            f"{name} must be one of {', '.join(known)}, but is '{value}'. Pass one of them."
+        )
 
 
 def match(samples: Sequence[Sample], answers: Sequence[Answer]) -> list[tuple[Sample, Answer]]:

@@ -1,62 +1,16 @@
-"""POPE: yes/no questions about objects (Li et al. 2023, arXiv:2305.10355).
+"""POPE: yes/no questions about objects (Li et al. 2023, arXiv:2305.10355), scored.
 
-One row of the COCO files: ``{"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text":
-"Is there a snowboard in the image?", "label": "yes"}``. "yes" is the positive class throughout.
+"yes" is the positive class throughout. ``pope_sets`` has the questions.
 """
 
-import hashlib
-import json
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
-from clva_lens.benchmarks.base import Answer, Benchmark, Sample, Score, choose, match
+from clva_lens.benchmarks.base import Answer, Sample, Score
 from clva_lens.benchmarks.metrics import auc
+from clva_lens.benchmarks.parsers import count_failures, judge_rows
 from clva_lens.errors import BenchmarkError
-from clva_lens.registry import Registry
-
-Parser = Callable[[str], str]
-PARSERS = Registry[Parser]("parser")
-
-# The first word, after anything that is neither a letter nor a digit. An apostrophe or a hyphen
-# belongs to its word, so that "no-one" is not "no".
-_FIRST_WORD = re.compile(r"[\W_]*([\w'’-]+)")
-
-
-def parse(text: str, parser: str = "strict") -> str:
-    """Return "yes", "no" or "other" for a raw answer, without seeing the label.
-
-    ``strict``: the first word is yes or no, in any case and after any punctuation; else "other".
-    ``official``: POPE's own rule (github.com/RUCAIBox/POPE, evaluate.py, commit 08d957b9), which
-    never says "other".
-
-    >>> parse("Yes, it is."), parse("nope"), parse("NO", parser="official")
-    ('yes', 'other', 'yes')
-
-    Raises:
-        UnknownName: if there is no such parser.
-    """
-    return PARSERS.get(parser)(text)
-
-
-def _strict(text: str) -> str:
-    found = _FIRST_WORD.match(text)
-    word = found.group(1).strip("_'’-").lower() if found else ""
-    return word if word in ("yes", "no") else "other"
-
-
-def _official(text: str) -> str:
-    # Every quirk is theirs: case-sensitive, only the part before the first full stop, split at
-    # single spaces (so "No\n" is not "No"), and "yes" for whatever is not a "no".
-    words = text.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "no", "not"} & set(words) else "yes"
-
-
-PARSERS.register("strict", _strict)
-PARSERS.register("official", _official)
 
 
 def pope_metrics(
@@ -134,109 +88,43 @@ def _check(
 def score_pope(samples: Sequence[Sample], answers: Sequence[Answer], parser: str) -> Score:
     """Return the POPE score of ``answers``, each row with its raw text and parsed prediction.
 
-    ``unparsed`` counts the answers that the strict parser calls "other", whichever parser scores:
-    the official one calls them "yes", and that should be seen.
+    The metrics are those of ``pope_metrics`` and ``failed``, the number of samples without an
+    answer, which are wrong. ``unparsed`` counts the answers that the strict parser calls "other",
+    whichever parser scores: the official one calls them "yes", and that should be seen. With the
+    parser ``lmms`` there are ``lmms_…`` metrics besides, see ``lmms_metrics``.
 
     Raises:
         BenchmarkError: if samples and answers do not have the same ids, or a label is not yes/no.
     """
-    rows: list[dict[str, Any]] = [
-        {
-            "id": sample.id,
-            "group": sample.group,
-            "question": sample.question,
-            "label": sample.label,
-            "answer": answer.text,
-            "prediction": "other" if answer.error else parse(answer.text, parser),
-            "strict": parse(answer.text, "strict"),
-            "margin": answer.margin,
-            "parser": parser,
-        }
-        for sample, answer in match(samples, answers)
-    ]
+    rows = judge_rows(samples, answers, parser)
+    counts = count_failures(rows)
     metrics = pope_metrics(
         [row["label"] for row in rows],
         [row["prediction"] for row in rows],
         [row["margin"] for row in rows],
-        unparsed=sum(row["strict"] == "other" for row in rows),
+        unparsed=int(counts["unparsed"]),
     )
-    return Score(metrics=metrics, rows=rows)
+    if parser == "lmms":
+        metrics |= lmms_metrics(rows)
+    return Score(metrics=metrics | {"failed": counts["failed"]}, rows=rows)
 
 
-def read_questions(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a POPE file, JSON lines (COCO) or one JSON array (A-OKVQA, GQA).
+def lmms_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return recall, F1 and "yes ratio" as lmms-eval prints them (75571cfe, tasks/pope/utils.py).
 
-    Raises:
-        BenchmarkError: if the file is missing, is neither, or a row lacks a key.
+    An answer that is neither yes nor no is left out of the recall, which so rises with junk; what
+    is called yes ratio is the share of yes-*labels*, 0.5 whatever the model says. A zero
+    denominator gives 0. Accuracy and precision are the ordinary ones.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise BenchmarkError(f"there is no POPE file {file}. Check the path.")
-    text = file.read_text(encoding="utf-8").strip()
-    try:
-        lines = text.split("\n")
-        rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise BenchmarkError(
-            f"{file} is neither JSON lines nor a JSON array ({error}). Pass one of POPE's question "
-            "files."
-        ) from error
-    for number, row in enumerate(rows, start=1):
-        absent = {"question_id", "image", "text", "label"} - set(row)
-        if absent:
-            raise BenchmarkError(
-                f"row {number} of {file} has no {', '.join(sorted(absent))}. Pass a question file, "
-                "not an answer file."
-            )
-    return rows
-
-
-@dataclass(frozen=True)
-class PopeFile(Benchmark):
-    """One POPE question file, with the images in a folder.
-
-    Args:
-        path: JSON lines or one JSON array.
-        images: the folder of its images.
-        parser: what an answer means, see ``parse``.
-        suffix: text added to each question; papers differ in it, so it belongs to the result.
-    """
-
-    version: ClassVar[str] = "1"
-    max_new_tokens: ClassVar[int] = 4
-    path: str | Path
-    images: str | Path
-    parser: str = "official"
-    suffix: str = ""
-
-    def __post_init__(self) -> None:
-        """Check the parser."""
-        PARSERS.get(self.parser)
-
-    @property
-    def name(self) -> str:
-        """``pope/`` and the stem of the file."""
-        return f"pope/{Path(self.path).stem}"
-
-    def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
-        """Return all samples, or ``limit`` of them from images drawn with ``seed``."""
-        everything = [
-            Sample(
-                id=str(row["question_id"]),
-                image=Path(self.images) / row["image"],
-                question=row["text"] + self.suffix,
-                label=row["label"],
-                group=row["image"],
-            )
-            for row in read_questions(self.path)
-        ]
-        return choose(everything, limit, seed)
-
-    def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
-        """Return the POPE score, parsed by the benchmark's parser."""
-        return score_pope(samples, answers, self.parser)
-
-    def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of the question file."""
-        file = Path(self.path)
-        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+    pairs = [(row["label"], row["prediction"]) for row in rows]
+    true_yes = pairs.count(("yes", "yes"))
+    said = true_yes + pairs.count(("no", "yes"))
+    asked = true_yes + pairs.count(("yes", "no"))
+    precision = true_yes / said if said else 0.0
+    recall = true_yes / asked if asked else 0.0
+    both = precision + recall
+    return {
+        "lmms_recall": recall,
+        "lmms_f1": 2 * precision * recall / both if both else 0.0,
+        "lmms_yes_ratio": sum(label == "yes" for label, _ in pairs) / len(pairs),
+    }

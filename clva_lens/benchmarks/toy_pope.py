@@ -26,11 +26,10 @@ class ToyPope(Benchmark):
     """
 
     version: ClassVar[str] = "1"
-    max_new_tokens: ClassVar[int] = 4
     split: Split
     count: int = SCENES
     seed: int = SEED
-    parser: str = "official"
+    parser: str = "strict"
 
     @property
     def name(self) -> str:
@@ -41,6 +40,11 @@ class ToyPope(Benchmark):
     def scenes(self) -> list[Scene]:
         """The scenes, in the order of the samples' groups."""
         return sample_scenes(self.count, self.seed)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """One word, and the end."""
+        return 4
 
     def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
         """Return all samples, or ``limit`` of them from scenes drawn with ``seed``."""

@@ -23,7 +23,6 @@ class ToySkill(Benchmark):
     """
 
     version: ClassVar[str] = "1"
-    max_new_tokens: ClassVar[int] = 4
     skill: Skill
     count: int = SCENES
 
@@ -31,6 +30,11 @@ class ToySkill(Benchmark):
     def name(self) -> str:
         """``skill/toy/`` and the skill."""
         return f"skill/toy/{self.skill}"
+
+    @property
+    def max_new_tokens(self) -> int:
+        """One word, and the end."""
+        return 4
 
     def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
         """Return all samples, or ``limit`` of them from scenes drawn with ``seed``."""

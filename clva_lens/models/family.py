@@ -54,9 +54,14 @@ class Site(NamedTuple):
 
 
 class ModelFamily(ABC):
-    """One architecture: where its attention is, what its image tokens are, how it is asked."""
+    """One architecture: where its attention is, what its image tokens are, how it is asked.
+
+    ``chats``: its prompts are conversations with a place for a system message. Benchmarks give
+    theirs to such models only.
+    """
 
     name: str
+    chats: bool = True
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:

@@ -49,6 +49,7 @@ class InstructBlip(ModelFamily):
     """``InstructBlipForConditionalGeneration`` and ``Blip2ForConditionalGeneration``."""
 
     name = "instructblip"
+    chats = False
 
     def matches(self, model: nn.Module) -> bool:
         """Return whether ``model`` is transformers' InstructBLIP or BLIP-2."""

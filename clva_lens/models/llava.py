@@ -89,15 +89,27 @@ class Llava(ModelFamily):
         return side, side
 
     def ask(self, processor: ProcessorMixin, question: str, system: str | None) -> str:
-        """Return the chat template's prompt, or LLaVA-1.5's own where there is no template."""
+        """Return the chat template's prompt, or LLaVA-1.5's own where there is no template.
+
+        Raises:
+            PromptError: if there is a system message and the template drops it.
+        """
         if getattr(processor, "chat_template", None) is None:
             lead = f"{system} " if system else ""
             return f"{lead}USER: <image>\n{question} ASSISTANT:"
         content = [{"type": "image"}, {"type": "text", "text": question}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return processor.apply_chat_template(messages, add_generation_prompt=True)
+        if system is None:
+            return processor.apply_chat_template(messages, add_generation_prompt=True)
+        # Some templates take a system message as text, llava-hf's drop that and take typed parts.
+        for lead in (system, [{"type": "text", "text": system}]):
+            led: list[dict[str, Any]] = [{"role": "system", "content": lead}, *messages]
+            text = processor.apply_chat_template(led, add_generation_prompt=True)
+            if system in text:
+                return text
+        raise PromptError(
+            "the model's chat template has no place for a system message. Leave system= out."
+        )
 
     def watch(self, model: PreTrainedModel, seen: dict[str, Tensor]) -> list[RemovableHandle]:
         """Keep the pixels that the vision tower is given."""

@@ -283,6 +283,30 @@ def test_system_messages(one):
     assert (own.system, none.system, custom.system) == (None, "", "you see a car .")
 
 
+# The chat template of llava-hf's models, in short: typed parts only, text is rendered as nothing.
+TYPED = (
+    "<s>{% for m in messages %}{% if m['role'] != 'system' %} {{ m['role'] }}: {% endif %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>\n"
+    "{% elif part['type'] == 'text' %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    " assistant:"
+)
+
+
+def test_system_messages_of_templates_that_take_typed_parts(one):
+    lens = cl.load((one.hf_model, make_processor(chat_template=TYPED)), check=False)
+    custom = lens.prompt(picture(0), QUESTION, system="you see a car .")
+    assert span_words(lens, custom, "system") == ["<s>", "you", "see", "a", "car", ".", "user:"]
+    for system in (None, ""):
+        none = lens.prompt(picture(0), QUESTION, system=system)
+        assert span_words(lens, none, "system") == ["<s>", "user:"]
+    deaf = TYPED.replace("{% for part", "{% if m['role'] != 'system' %}{% for part").replace(
+        "{% endfor %}{% endfor %}", "{% endfor %}{% endif %}{% endfor %}"
+    )
+    lens = cl.load((one.hf_model, make_processor(chat_template=deaf)), check=False)
+    with pytest.raises(PromptError, match="no place for a system message"):
+        lens.prompt(picture(0), QUESTION, system="you see a car .")
+
+
 def test_without_a_chat_template(one):
     """LLaVA-1.5's own wording, with the one BOS that the tokenizer adds."""
     lens = cl.load((one.hf_model, make_processor(chat_template=None)), check=False)

@@ -1,0 +1,133 @@
+"""Files of benchmarks: where they lie, rows of JSON, and pictures that must be there."""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from clva_lens.errors import BenchmarkError
+
+DATA = "CLVA_LENS_DATA"
+# COCO pictures are called by number in some releases and with this prefix in others.
+_COCO = "COCO_val2014_"
+
+
+def locate(given: str | Path | None, places: Sequence[str], what: str, source: str) -> Path:
+    """Return the first of ``places`` that exists under ``given``, or under $CLVA_LENS_DATA.
+
+    A ``given`` file is returned as it is. ``what`` names the data and ``source`` says where they
+    can be had; both are for the error.
+
+    Raises:
+        BenchmarkError: if no folder was given, or none of the places exists in it.
+    """
+    root = given if given is not None else os.environ.get(DATA)
+    if not root:
+        raise BenchmarkError(
+            f"no folder was given for {what}. Get it from {source}, and pass its folder, or set "
+            f"the environment variable {DATA} to a folder with all benchmark data."
+        )
+    folder = Path(root)
+    if folder.is_file():
+        return folder
+    for place in places:
+        if (folder / place).exists():
+            return folder / place
+    raise BenchmarkError(
+        f"{what} was not found in {folder}: looked for {', '.join(places)}. Get it from {source}, "
+        "or pass the folder that has it."
+    )
+
+
+def read_rows(path: str | Path, keys: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Return the rows of a file: JSON lines, or one JSON array of objects.
+
+    Raises:
+        BenchmarkError: if the file is missing, is neither (naming the line, such as a half-written
+            last one), or a row lacks one of ``keys``.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise BenchmarkError(f"there is no file {file}. Check the path.")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        rows = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BenchmarkError(
+            f"{file} is neither JSON lines nor a JSON array: {error}. Repair or remove that line."
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise BenchmarkError(f"row {number} of {file} is no object: {row!r}. Check the file.")
+        absent = set(keys) - set(row)
+        if absent:
+            raise BenchmarkError(
+                f"row {number} of {file} has no {', '.join(sorted(absent))}; it has "
+                f"{', '.join(row)}. Pass a file of the right kind."
+            )
+    return rows
+
+
+def _lines(text: str) -> list[Any]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise json.JSONDecodeError(f"line {number}: {error.msg}", line, error.pos) from error
+    return rows
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        BenchmarkError: if the file is missing or holds anything else.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise BenchmarkError(f"there is no file {file}. Check the path.")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BenchmarkError(f"{file} is no JSON: {error}. Get it again.") from error
+    if not isinstance(found, dict):
+        raise BenchmarkError(f"{file} holds no JSON object. Pass the right file.")
+    return found
+
+
+def write_lines(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as JSON lines."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def find_images(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Return the picture of each name, with or without the prefix of COCO 2014.
+
+    Raises:
+        BenchmarkError: if any is missing; one error with their number and the first names.
+    """
+    found: dict[str, Path | None] = {}
+    for name in dict.fromkeys(names):
+        other = name.removeprefix(_COCO) if name.startswith(_COCO) else _COCO + name
+        tries = (folder / one for one in (name, other))
+        found[name] = next((path for path in tries if path.is_file()), None)
+    missing = [name for name, path in found.items() if path is None]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise BenchmarkError(
+            f"{len(missing)} of {len(found)} images are missing from {folder}: "
+            f"{', '.join(missing[:3])}{more}. Download them, or pass images= another folder."
+        )
+    return [path for path in (found[name] for name in names) if path is not None]
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

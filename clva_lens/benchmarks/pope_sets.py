@@ -1,0 +1,252 @@
+"""The nine POPE sets: COCO, A-OKVQA and GQA, each random, popular and adversarial.
+
+One row of the COCO files: ``{"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text":
+"Is there a snowboard in the image?", "label": "yes"}``; A-OKVQA's and GQA's files are arrays of the
+same rows. Every set has 3,000 questions on 500 images, half of them yes, and the three splits of a
+source share images and yes-questions. Copies differ: an old COCO-random has 2,910 rows (LLaVA-1.5,
+OPERA), and in some the generator's typo "imange" survives. ``n`` and the digest in the record tell.
+
+The labels are not clean: COCO's come from instance masks and captions, and RePOPE found 139 of the
+1,500 yes-labels wrong; A-OKVQA's and GQA's come from a segmentation model (SEEM).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from clva_lens.benchmarks import hub
+from clva_lens.benchmarks.base import (
+    BENCHMARKS,
+    Answer,
+    Benchmark,
+    Sample,
+    Score,
+    choose,
+    require_known,
+)
+from clva_lens.benchmarks.files import find_images, locate, read_rows, sha256
+from clva_lens.benchmarks.parsers import PARSERS
+from clva_lens.benchmarks.pope import score_pope
+from clva_lens.benchmarks.protocols import PROTOCOLS
+from clva_lens.errors import BenchmarkError
+
+SOURCES = ("coco", "aokvqa", "gqa")
+SPLITS = ("random", "popular", "adversarial")
+
+_FROM = (
+    "github.com/AoiDragon/POPE (output/coco, output/seem) or hf://datasets/lmms-lab-encoder/POPE"
+)
+_IMAGES_FROM = {
+    "coco": "images.cocodataset.org/zips/val2014.zip",
+    "aokvqa": "images.cocodataset.org/zips/val2014.zip",
+    "gqa": "cs.stanford.edu/people/dorarad/gqa (images.zip)",
+}
+_IMAGE_PLACES = {
+    "coco": ("val2014", "coco/val2014", "images/val2014", "images"),
+    "aokvqa": ("val2014", "coco/val2014", "images/val2014", "images"),
+    "gqa": ("gqa/images", "images/gqa", "gqa", "images"),
+}
+_KEYS = ("question_id", "image", "text", "label")
+_HUB_KEYS = ("question_id", "question", "answer", "image_source", "image", "category")
+
+
+@dataclass(frozen=True)
+class Pope(Benchmark):
+    """One POPE set.
+
+    Args:
+        source: where pictures and labels come from, one of SOURCES.
+        split: how the absent objects were chosen, one of SPLITS.
+        data: a question file; a folder with the official layout or with the three files of a
+            source; or a data set of the Hub in lmms-eval's layout (COCO only), by name
+            (``hf://datasets/lmms-lab-encoder/POPE@COMMIT``) or as a folder of its parquet files.
+            None: $CLVA_LENS_DATA.
+        images: the folder of the pictures (the Hub's data set has them inside). None:
+            $CLVA_LENS_DATA.
+        parser: what an answer means, see ``parsers.parse``.
+        protocol: how it is asked, see ``protocols``.
+        normalize_imange: mend the typo "imange"; otherwise questions are asked to the letter.
+    """
+
+    version: ClassVar[str] = "2"
+    source: str
+    split: str
+    data: str | Path | None = None
+    images: str | Path | None = None
+    parser: str = "strict"
+    protocol: str = "llava"
+    normalize_imange: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        require_known("source", self.source, SOURCES)
+        require_known("split", self.split, SPLITS)
+        PARSERS.get(self.parser)
+        PROTOCOLS.get(self.protocol)
+
+    @property
+    def name(self) -> str:
+        """``pope/``, source and split."""
+        return f"pope/{self.source}/{self.split}"
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The protocol's."""
+        return PROTOCOLS.get(self.protocol).max_new_tokens
+
+    def questions(self) -> list[Sample]:
+        """Return all samples without looking for pictures, whose file names they have instead.
+
+        That is enough to score answers of others.
+
+        Raises:
+            BenchmarkError: if the questions cannot be found or read.
+        """
+        protocol = PROTOCOLS.get(self.protocol)
+        found = []
+        for row in self._rows():
+            text = row["text"].replace("imange", "image") if self.normalize_imange else row["text"]
+            found.append(
+                Sample(
+                    id=str(row["question_id"]),
+                    image=row["picture"],
+                    question=protocol.ask(text),
+                    label=row["label"],
+                    group=row["image"],
+                    category=self.split,
+                    system=protocol.system,
+                )
+            )
+        return found
+
+    def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
+        """Return all samples, or ``limit`` of them from images drawn with ``seed``.
+
+        Raises:
+            BenchmarkError: if questions or pictures are missing.
+        """
+        chosen = choose(self.questions(), limit, seed)
+        if not isinstance(chosen[0].image, str):
+            return chosen
+        folder = locate(
+            self.images,
+            (".",) if self.images else _IMAGE_PLACES[self.source],
+            f"the folder with the pictures of {self.name}",
+            _IMAGES_FROM[self.source],
+        )
+        paths = find_images(folder, [sample.image for sample in chosen])
+        return [replace(s, image=path) for s, path in zip(chosen, paths, strict=True)]
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
+        """Return the POPE score, parsed by the benchmark's parser."""
+        return score_pope(samples, answers, self.parser)
+
+    def read_answers(self, path: Path) -> list[Answer]:
+        """Return the answers in a file, see ``read_pope_answers``, for ``questions``."""
+        return read_pope_answers(path, self.questions())
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of the question file, or of each parquet file."""
+        return {path.name: sha256(path) for path in self._files()}
+
+    def _files(self) -> list[Path]:
+        """Return the question file, or the parquet files."""
+        if hub.is_hub(self.data):
+            folder = hub.download(str(self.data))
+        elif self.data is not None and hub.has_parquet(self.data):
+            folder = Path(self.data)
+        else:
+            return [locate(self.data, self._places(), f"the question file of {self.name}", _FROM)]
+        if self.source != "coco":
+            raise BenchmarkError(
+                f"lmms-eval's data set has COCO's questions only, but source='{self.source}'. Pass "
+                f"the official files: {_FROM}."
+            )
+        return hub.parquet_files(folder, (self.split, "test"))
+
+    def _places(self) -> list[str]:
+        folders = ("", "official/", "output/", "output/seem/", "seem/")
+        inner = [f"{folder}{place}" for folder in folders for place in (f"{self.source}/", "")]
+        names = [
+            f"{self.source}_pope_{seem}{self.split}.{ending}"
+            for seem in ("", "seem_")
+            for ending in ("json", "jsonl")
+        ]
+        return [
+            f"{top}{folder}{name}" for top in ("", "pope/") for folder in inner for name in names
+        ]
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """Yield question_id, image (the name), text, label, and picture: the name or itself."""
+        files = self._files()
+        if files[0].suffix != ".parquet":
+            for row in read_rows(files[0], _KEYS):
+                yield row | {"picture": row["image"]}
+            return
+        pictures: dict[str, Any] = {}
+        for row in hub.read_parquet(files, _HUB_KEYS):
+            if row["category"] == self.split:
+                name = row["image_source"]
+                if name not in pictures:
+                    pictures[name] = hub.picture(row["image"])
+                yield {
+                    "question_id": row["question_id"],
+                    "image": name,
+                    "text": row["question"],
+                    "label": row["answer"].strip().lower(),
+                    "picture": pictures[name],
+                }
+
+
+for _source in SOURCES:
+    for _split in SPLITS:
+        BENCHMARKS.register(f"pope/{_source}/{_split}", Pope(_source, _split))
+
+
+def read_pope_answers(path: str | Path, samples: Sequence[Sample]) -> list[Answer]:
+    """Return the answers in a file of POPE's own layout, of LLaVA's and VCD's, or of our own runs.
+
+    POPE's: ``{"question": …, "answer": …}`` in the order of the samples, which must be all of
+    the set's (``Pope.questions``); the questions are compared. LLaVA's: ``{"question_id": …,
+    "text": …}``, in any order. Our own: ``{"id": …, "text": …, "margin": …, "error": …}``. Texts
+    are kept to the letter, since parsers mind white space.
+
+    Raises:
+        BenchmarkError: if the file is neither, is corrupted, or does not fit the samples.
+    """
+    rows = read_rows(path)
+    if not rows:
+        raise BenchmarkError(f"{path} has 0 answers. Pass a file with one answer a sample.")
+    id_key = next((key for key in ("id", "question_id") if key in rows[0]), "question")
+    text_key = "answer" if id_key == "question" else "text"
+    for number, row in enumerate(rows, start=1):
+        if id_key not in row or not isinstance(row.get(text_key), str):
+            raise BenchmarkError(
+                f"row {number} of {path} lacks {id_key} or the text {text_key}; it has "
+                f"{', '.join(row)}. Pass an answer file: POPE's (question, answer) or LLaVA's "
+                "(question_id, text)."
+            )
+    if id_key != "question":
+        return [
+            Answer(str(row[id_key]), row["text"], row.get("margin"), row.get("error"))
+            for row in rows
+        ]
+    if len(rows) != len(samples):
+        raise BenchmarkError(
+            f"{path} has {len(rows)} answers in order, but there are {len(samples)} samples. Pass "
+            "the question set that was answered, whole: old copies of COCO-random have 2,910 rows."
+        )
+    for number, (row, sample) in enumerate(zip(rows, samples, strict=True), start=1):
+        if not _same_question(str(row["question"]), sample.question):
+            raise BenchmarkError(
+                f"row {number} of {path} answers '{row['question']}', but the sample asks "
+                f"'{sample.question}'. Pass the question set that was answered."
+            )
+    return [Answer(s.id, row["answer"]) for s, row in zip(samples, rows, strict=True)]
+
+
+def _same_question(answered: str, asked: str) -> bool:
+    """Whether both are one question, whatever a protocol added, however "image" is spelt."""
+    bare = [text.replace("imange", "image").split("?")[0].strip() for text in (answered, asked)]
+    return bare[0].lower() == bare[1].lower()
