@@ -50,6 +50,8 @@ def test_what_is_registered():
     assert cl.methods() == ("ablation", "clva", "icd", "knockout", "vcd")
     assert cl.models() == ("instructblip", "llava")
     assert set(cl.benchmarks()) >= {
+        "chair/coco",
+        "chair/toy",
         "pope/toy/adversarial",
         "pope/toy/popular",
         "pope/toy/random",

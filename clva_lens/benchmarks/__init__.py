@@ -5,9 +5,11 @@ comparison of two methods is reported with; every other file is one benchmark. I
 registers them.
 """
 
+from clva_lens.benchmarks import chair_coco as chair_coco
 from clva_lens.benchmarks import llava_bench as llava_bench
 from clva_lens.benchmarks import mme as mme
 from clva_lens.benchmarks import pope_sets as pope_sets
+from clva_lens.benchmarks import toy_chair as toy_chair
 from clva_lens.benchmarks import toy_mme as toy_mme
 from clva_lens.benchmarks import toy_pope as toy_pope
 from clva_lens.benchmarks import toy_skills as toy_skills

@@ -1,8 +1,9 @@
 """Two methods on the same samples: what changed, how surely, and could a threshold do it."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,8 +11,38 @@ from clva_lens.benchmarks.base import Score, require_same_ids
 from clva_lens.benchmarks.metrics import METRICS, Metric, Outcomes, bias_matched
 from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index, mcnemar
 from clva_lens.errors import BenchmarkError
+from clva_lens.registry import Registry
 
+
+class RowKind(NamedTuple):
+    """How rows of one kind are compared; a row names its kind, "yes/no" if it does not.
+
+    Attributes:
+        columns: a run from its rows; its ``correct`` is 1 where a row is right, else 0.
+        metrics: what is compared, functions of such a run.
+        same: keys of a row that must agree between the two.
+        threshold: whether answers lie on either side of a margin, so that a shift of the threshold
+            is a control; then ``columns`` gives ``Outcomes``.
+    """
+
+    columns: Callable[[Sequence[dict[str, Any]]], Any]
+    metrics: Mapping[str, Metric]
+    same: tuple[str, ...]
+    threshold: bool = False
+
+
+ROW_KINDS = Registry[RowKind]("kind of rows")
+YES_NO = "yes/no"
 COMPARED = ("accuracy", "f1", "auc", "yes_ratio")
+ROW_KINDS.register(
+    YES_NO,
+    RowKind(
+        Outcomes.from_rows,
+        {name: METRICS[name] for name in COMPARED},
+        ("label", "group", "parser"),
+        threshold=True,
+    ),
+)
 
 
 class MetricPair(NamedTuple):
@@ -26,17 +57,21 @@ class MetricPair(NamedTuple):
 class Comparison:
     """What method B changes against method A on the same samples.
 
-    ``metrics`` holds accuracy, f1, auc and yes_ratio, which belong together: a gain in accuracy
-    with a moved yes-ratio and the same AUC is a shift of the threshold, not better sight.
+    For yes/no questions ``metrics`` holds accuracy, f1, auc and yes_ratio, which belong together: a
+    gain in accuracy with a moved yes-ratio and the same AUC is a shift of the threshold, not better
+    sight. For captions it holds those of CHAIR.
 
     Attributes:
-        fixed: answers wrong under A and right under B; ``broken`` is the reverse.
+        kind: what was compared, a name in ``ROW_KINDS``.
+        fixed: answers wrong under A and right under B; ``broken`` is the reverse. A caption is
+            right if it has no hallucination.
         p_value: exact McNemar test of fixed against broken; it ignores groups.
         bias_matched_accuracy: accuracy of A with its threshold moved to B's number of yeses.
         beyond_bias: accuracy of B minus that, with its interval (the threshold held fixed); the
-            last two are nan and None if A lacks a margin.
+            last two are nan and None if A lacks a margin, and for captions.
     """
 
+    kind: str
     metrics: dict[str, MetricPair]
     n: int
     groups: int
@@ -59,6 +94,8 @@ class Comparison:
                 ends += f", undefined in {change.undefined} of {change.resamples} resamples"
             lines.append(f"  {name:<10}{a:>9.4f}{b:>9.4f}{change.estimate:>+9.4f}   {ends}")
         lines.append(f"  fixed {self.fixed}, broken {self.broken}, McNemar p = {self.p_value:.3g}")
+        if not ROW_KINDS.get(self.kind).threshold:
+            return "\n".join(lines)
         if self.beyond_bias is None:
             lines.append("  bias-matched accuracy of A: unknown, A lacks margins")
         else:
@@ -83,15 +120,19 @@ def compare(
     Rows without a group are groups of their own.
 
     Raises:
-        BenchmarkError: if the ids, the labels or the parsers of the two scores differ, or there
-            are fewer than two groups.
+        BenchmarkError: if the ids, the labels or the parsers of the two scores differ, their rows
+            are of two kinds, or there are fewer than two groups.
     """
-    rows_a, rows_b = _paired_rows(score_a, score_b)
-    a, b = Outcomes.from_rows(rows_a), Outcomes.from_rows(rows_b)
+    kind = _kind(score_a, score_b)
+    how = ROW_KINDS.get(kind)
+    rows_a, rows_b = _paired_rows(score_a, score_b, how.same)
+    a, b = how.columns(rows_a), how.columns(rows_b)
     groups = [("group", row["group"]) if row["group"] else ("id", row["id"]) for row in rows_a]
     index = cluster_index(groups, len(rows_a))
-    tasks: list[tuple[Metric, Outcomes, Outcomes]] = [(METRICS[name], a, b) for name in COMPARED]
-    shifted = None if np.isnan(a.margin).any() else bias_matched(a, int(b.predicted_yes.sum()))
+    tasks: list[tuple[Metric, Any, Any]] = [(metric, a, b) for metric in how.metrics.values()]
+    shifted = None
+    if how.threshold and not np.isnan(a.margin).any():
+        shifted = bias_matched(a, int(b.predicted_yes.sum()))
     if shifted is not None:
         tasks.append((METRICS["accuracy"], shifted, b))
     intervals = Bootstrap(index, resamples, confidence, seed).intervals(tasks)
@@ -99,11 +140,10 @@ def compare(
     right_a, right_b = a.correct > 0, b.correct > 0
     fixed, broken = int((~right_a & right_b).sum()), int((right_a & ~right_b).sum())
     return Comparison(
+        kind=kind,
         metrics={
-            name: MetricPair(
-                float(METRICS[name](a, one)[0]), float(METRICS[name](b, one)[0]), interval
-            )
-            for name, interval in zip(COMPARED, intervals, strict=False)
+            name: MetricPair(float(metric(a, one)[0]), float(metric(b, one)[0]), interval)
+            for (name, metric), interval in zip(how.metrics.items(), intervals, strict=False)
         },
         n=len(rows_a),
         groups=int(index.max()) + 1,
@@ -115,7 +155,19 @@ def compare(
     )
 
 
-def _paired_rows(score_a: Score, score_b: Score) -> tuple[list[dict], list[dict]]:
+def _kind(score_a: Score, score_b: Score) -> str:
+    kinds = {row.get("kind", YES_NO) for score in (score_a, score_b) for row in score.rows}
+    if len(kinds) != 1:
+        found = ", ".join(sorted(kinds)) or "none"
+        raise BenchmarkError(
+            f"the rows must be of one kind, but are: {found}. Compare scores of one benchmark."
+        )
+    return kinds.pop()
+
+
+def _paired_rows(
+    score_a: Score, score_b: Score, same: Sequence[str]
+) -> tuple[list[dict], list[dict]]:
     require_same_ids(
         "rows of A",
         [row["id"] for row in score_a.rows],
@@ -124,11 +176,11 @@ def _paired_rows(score_a: Score, score_b: Score) -> tuple[list[dict], list[dict]
     )
     by_id = {row["id"]: row for row in score_b.rows}
     pairs = [(row, by_id[row["id"]]) for row in score_a.rows]
-    for key in ("label", "group", "parser"):
+    for key in same:
         for row_a, row_b in pairs:
             if row_a.get(key) != row_b.get(key):
                 raise BenchmarkError(
                     f"the {key} of '{row_a['id']}' is '{row_a.get(key)}' in A but "
-                    f"'{row_b.get(key)}' in B. Score both on the same samples with one parser."
+                    f"'{row_b.get(key)}' in B. Score both on the same samples and settings."
                 )
     return score_a.rows, [row_b for _, row_b in pairs]

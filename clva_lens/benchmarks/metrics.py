@@ -66,13 +66,13 @@ class Outcomes:
 Metric = Callable[[Any, np.ndarray], np.ndarray]
 
 
-def _over(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Return part / whole, nan where the whole is 0."""
     return np.divide(part, whole, out=np.full(whole.shape, math.nan), where=whole > 0)
 
 
 def _accuracy(run: Outcomes, weights: np.ndarray) -> np.ndarray:
-    return _over(weights @ run.correct, weights.sum(axis=1))
+    return ratio(weights @ run.correct, weights.sum(axis=1))
 
 
 def _f1(run: Outcomes, weights: np.ndarray) -> np.ndarray:
@@ -80,15 +80,15 @@ def _f1(run: Outcomes, weights: np.ndarray) -> np.ndarray:
     predicted, labelled = weights @ run.predicted_yes, weights @ run.label_yes
     # Without a predicted yes there is no precision, without a yes-label no recall: no F1 then.
     whole = np.where((predicted > 0) & (labelled > 0), predicted + labelled, 0.0)
-    return _over(2 * true_yes, whole)
+    return ratio(2 * true_yes, whole)
 
 
 def _yes_ratio(run: Outcomes, weights: np.ndarray) -> np.ndarray:
-    return _over(weights @ run.predicted_yes, weights.sum(axis=1))
+    return ratio(weights @ run.predicted_yes, weights.sum(axis=1))
 
 
 def _false_positive_rate(run: Outcomes, weights: np.ndarray) -> np.ndarray:
-    return _over(weights @ ((1 - run.label_yes) * run.predicted_yes), weights @ (1 - run.label_yes))
+    return ratio(weights @ ((1 - run.label_yes) * run.predicted_yes), weights @ (1 - run.label_yes))
 
 
 def _auc(run: Outcomes, weights: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ def _auc(run: Outcomes, weights: np.ndarray) -> np.ndarray:
     passed = (below[:, first] + below[:, last]) / 2
     positive = ordered[:, yes]
     wins = np.einsum("ry,ry->r", positive, passed)
-    return _over(wins, positive.sum(axis=1) * below[:, -1])
+    return ratio(wins, positive.sum(axis=1) * below[:, -1])
 
 
 METRICS: dict[str, Metric] = {

@@ -10,8 +10,9 @@ import numpy as np
 from rich.console import Console
 
 from clva_lens.benchmarks.comparison import Comparison, compare
-from clva_lens.benchmarks.metrics import Outcomes, best_threshold_accuracy
-from clva_lens.benchmarks.statistics import paired_bootstrap, wilson_interval
+from clva_lens.benchmarks.metrics import best_threshold_accuracy
+from clva_lens.benchmarks.statistics import wilson_interval
+from clva_lens.benchmarks.toy_chair import ToyChair
 from clva_lens.benchmarks.toy_pope import SEED, ToyPope
 from clva_lens.benchmarks.toy_skills import ToySkill
 from clva_lens.evaluate import Report, evaluate
@@ -19,12 +20,7 @@ from clva_lens.methods.base import Method
 from clva_lens.methods.clva import CLVA
 from clva_lens.methods.knockout import KnockOut
 from clva_lens.models.lens import LensModel, load
-from clva_lens.toy.measure import (
-    caption_counts,
-    object_patches,
-    pointing,
-    trace_questions,
-)
+from clva_lens.toy.measure import object_patches, pointing, trace_questions
 from clva_lens.toy.questions import SKILLS, SPLITS, exist_question
 from clva_lens.toy.scenes import sample_scenes
 from clva_lens.toy.train import RECIPE, TIMES
@@ -145,24 +141,21 @@ def _skills(model: LensModel) -> dict[str, Any]:
 
 def _captions(model: LensModel) -> dict[str, Any]:
     """Return CHAIR and recall of 300 captions a method, with paired changes against greedy."""
-    scenes = sample_scenes(300, SEED + 2)
     found: dict[str, Any] = {}
-    clean: dict[str, Outcomes] = {}
     known = methods(model)
-    for name in (name for name in CAPTIONED if name in known):
-        counts = caption_counts(model, scenes, known[name])
-        hallucinated = [count > 0 for count in counts.absent]
-        # A caption without hallucination counts as a right answer, so 1 − accuracy is CHAIR_s.
-        answers = ["no" if wrong else "yes" for wrong in hallucinated]
-        clean[name] = Outcomes.of(["yes"] * len(answers), answers)
-        change = paired_bootstrap("accuracy", clean["greedy"], clean[name])
+    reports = {
+        name: evaluate(model, ToyChair(), known[name], batch_size=48)
+        for name in CAPTIONED
+        if name in known
+    }
+    for name, report in reports.items():
+        hallucinated = sum(bool(row["hallucinated"]) for row in report.rows)
+        change = compare(reports["greedy"].score, report.score).metrics["chair_s"].difference
         found[name] = {
-            "captions": len(scenes),
-            "chair_s": counts.chair_s,
-            "chair_s_interval": wilson_interval(sum(hallucinated), len(scenes)),
-            "chair_s_difference": [-change.estimate, -change.high, -change.low],
-            "chair_i": counts.chair_i,
-            "recall": counts.recall,
+            "captions": len(report.rows),
+            "chair_s_interval": wilson_interval(hallucinated, len(report.rows)),
+            "chair_s_difference": list(change[:3]),
+            **{key: report.metrics[key] for key in ("chair_s", "chair_i", "recall")},
         }
     return found
 

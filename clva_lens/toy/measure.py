@@ -1,11 +1,10 @@
-"""What is measured on the toy world beyond answers: pointing, skills, captions.
+"""What is measured on the toy world beyond answers: where a map points.
 
 The *pointing game*: does a saliency map have its maximum on the object in question? Scenes come
 with masks, so a map that merely looks like grounding is found out.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +12,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clva_lens.errors import BenchmarkError
-from clva_lens.generate import Greedy, generate
 from clva_lens.intervene import trace_attention
 from clva_lens.methods.base import Method
 from clva_lens.models.lens import LensModel
-from clva_lens.toy.questions import CAPTION_REQUEST, Question
-from clva_lens.toy.scenes import KINDS, Scene, render
+from clva_lens.toy.questions import Question
+from clva_lens.toy.scenes import Scene, render
 from clva_lens.trace import AttentionTrace
 
 
@@ -64,41 +62,3 @@ def pointing(
     shape = (len(patches), *[1] * (best.ndim - 1), patches.shape[1])
     on = patches.reshape(shape).expand(*best.shape, -1).to(best.device)
     return on.gather(-1, best[..., None])[..., 0]
-
-
-class CaptionCounts(NamedTuple):
-    """Per caption: kinds mentioned, of them absent (hallucinated), and present in the scene."""
-
-    mentioned: list[int]
-    absent: list[int]
-    present: list[int]
-
-    @property
-    def chair_s(self) -> float:
-        """Share of captions with at least one absent kind (arXiv:1809.02156)."""
-        return float(np.mean([count > 0 for count in self.absent]))
-
-    @property
-    def chair_i(self) -> float:
-        """Share of mentioned kinds that are absent."""
-        return sum(self.absent) / max(1, sum(self.mentioned))
-
-    @property
-    def recall(self) -> float:
-        """Share of present kinds that are mentioned."""
-        found = sum(self.mentioned) - sum(self.absent)
-        return found / sum(self.present)
-
-
-def caption_counts(
-    model: LensModel, scenes: Sequence[Scene], method: Method | None = None
-) -> CaptionCounts:
-    """Caption the scenes greedily and count the kinds named; each kind counts once a caption."""
-    pairs = [(render(scene), CAPTION_REQUEST) for scene in scenes]
-    made = generate(model, pairs, method, Greedy(max_new_tokens=40), batch_size=48)
-    named = [{word.strip(".,") for word in text.split()} & set(KINDS) for text in made.texts]
-    return CaptionCounts(
-        [len(kinds) for kinds in named],
-        [len(kinds - set(scene.kinds)) for kinds, scene in zip(named, scenes, strict=True)],
-        [len(scene.kinds) for scene in scenes],
-    )
