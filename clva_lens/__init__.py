@@ -43,6 +43,7 @@ from clva_lens.methods.knockout import KnockOut as KnockOut
 from clva_lens.methods.vcd import VCD as VCD
 from clva_lens.models.family import FAMILIES as _FAMILIES
 from clva_lens.models.lens import load as load
+from clva_lens.runs import score as score
 
 
 def methods() -> tuple[str, ...]:
@@ -98,6 +99,7 @@ __all__ = [
     "observe",
     "observing",
     "register_method",
+    "score",
     "to_transformer_lens",
     "trace_attention",
 ]

@@ -4,9 +4,9 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
@@ -25,6 +25,43 @@ app = typer.Typer(
 )
 toy = typer.Typer(help="The embedded toy models.", no_args_is_help=True)
 app.add_typer(toy, name="toy")
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="A setting of the benchmark, as parser=strict; repeatable."),
+]
+
+
+def _benchmark(name: str, settings: list[str] | None) -> Any:
+    """Return a registered benchmark with some of its settings changed."""
+    from clva_lens.benchmarks.base import BENCHMARKS
+    from clva_lens.settings import parse_settings
+
+    found = BENCHMARKS.get(name)
+    return replace(found, **parse_settings(type(found), settings or []))
+
+
+def _method(name: str, parameters: list[str] | None) -> Any:
+    """Return a registered method with these parameters, or None for "none"."""
+    from clva_lens.methods.base import METHODS
+    from clva_lens.settings import parse_settings
+
+    if name != "none":
+        kind = METHODS.get(name)
+        return kind(**parse_settings(kind, parameters or []))
+    if parameters:
+        raise ParameterError(f"-p {parameters[0]} was given without a method. Pass --method too.")
+    return None
+
+
+def _decoding(name: str, parameters: list[str] | None, max_new_tokens: int) -> Any:
+    """Return a decoding with these parameters."""
+    from clva_lens.generate import DECODINGS
+    from clva_lens.settings import parse_settings
+
+    kind = DECODINGS.get(name)
+    given = parse_settings(kind, parameters or [])
+    return kind(**{"max_new_tokens": max_new_tokens, **given})
 
 
 def friendly(command: Callable[P, None]) -> Callable[P, None]:
@@ -72,6 +109,116 @@ def demo(
             f"'{model}' is no toy ({', '.join(names())}), so it needs a picture of yours. Pass "
             "--image photo.jpg --question '…'."
         )
+
+
+@app.command()
+@friendly
+def run(
+    benchmark: Annotated[str, typer.Option(help="A name from clva-lens benchmarks.")],
+    out: Annotated[Path, typer.Option(help="The folder of the run.")],
+    model: Annotated[str, typer.Option(help="A toy name, a Hub id or a folder.")] = "toy-llava",
+    method: Annotated[str, typer.Option(help="A method, or none.")] = "none",
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", help="Of the method, as alpha=10; repeatable."),
+    ] = None,
+    settings: Settings = None,
+    decoding: Annotated[str, typer.Option(help="greedy, beam or sampling.")] = "greedy",
+    decoding_parameter: Annotated[
+        list[str] | None,
+        typer.Option("--decoding-parameter", "-d", help="As num_beams=3; repeatable."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="The benchmark's, if not given.", min=1)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="So many samples only.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Which samples a limit takes.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.", min=1)] = 16,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in the folder, if there is one.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="As cuda or cuda:1.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="As float16; else the weights' own.")] = None,
+) -> None:
+    """Run a benchmark and keep every answer; a run that was killed goes on with --resume."""
+    from clva_lens.evaluate import check_images, evaluate
+    from clva_lens.models.lens import load
+    from clva_lens.runs import check_folder
+
+    # Everything that can be wrong is looked at before the model is loaded.
+    chosen = _benchmark(benchmark, settings)
+    acting = _method(method, parameter)
+    how = _decoding(decoding, decoding_parameter, max_new_tokens or chosen.max_new_tokens)
+    check_folder(out, resume)
+    check_images(chosen.samples(limit, seed))
+    try:
+        report = evaluate(
+            load(model, dtype=dtype, device_map=device),
+            chosen,
+            acting,
+            how,
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+            out=out,
+            resume=resume,
+        )
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"Stopped. Continue with the same command and --resume ({out}).")
+        raise typer.Exit(130) from None
+    Console().print(repr(report), markup=False, highlight=False)
+
+
+@app.command()
+@friendly
+def score(
+    folder: Annotated[Path | None, typer.Argument(help="The folder of a run.")] = None,
+    settings: Settings = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another run, that this one is compared with.")
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Instead of a folder: a file of answers.")
+    ] = None,
+    benchmark: Annotated[str | None, typer.Option(help="What the file of answers is of.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the score as JSON.")] = None,
+) -> None:
+    """Score a run again, without a model; with --against, as a paired comparison of two runs."""
+    from clva_lens import runs
+    from clva_lens.benchmarks.comparison import compare
+    from clva_lens.settings import parse_settings
+
+    def again(run: Path) -> runs.Report:
+        kind = type(runs.benchmark_of(runs.read_run(run).record, {}))
+        return runs.score(run, **parse_settings(kind, settings or []))
+
+    if (folder is None) == (answers is None) or (answers is None) != (benchmark is None):
+        raise ParameterError("Pass the folder of a run, or --answers FILE with --benchmark NAME.")
+    if answers is not None and benchmark is not None:
+        report = runs.score_answers(_benchmark(benchmark, settings), answers)
+    else:
+        assert folder is not None
+        report = again(folder)
+    shown, document = [repr(report)], report.document
+    if against is not None:
+        other = again(against)
+        difference = compare(other.score, report.score)
+        shown += [f"A: {other!r}", f"A is {against}, B is {folder or answers}.\n{difference!r}"]
+        document |= {"against": other.document, "comparison": asdict(difference)}
+    Console().print("\n\n".join(shown), markup=False, highlight=False, soft_wrap=True)
+    if out is not None:
+        out.write_text(json.dumps(runs.plain(document), indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+@friendly
+def benchmarks() -> None:
+    """List the benchmarks, with their settings."""
+    from clva_lens.benchmarks.base import BENCHMARKS
+
+    for name, one in BENCHMARKS.items():
+        told = ", ".join(f"{key}={value}" for key, value in one.settings.items())
+        Console().print(f"{name}  ({told})", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from clva_lens.benchmarks.statistics import bootstrap_interval
 from clva_lens.benchmarks.toy_pope import ToyPope
 from clva_lens.drift import AttentionDrift, attention_drift
 from clva_lens.errors import ParameterError
-from clva_lens.evaluate import Report, describe, evaluate
+from clva_lens.evaluate import evaluate
 from clva_lens.figures import (
     SaliencyPicture,
     drift_curves,
@@ -33,6 +33,8 @@ from clva_lens.heads import classify_heads
 from clva_lens.look import Look, conditions, look_at, saliency_picture, shown_layers
 from clva_lens.methods.clva import CLVA
 from clva_lens.models.lens import LensModel, load
+from clva_lens.record import describe
+from clva_lens.runs import Report
 from clva_lens.toy.measure import object_patches, pointing, trace_questions
 from clva_lens.toy.questions import SPLITS, exist_question
 from clva_lens.toy.scenes import render

@@ -1,24 +1,23 @@
 """Text from prompts, with or without a method: batches, greedy, beams, sampling, progress."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from clva_lens.errors import ParameterError, PromptError
+from clva_lens.errors import InterventionError, ModelLoadError, ParameterError, PromptError
 from clva_lens.intervene import intervening
 from clva_lens.methods.base import Method
 from clva_lens.models.lens import LensModel
 from clva_lens.models.prompt import ImageLike, Prompt
+from clva_lens.progress import answer_bar
+from clva_lens.registry import Registry
 
 YES = ("yes", "Yes", "YES", " yes", " Yes")
 NO = ("no", "No", "NO", " no", " No")
@@ -94,6 +93,21 @@ class Sampling:
 
 Decoding = Greedy | Beam | Sampling
 Asked = tuple[ImageLike, str] | tuple[ImageLike, str, str | None]
+DECODINGS = Registry[type[Decoding]]("decoding")
+DECODINGS.register("greedy", Greedy)
+DECODINGS.register("beam", Beam)
+DECODINGS.register("sampling", Sampling)
+
+# Faults of the settings or of the machine: another sample would not fare better. After an
+# AcceleratorError (torch 2.8 and later) every call on the device fails.
+_FATAL: tuple[type[Exception], ...] = (
+    ParameterError,
+    InterventionError,
+    ModelLoadError,
+    MemoryError,
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
+)
 
 
 def _check_length(max_new_tokens: int) -> None:
@@ -110,13 +124,15 @@ class Generation:
     ``ids`` are the generated tokens up to the end token. ``margins`` are logit(yes) − logit(no) at
     the first generated position, in nats: the larger of each word's spellings, before a method
     cuts tokens off; None where the tokenizer knows no yes or no. ``seconds`` is the time in the
-    model.
+    model. ``errors`` say why a prompt has no answer, where that was asked to be recorded (see
+    ``generate_batches``).
     """
 
     texts: list[str]
     ids: list[Int[Tensor, " _"]]
     margins: list[float | None]
     seconds: float
+    errors: list[str | None] = field(default_factory=list)
 
     def __repr__(self) -> str:
         """Return the first answers and the time."""
@@ -138,7 +154,10 @@ class _FirstLogits(LogitsProcessor):
         return scores
 
 
-@torch.inference_mode()
+Triple = tuple[Any, str, str | None]
+"""Image, question and system message of a prompt."""
+
+
 def generate(
     model: LensModel,
     prompts: Prompt | Sequence[Prompt] | Sequence[Asked],
@@ -157,6 +176,33 @@ def generate(
         PromptError: if there are no prompts, or one is malformed.
         ParameterError: if the method or the batch size does not fit.
     """
+    options = {"batch_size": batch_size, "progress": progress}
+    with closing(generate_batches(model, prompts, method, decoding, **options)) as batches:
+        return _joined(list(batches))
+
+
+def generate_batches(
+    model: LensModel,
+    prompts: Prompt | Sequence[Prompt] | Sequence[Asked],
+    method: Method | None = None,
+    decoding: Decoding | None = None,
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+    done: int = 0,
+    record_errors: bool = False,
+) -> Generator[Generation, None, None]:
+    """Yield what ``generate`` returns, batch by batch, as it comes; images are read as needed.
+
+    The first ``done`` prompts are passed over. With ``record_errors`` a batch that fails is asked
+    again one by one, and a prompt that fails alone is answered by "" and its error. So is a
+    prompt that is longer than the model's positions. A method that does not fit, memory that runs
+    out and a broken device are no fault of a prompt, and are raised.
+
+    Raises:
+        PromptError: if there are no prompts, or one is malformed.
+        ParameterError: if the method or the batch size does not fit.
+    """
     decoding = decoding or Greedy()
     if batch_size < 1:
         raise ParameterError(f"batch_size must be >= 1, but is {batch_size}. Pass batch_size=8.")
@@ -167,32 +213,70 @@ def generate(
         raise PromptError(
             "the prompts have different system messages. Call generate() once for each of them."
         )
-    texts: list[str] = []
-    ids: list[Tensor] = []
-    margins: list[float | None] = []
-    seconds = 0.0
-    starts = range(0, len(pairs), batch_size)
-    with _bar(len(starts) if progress else 0) as advance:
-        for start in starts:
+    answer = _answer_or_error if record_errors else _answer
+    wanted = progress and len(pairs) - done > batch_size
+    with answer_bar(len(pairs), done, wanted) as advance:
+        for start in range(done, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
-            prompt = model.prompt(
-                [image for image, _, _ in batch],
-                [question for _, question, _ in batch],
-                system=batch[0][2],
-            )
-            began = time.perf_counter()
-            new, margin = _generate_batch(model, prompt, method, decoding)
-            seconds += time.perf_counter() - began
-            ids += new
-            margins += margin
-            texts += model.words.batch_decode(new, skip_special_tokens=True)
-            advance()
-    return Generation([text.strip() for text in texts], ids, margins, seconds)
+            yield answer(model, batch, method, decoding)
+            advance(len(batch))
+
+
+@torch.inference_mode()
+def _answer(
+    model: LensModel,
+    batch: Sequence[Triple],
+    method: Method | None,
+    decoding: Decoding,
+    longest: int | None = None,
+) -> Generation:
+    """Return the answers to one batch, unless it has more than ``longest`` tokens."""
+    images, questions, systems = zip(*batch, strict=True)
+    prompt = model.prompt(list(images), list(questions), system=systems[0])
+    length = prompt["input_ids"].shape[1]
+    if longest is not None and length > longest:
+        raise PromptError(
+            f"the prompt has {length} tokens, but the model has {longest} positions. Shorten it."
+        )
+    began = time.perf_counter()
+    ids, margins = _generate_batch(model, prompt, method, decoding)
+    seconds = time.perf_counter() - began
+    texts = model.words.batch_decode(ids, skip_special_tokens=True)
+    return Generation([t.strip() for t in texts], ids, margins, seconds, [None] * len(ids))
+
+
+def _answer_or_error(
+    model: LensModel, batch: Sequence[Triple], method: Method | None, decoding: Decoding
+) -> Generation:
+    """Return the answers to one batch, and errors for the prompts that have none."""
+    words = model.hf_model.config.get_text_config()
+    try:
+        longest = getattr(words, "max_position_embeddings", None)
+        return _answer(model, batch, method, decoding, longest)
+    except _FATAL:
+        raise
+    except Exception as error:
+        if "DefaultCPUAllocator" in str(error):  # out of memory, as a bare RuntimeError
+            raise MemoryError(str(error)) from error
+        if len(batch) > 1:
+            return _joined([_answer_or_error(model, [one], method, decoding) for one in batch])
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return Generation([""], [torch.zeros(0, dtype=torch.long)], [None], 0.0, [said])
+
+
+def _joined(parts: Sequence[Generation]) -> Generation:
+    return Generation(
+        [text for part in parts for text in part.texts],
+        [row for part in parts for row in part.ids],
+        [margin for part in parts for margin in part.margins],
+        sum(part.seconds for part in parts),
+        [error for part in parts for error in part.errors],
+    )
 
 
 def _pairs(
     prompts: Prompt | Sequence[Prompt] | Sequence[Asked],
-) -> Iterator[tuple[Any, str, str | None]]:
+) -> Iterator[Triple]:
     """Yield (image, question, system) of every prompt."""
     for one in [prompts] if isinstance(prompts, Prompt) else prompts:
         if isinstance(one, Prompt):
@@ -264,18 +348,3 @@ def answer_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 def _single_tokens(tokenizer: Any, words: Sequence[str]) -> set[int]:
     encoded = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
     return {ids[0] for ids in encoded if len(ids) == 1 and ids[0] != tokenizer.unk_token_id}
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Any]:
-    """Show a progress bar on standard error if there is more than one step."""
-    if total < 2:
-        yield lambda: None
-        return
-    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    # In a notebook, rich draws its bars with ipywidgets only.
-    shows = find_spec("ipywidgets") if console.is_jupyter else console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shows) as bar:
-        task = bar.add_task("answers", total=total)
-        yield lambda: bar.advance(task)

@@ -40,6 +40,7 @@ def test_public_names():
         "observe",
         "observing",
         "register_method",
+        "score",
         "to_transformer_lens",
         "trace_attention",
     ]

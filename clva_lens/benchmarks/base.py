@@ -4,12 +4,13 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from clva_lens.benchmarks.lines import broken_line, read_lines
 from clva_lens.errors import BenchmarkError, ParameterError
 from clva_lens.registry import Registry
 
@@ -120,6 +121,14 @@ class Benchmark(ABC):
         """Return the SHA-256 of each data file that ``samples`` reads, by file name."""
         return {}
 
+    def read_answers(self, path: Path) -> list[Answer]:
+        """Return the answers in a file: of our own runs, unless a benchmark reads others' too.
+
+        Raises:
+            BenchmarkError: if the file is missing, or a line of it is no answer.
+        """
+        return read_answers(path)
+
 
 BENCHMARKS = Registry[Benchmark]("benchmark")
 
@@ -147,6 +156,36 @@ def match(samples: Sequence[Sample], answers: Sequence[Answer]) -> list[tuple[Sa
     require_same_ids("samples", [s.id for s in samples], "answers", [a.id for a in answers])
     by_id = {answer.id: answer for answer in answers}
     return [(sample, by_id[sample.id]) for sample in samples]
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Return the answers of a run's ``answers.jsonl``; a last line that was cut short is left out.
+
+    Raises:
+        BenchmarkError: if there is no such file, or a line is no answer.
+    """
+    answers = []
+    for number, row in enumerate(read_lines(path).rows, start=1):
+        kinds = {"id": str, "text": str, "margin": float | int | None, "error": str | None}
+        strange = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
+        if strange or set(row) - set(kinds):
+            odd = strange or sorted(set(row) - set(kinds))
+            raise broken_line(path, number, f"is no answer of a run (look at its {odd[0]})")
+        answers.append(Answer(**row))
+    return answers
+
+
+def judge(benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
+    """Return the benchmark's score, with the number of ``failed`` samples and each row's error.
+
+    Raises:
+        BenchmarkError: if samples and answers do not have the same ids.
+    """
+    score = benchmark.score(samples, answers)
+    errors = {answer.id: answer.error for answer in answers}
+    failed = float(sum(error is not None for error in errors.values()))
+    rows = [{**row, "error": errors.get(row.get("id", ""))} for row in score.rows]
+    return replace(score, metrics={**score.metrics, "failed": failed}, rows=rows)
 
 
 def require_same_ids(name_a: str, ids_a: Iterable[str], name_b: str, ids_b: Iterable[str]) -> None:

@@ -32,7 +32,7 @@ from clva_lens.benchmarks.chair_truth import (
     read_image_ids,
 )
 from clva_lens.benchmarks.chair_vocabulary import vocabulary
-from clva_lens.benchmarks.files import find_images, locate, read_object, sha256
+from clva_lens.benchmarks.files import find_images, locate, read_object, read_rows, sha256
 from clva_lens.errors import BenchmarkError
 
 _FROM = "images.cocodataset.org (annotations_trainval2014.zip, val2014.zip)"
@@ -130,8 +130,9 @@ class ChairCoco(Benchmark):
         return score_captions(samples, answers, self.reader, self.truncation)
 
     def read_answers(self, path: Path) -> list[Answer]:
-        """Return the captions in a file of others, see ``read_captions``, for ``questions``."""
-        return read_captions(path)
+        """Return the captions in a file, of a run of ours or of others (see ``read_captions``)."""
+        ours = "image_id" not in next(iter(read_rows(path)), {"image_id": None})
+        return super().read_answers(path) if ours else read_captions(path)
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of the annotations, of a list of synonyms, and of the image numbers.

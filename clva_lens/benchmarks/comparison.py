@@ -162,7 +162,17 @@ def _kind(score_a: Score, score_b: Score) -> str:
         raise BenchmarkError(
             f"the rows must be of one kind, but are: {found}. Compare scores of one benchmark."
         )
-    return kinds.pop()
+    kind = kinds.pop()
+    if kind == YES_NO:
+        for name, score in (("A", score_a), ("B", score_b)):
+            first = score.rows[0]
+            absent = [key for key in ("label", "prediction", "margin") if key not in first]
+            if absent or first["label"] not in ("yes", "no"):
+                raise BenchmarkError(
+                    f"the rows of {name} are no yes/no questions ({', '.join(absent) or 'label'}). "
+                    "Compare scores of a yes/no benchmark."
+                )
+    return kind
 
 
 def _paired_rows(

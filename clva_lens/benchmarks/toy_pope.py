@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Score, choose
+from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.pope import score_pope
 from clva_lens.toy.questions import SPLITS, Split, pope_questions
 from clva_lens.toy.scenes import Scene, render, sample_scenes
@@ -40,6 +41,10 @@ class ToyPope(Benchmark):
     def scenes(self) -> list[Scene]:
         """The scenes, in the order of the samples' groups."""
         return sample_scenes(self.count, self.seed)
+
+    def __post_init__(self) -> None:
+        """Check the parser."""
+        PARSERS.get(self.parser)
 
     @property
     def max_new_tokens(self) -> int:

@@ -15,11 +15,12 @@ from clva_lens.benchmarks.statistics import wilson_interval
 from clva_lens.benchmarks.toy_chair import ToyChair
 from clva_lens.benchmarks.toy_pope import SEED, ToyPope
 from clva_lens.benchmarks.toy_skills import ToySkill
-from clva_lens.evaluate import Report, evaluate
+from clva_lens.evaluate import evaluate
 from clva_lens.methods.base import Method
 from clva_lens.methods.clva import CLVA
 from clva_lens.methods.knockout import KnockOut
 from clva_lens.models.lens import LensModel, load
+from clva_lens.runs import Report
 from clva_lens.toy.measure import object_patches, pointing, trace_questions
 from clva_lens.toy.questions import SKILLS, SPLITS, exist_question
 from clva_lens.toy.scenes import sample_scenes

@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 
 from clva_lens.benchmarks.base import Answer, Sample
+from clva_lens.benchmarks.chair_reading import Reader
+from clva_lens.benchmarks.chair_vocabulary import vocabulary
 from clva_lens.benchmarks.files import write_lines
-from clva_lens.benchmarks.llava_bench import (
+from clva_lens.benchmarks.llava_bench import LlavaBench, score_objects
+from clva_lens.benchmarks.llava_judge import (
     Judgement,
-    LlavaBench,
     judge_requests,
     parse_judgement,
     read_judgements,
@@ -186,3 +188,25 @@ def test_the_published_parts(part, counts):
     assert body.count("[End of Assistant") == 2
     perfect = [Judgement(s.id, 9.0, 9.0, "9 9") for s in samples]
     assert score_judgements(samples, perfect).metrics["all"] == 100
+
+
+@needs_data
+def test_objects_of_the_coco_part():
+    """Naming what is there is no hallucination, naming a toaster is; wild has no boxes."""
+    bench = LlavaBench("coco", data=DATA)
+    samples = bench.questions()
+    reader = Reader(vocabulary("builtin"), "builtin")
+    present = bench.objects(reader)
+    assert not any("toaster" in objects.split(",") for objects in present.values())
+    named = [f"There is a {present[s.group].replace(',', ' and a ')}." for s in samples]
+    answers = [Answer(s.id, text) for s, text in zip(samples, named, strict=True)]
+    true = score_objects(bench, samples, answers)
+    assert true.metrics["chair_i"] == 0
+    assert true.metrics["recall"] == 1
+    invented = [Answer(one.id, f"{one.text} A toaster.") for one in answers]
+    toaster = score_objects(bench, samples, invented)
+    assert toaster.metrics["chair_s"] == 1
+    mentions = sum(len(present[s.group].split(",")) for s in samples)
+    assert toaster.metrics["chair_i"] == pytest.approx(len(samples) / (mentions + len(samples)))
+    with pytest.raises(BenchmarkError, match="no boxes"):
+        LlavaBench("wild", data=DATA).objects(reader)

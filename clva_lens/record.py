@@ -1,0 +1,112 @@
+"""What a run's record says: the method, the model's weights, the code, and the machine."""
+
+import hashlib
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clva_lens.methods.base import Composed, Method
+from clva_lens.models.lens import LensModel
+
+PACKAGES = ("clva-lens", "torch", "transformers", "tokenizers", "nnsight", "pillow")
+HOUSE = Path(__file__).parent
+
+
+def describe(method: Method | None) -> dict[str, Any]:
+    """Return a method's name and every parameter, given or defaulted; tensors by their SHA-256."""
+    if method is None:
+        return {"name": "none"}
+    if isinstance(method, Composed):
+        return {"name": "composed", "methods": [describe(one) for one in method.methods]}
+    given = vars(method) if is_dataclass(method) else {}
+    return {"name": method.name, **{key: _told(value) for key, value in given.items()}}
+
+
+def _told(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str | tuple):
+        return value
+    if isinstance(value, Tensor):
+        return {"tensor": list(value.shape), "sha256": digest({"": value})}
+    if is_dataclass(value):
+        return {field.name: _told(getattr(value, field.name)) for field in fields(value)}
+    return repr(value)
+
+
+def machine(model: LensModel) -> dict[str, Any]:
+    """Return how the model was run: kernel, dtype, device, threads, packages.
+
+    The number of threads is None on an accelerator, where it decides nothing.
+    """
+    device = model.hf_model.device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "attention_kernel": model.site.config._attn_implementation,
+        "dtype": str(model.hf_model.dtype),
+        "device": device.type,
+        "device_name": gpu,
+        "torch_threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def identity(model: LensModel) -> dict[str, Any]:
+    """Return what tells this model and this code from others of the same name.
+
+    ``weights`` is the SHA-256 of every parameter and buffer in memory (None if some are not), so
+    that a model that was edited after loading is another one. ``probe`` is that of the inputs made
+    of a fixed picture and question: processor, tokenizer and chat template. ``code`` is that of
+    this package's sources.
+    """
+    hf_model = model.hf_model
+    tensors = {**dict(hf_model.named_parameters()), **dict(hf_model.named_buffers())}
+    pixels = np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)
+    code = hashlib.sha256()
+    for path in sorted(HOUSE.rglob("*.py")):
+        code.update(path.relative_to(HOUSE).as_posix().encode() + path.read_bytes())
+    return {
+        "weights": None if any(t.is_meta for t in tensors.values()) else digest(tensors),
+        "revision": getattr(hf_model.config, "_commit_hash", None),
+        "probe": digest(model.prompt(pixels, "Is there a cup in the image?")),
+        "code": code.hexdigest(),
+    }
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors: names, shapes, dtypes and bytes, in the order of the names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        flat = tensor.cpu().contiguous().reshape(-1)
+        total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def origin() -> dict[str, Any]:
+    """Return where a run was made, as far as it does not decide the answers."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "changed": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _git(*args: str) -> str | None:
+    """Return what git says about the checkout that this package lies in; None without one."""
+    if not (HOUSE.parent / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(HOUSE.parent), *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
