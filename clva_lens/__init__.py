@@ -19,6 +19,7 @@ from clva_lens.drift import attention_drift as attention_drift
 from clva_lens.errors import ClvaLensError as ClvaLensError
 from clva_lens.evaluate import evaluate as evaluate
 from clva_lens.figures.base import FIGURES as _FIGURES
+from clva_lens.game import pointing_game as pointing_game
 from clva_lens.generate import Beam as Beam
 from clva_lens.generate import Greedy as Greedy
 from clva_lens.generate import Sampling as Sampling
@@ -33,6 +34,7 @@ from clva_lens.intervene import observe as observe
 from clva_lens.intervene import observing as observing
 from clva_lens.intervene import trace_attention as trace_attention
 from clva_lens.logit_lens import logit_lens as logit_lens
+from clva_lens.masks import patch_mask as patch_mask
 from clva_lens.methods.ablation import AblateHeads as AblateHeads
 from clva_lens.methods.base import METHODS as _METHODS
 from clva_lens.methods.base import compose as compose
@@ -40,9 +42,11 @@ from clva_lens.methods.base import register_method as register_method
 from clva_lens.methods.clva import CLVA as CLVA
 from clva_lens.methods.icd import ICD as ICD
 from clva_lens.methods.knockout import KnockOut as KnockOut
+from clva_lens.methods.patching import PatchActivations as PatchActivations
 from clva_lens.methods.vcd import VCD as VCD
 from clva_lens.models.family import FAMILIES as _FAMILIES
 from clva_lens.models.lens import load as load
+from clva_lens.patching import patch_activations as patch_activations
 from clva_lens.runs import score as score
 
 
@@ -76,6 +80,7 @@ __all__ = [
     "Greedy",
     "HeadClasses",
     "KnockOut",
+    "PatchActivations",
     "Sampling",
     "TokenSpans",
     "VisualAnchors",
@@ -98,6 +103,9 @@ __all__ = [
     "models",
     "observe",
     "observing",
+    "patch_activations",
+    "patch_mask",
+    "pointing_game",
     "register_method",
     "score",
     "to_transformer_lens",

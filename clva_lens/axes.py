@@ -18,13 +18,14 @@ Patterns are ``[layer, batch, head, query, key]``; an axis that is not there is 
 of the others stays.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from clva_lens.errors import SpanError
+from clva_lens.errors import ParameterError, SpanError
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,58 @@ class TokenSpans:
         """Return the positions of each sample's image tokens, in the order of the sequence."""
         count = self.visual_count
         return self.image.nonzero()[:, 1].reshape(-1, count)
+
+    def places(
+        self, span: str | Bool[Tensor, "*batch sequence"] | Sequence[int]
+    ) -> Int[Tensor, "batch position"]:
+        """Return the positions of a span in each sample, in the order of the sequence.
+
+        ``span`` is "last" (the last one that is no padding), "system", "image", "text", "all" (but
+        padding), a mask, or positions, 0-based and padding included.
+
+        Raises:
+            ParameterError: if there is no such span, it is empty, or its size differs.
+        """
+        real = self.real
+        if isinstance(span, str):
+            if span == "last":
+                index = torch.arange(real.shape[1], device=real.device)
+                return torch.where(real, index, -1).amax(dim=1, keepdim=True)
+            if span not in ("system", "image", "text", "all"):
+                raise ParameterError(
+                    f"span must be 'last', 'system', 'image', 'text', 'all', a mask or positions, "
+                    f"but is {span!r}. Pass one of these."
+                )
+            mask = real if span == "all" else getattr(self, span)
+        elif isinstance(span, Tensor) and span.dtype == torch.bool:
+            if span.shape[-1:] != real.shape[-1:] or span.ndim > 2:
+                raise ParameterError(
+                    f"the span is a mask of shape {tuple(span.shape)}, but the prompt has "
+                    f"{tuple(real.shape)} positions. Pass a bool mask like that."
+                )
+            mask = span.to(real.device).expand_as(real) & real
+        else:
+            chosen = torch.as_tensor(span, device=real.device)
+            if chosen.ndim != 1 or chosen.is_floating_point() or not len(chosen):
+                raise ParameterError(
+                    f"the span is {span!r}, but positions are a list of integers, or a bool mask. "
+                    "Pass one of these."
+                )
+            if int(chosen.min()) < 0 or int(chosen.max()) >= real.shape[1]:
+                raise ParameterError(
+                    f"the span names positions {int(chosen.min())} to {int(chosen.max())}, but the "
+                    f"prompt has 0 to {real.shape[1] - 1}. Pass positions like that."
+                )
+            return chosen.long().expand(len(real), -1)
+        counts = set(mask.sum(dim=1).tolist())
+        if len(counts) != 1 or counts == {0}:
+            raise ParameterError(
+                f"the span has {sorted(counts)} positions in the samples, but equally many, at "
+                "least 1, are needed. Run the prompts one at a time, or pass another span."
+            )
+        return mask.nonzero()[:, 1].reshape(len(mask), -1)
+
+    def first(self, length: int) -> "TokenSpans":
+        """Return the spans of the first ``length`` positions."""
+        spans = (self.system, self.image, self.text, self.generated)
+        return TokenSpans(*(span[:, :length] for span in spans))

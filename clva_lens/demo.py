@@ -33,9 +33,10 @@ from clva_lens.heads import classify_heads
 from clva_lens.look import Look, conditions, look_at, saliency_picture, shown_layers
 from clva_lens.methods.clva import CLVA
 from clva_lens.models.lens import LensModel, load
+from clva_lens.pointing import pointing
 from clva_lens.record import describe
 from clva_lens.runs import Report
-from clva_lens.toy.measure import object_patches, pointing, trace_questions
+from clva_lens.toy.measure import object_patches, trace_questions
 from clva_lens.toy.questions import SPLITS, exist_question
 from clva_lens.toy.scenes import render
 
@@ -148,7 +149,7 @@ def _toy_attention(
     _draw_pictures(looks, folder, origin)
     positive = [i for i, (_, question) in enumerate(asked) if question.answer == "yes"]
     patches = object_patches(benchmark.scenes, [asked[i] for i in positive])
-    hits = pointing(plain.maps[positive], patches).float().mean(dim=0)
+    hits = pointing(plain.maps[positive], patches).hit.float().mean(dim=0)
     chance = float(patches.float().mean())
     row = plain.layers.index(drift.positive_layer)
     return [

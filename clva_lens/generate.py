@@ -16,7 +16,7 @@ from clva_lens.intervene import intervening
 from clva_lens.methods.base import Method
 from clva_lens.models.lens import LensModel
 from clva_lens.models.prompt import ImageLike, Prompt
-from clva_lens.progress import answer_bar
+from clva_lens.progress import progress_bar
 from clva_lens.registry import Registry
 
 YES = ("yes", "Yes", "YES", " yes", " Yes")
@@ -215,7 +215,7 @@ def generate_batches(
         )
     answer = _answer_or_error if record_errors else _answer
     wanted = progress and len(pairs) - done > batch_size
-    with answer_bar(len(pairs), done, wanted) as advance:
+    with progress_bar("answers", len(pairs), done=done, wanted=wanted) as advance:
         for start in range(done, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
             yield answer(model, batch, method, decoding)

@@ -161,7 +161,7 @@ def lens_logits(
 def logit_lens(
     model: LensModel,
     prompt: Prompt,
-    span: str | Bool[Tensor, "*batch sequence"] = "last",
+    span: str | Bool[Tensor, "*batch sequence"] | Sequence[int] = "last",
     layers: Sequence[int] | str = "all",
     method: Method | None = None,
     *,
@@ -170,10 +170,10 @@ def logit_lens(
 ) -> LogitLens:
     """Return what the stream after each decoder layer says at a span, from one forward pass.
 
-    ``span`` is "last" (the prompt's last position), "image", "text" (after the image), or a mask
-    of positions. ``tokens`` are texts that are one token, or ids, whose logits are kept; beside
-    them the ``k`` likeliest tokens and the yes−no margin are. Logits are formed layer by layer.
-    Interventions that are open hold, and ``method`` beside them.
+    ``span`` is "last" (the prompt's last position), "image", "text" (after the image), "system",
+    "all", a mask, or positions. ``tokens`` are texts that are one token, or ids, whose logits are
+    kept; beside them the ``k`` likeliest tokens and the yes−no margin are. Logits are formed layer
+    by layer. Interventions that are open hold, and ``method`` beside them.
 
     Raises:
         ParameterError: if the span, a layer, a token or ``k`` does not fit.
@@ -182,7 +182,10 @@ def logit_lens(
     """
     found = model.hf_model
     numbers = chosen_layers(layers, shape_of(found, "decoder"))
-    positions, name = _positions(prompt, span)
+    positions = prompt.spans.places(span)
+    name = span if isinstance(span, str) else "chosen positions"
+    if torch.equal(positions.flatten(), prompt.spans.image.nonzero()[:, 1]):
+        name = "image"
     readout = find_family(found).activations(found).readout
     standing = CacheModel(readout, model.words, found.config.get_text_config(), model.name)
     size = standing.cfg.d_vocab
@@ -242,34 +245,3 @@ def _read(
         part.unflatten(0, tuple(residual.shape[:2])) for part in whole
     )
     return top, probabilities, chosen, margin
-
-
-def _positions(prompt: Prompt, span: Any) -> tuple[Int[Tensor, "batch position"], str]:
-    """Return the places of a span in each sample, and its name."""
-    spans = prompt.spans
-    real = spans.real
-    if isinstance(span, Tensor):
-        if span.dtype != torch.bool or span.shape[-1:] != real.shape[-1:] or span.ndim > 2:
-            raise ParameterError(
-                f"the span is a {span.dtype} of shape {tuple(span.shape)}, but the prompt has "
-                f"{tuple(real.shape)} positions. Pass a bool mask like that."
-            )
-        mask, name = span.to(real.device).expand_as(real) & real, "mask"
-        if torch.equal(mask, spans.image):
-            name = "image"
-    elif span == "last":
-        places = torch.arange(real.shape[1], device=real.device)
-        return torch.where(real, places, -1).amax(dim=1, keepdim=True), "last"
-    elif span in ("image", "text"):
-        mask, name = getattr(spans, span), span
-    else:
-        raise ParameterError(
-            f"span must be 'last', 'image', 'text' or a mask, but is {span!r}. Pass one of these."
-        )
-    counts = set(mask.sum(dim=1).tolist())
-    if len(counts) != 1 or counts == {0}:
-        raise ParameterError(
-            f"the span has {sorted(counts)} positions in the samples, but equally many, at least "
-            "1, are needed. Run the prompts one at a time, or pass another mask."
-        )
-    return mask.nonzero()[:, 1].reshape(len(mask), -1), name

@@ -1,4 +1,4 @@
-"""A progress bar for answers, in a terminal and in a notebook."""
+"""A progress bar, in a terminal and in a notebook."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from rich.text import Text
 
 
 class _Rate(ProgressColumn):
-    """Answers per second, over the last minutes."""
+    """Things per second, over the last minutes."""
 
     def render(self, task: Task) -> Text:
         """Return the rate, once there is one."""
@@ -27,8 +27,10 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def answer_bar(total: int, done: int, wanted: bool) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar of answers on standard error, with their rate and the time that is left.
+def progress_bar(
+    what: str, total: int, *, done: int = 0, wanted: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on standard error, with the rate and the time that is left.
 
     It begins at ``done``; what is called with a number moves it on.
     """
@@ -36,7 +38,7 @@ def answer_bar(total: int, done: int, wanted: bool) -> Iterator[Callable[[int], 
         yield lambda count: None
         return
     columns = (
-        TextColumn("answers"),
+        TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(),
@@ -52,5 +54,5 @@ def answer_bar(total: int, done: int, wanted: bool) -> Iterator[Callable[[int], 
         disable=not shows,
         speed_estimate_period=600,  # a batch may take longer than rich's own half minute
     ) as bar:
-        task = bar.add_task("answers", total=total, completed=done)
+        task = bar.add_task(what, total=total, completed=done)
         yield lambda count: bar.advance(task, count)

@@ -340,7 +340,7 @@ def ask() -> Callable[..., Prompt]:
 
     def make(lens: LensModel, batch: int | None = None, first: int = 0) -> Prompt:
         if batch is None:
-            return lens.prompt(picture(first), QUESTIONS[first])
+            return lens.prompt(picture(first), QUESTIONS[first % 3])
         several = range(first, first + batch)
         return lens.prompt([picture(i) for i in several], [QUESTIONS[i % 3] for i in several])
 

@@ -9,7 +9,7 @@ ROOT = Path(clva_lens.__file__).parent
 ORDER = [
     {"errors"},
     {"registry", "settings", "progress", "axes", "transformerlens"},
-    {"heads", "anchors", "drift"},
+    {"heads", "anchors", "drift", "pointing"},
     {"passes", "logits", "models.twin"},
     {"models.hooks"},
     {"models.family"},
@@ -26,6 +26,7 @@ ORDER = [
         "methods.contrast",
         "methods.icd",
         "methods.knockout",
+        "methods.patching",
         "methods.vcd",
         "methods.hooks",
         "methods.__init__",
@@ -37,7 +38,7 @@ ORDER = [
     {"cache"},
     {"toy.__init__", "toy.pretrained.__init__", "toy.scenes", "toy.questions"},
     {"models.lens"},
-    {"generate", "bridge"},
+    {"generate", "bridge", "masks"},
     {"benchmarks.lines", "benchmarks.metrics"},
     {"benchmarks.base"},
     {"benchmarks.statistics"},
@@ -71,10 +72,13 @@ ORDER = [
         "figures.heads",
         "figures.logit_lens",
         "figures.patch_maps",
+        "figures.patching",
+        "figures.pointing",
         "figures.saliency",
     },
     {"figures.__init__"},
     {"logit_lens", "attribution"},
+    {"patching", "game"},
     {"toy.build", "toy.checkpoint"},
     {"toy.build_instructblip"},
     {"toy.packing", "toy.vision", "toy.measure"},
@@ -91,7 +95,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 NNSIGHT = {"models.lens", "intervene", "bench"}
 TRANSFORMER_LENS = {"transformerlens", "cache"}
 NO_TORCH = {name for name in LEVEL if name.startswith(("benchmarks.", "figures."))}
-SCIENCE = {"heads", "anchors", "drift", "axes"}
+SCIENCE = {"heads", "anchors", "drift", "pointing", "axes"}
 
 
 def modules():

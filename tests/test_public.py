@@ -17,6 +17,7 @@ def test_public_names():
         "Greedy",
         "HeadClasses",
         "KnockOut",
+        "PatchActivations",
         "Sampling",
         "TokenSpans",
         "VisualAnchors",
@@ -39,6 +40,9 @@ def test_public_names():
         "models",
         "observe",
         "observing",
+        "patch_activations",
+        "patch_mask",
+        "pointing_game",
         "register_method",
         "score",
         "to_transformer_lens",
@@ -64,6 +68,8 @@ def test_what_is_registered():
         "logit_lens",
         "method_comparison",
         "patch_maps",
+        "patching",
+        "pointing",
         "saliency_overlays",
     }
 

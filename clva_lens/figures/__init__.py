@@ -12,5 +12,7 @@ from clva_lens.figures.drift import drift_curves as drift_curves
 from clva_lens.figures.heads import head_intensity as head_intensity
 from clva_lens.figures.logit_lens import logit_lens as logit_lens
 from clva_lens.figures.patch_maps import patch_maps as patch_maps
+from clva_lens.figures.patching import patching as patching
+from clva_lens.figures.pointing import pointing as pointing
 from clva_lens.figures.saliency import SaliencyPicture as SaliencyPicture
 from clva_lens.figures.saliency import saliency_overlays as saliency_overlays

@@ -20,8 +20,9 @@ from clva_lens.methods.base import Method
 from clva_lens.methods.clva import CLVA
 from clva_lens.methods.knockout import KnockOut
 from clva_lens.models.lens import LensModel, load
+from clva_lens.pointing import pointing
 from clva_lens.runs import Report
-from clva_lens.toy.measure import object_patches, pointing, trace_questions
+from clva_lens.toy.measure import object_patches, trace_questions
 from clva_lens.toy.questions import SKILLS, SPLITS, exist_question
 from clva_lens.toy.scenes import sample_scenes
 from clva_lens.toy.train import RECIPE, TIMES
@@ -110,9 +111,9 @@ def _pointing(model: LensModel, count: int) -> dict[str, Any]:
     ]
     trace = trace_questions(model, scenes, asked)
     patches = object_patches(scenes, asked)
-    every = pointing(trace.saliency("all"), patches).float().mean(dim=0)
-    sensitive = pointing(trace.saliency("sensitive"), patches).float().mean(dim=0)
-    heads = pointing(trace.maps, patches).float().mean(dim=0)
+    every = pointing(trace.saliency("all"), patches).hit.float().mean(dim=0)
+    sensitive = pointing(trace.saliency("sensitive"), patches).hit.float().mean(dim=0)
+    heads = pointing(trace.maps, patches).hit.float().mean(dim=0)
     return {
         "site": trace.site,
         "layers": list(trace.layers),

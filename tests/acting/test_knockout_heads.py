@@ -108,3 +108,24 @@ def test_another_models_mask():
         cl.intervening(lens_of("full", "sdpa").hf_model, method),
     ):
         pass
+
+
+@pytest.mark.parametrize("rows", ["text", "last"])
+def test_all_image_keys_is_a_mask_that_hides_them(lens, ask, rows):
+    """The bare model under an explicit [batch, 1, query, key] mask, without a run of ours."""
+    prompt = ask(lens)
+    length = prompt["input_ids"].shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    blind = prompt.spans.text[0].clone()
+    if rows == "last":
+        blind[:-1] = False
+    seen[blind[:, None] & prompt.spans.image[0]] = False
+    hidden = torch.zeros(1, 1, length, length).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.inference_mode():
+        expected = lens.hf_model(**{**prompt.inputs, "attention_mask": hidden}).logits
+    found = logits(lens, prompt, cl.KnockOut(layers=range(12), rows=rows))
+    error = float((found - expected).abs().max())
+    effect = float((expected - logits(lens, prompt)).abs().max())
+    print(f"error {error:.1e}, effect {effect:.3f}")
+    assert error < 5e-5
+    assert effect > 1000 * error

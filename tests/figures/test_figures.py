@@ -20,6 +20,8 @@ from clva_lens.figures import (
     logit_lens,
     method_comparison,
     patch_maps,
+    patching,
+    pointing,
     saliency_overlays,
     save,
 )
@@ -63,6 +65,10 @@ DRAW = {
     "saliency_overlays": lambda: saliency_overlays([picture()], [4]),
     "logit_lens": lambda: logit_lens(INTENSITY - 0.4, [["$a", "猫", "no"]] * 2),
     "patch_maps": lambda: patch_maps(CURVES[0].reshape(5, 2, 2) - 0.5, layers=[0, 1, 2, 3, 7]),
+    "patching": lambda: patching(INTENSITY - 0.4, ["image", "$a 猫", "last"], layers=[3, 7]),
+    "pointing": lambda: pointing(
+        INTENSITY[0], INTENSITY[1], chance=0.1, hit_intervals=np.eye(3)[:, :2]
+    ),
     "method_comparison": lambda: method_comparison(METHODS),
 }
 

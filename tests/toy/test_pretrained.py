@@ -9,9 +9,10 @@ import torch
 
 import clva_lens as cl
 from clva_lens.benchmarks.toy_pope import ToyPope
+from clva_lens.pointing import pointing
 from clva_lens.toy import pretrained
 from clva_lens.toy.card import card_text
-from clva_lens.toy.measure import object_patches, pointing, trace_questions
+from clva_lens.toy.measure import object_patches, trace_questions
 from clva_lens.toy.questions import exist_question
 from clva_lens.toy.scenes import sample_scenes
 from clva_lens.toy.toys import TOYS
@@ -136,7 +137,7 @@ def test_pointing_and_knock_out_on_fresh_scenes(toys):
     asked = [pair for pair in asked if scenes[pair[0]].patches(pair[1].kind).any()]
     patches = object_patches(scenes, asked)
     trace = trace_questions(toys["toy-llava"], scenes, asked)
-    hit = pointing(trace.saliency("all"), patches).float().mean(dim=0)
+    hit = pointing(trace.saliency("all"), patches).hit.float().mean(dim=0)
     chance = float(patches.float().mean())
     print(f"pointing by layer {[round(float(h), 2) for h in hit]}, chance {chance:.2f}")
     assert hit[4] > 0.7
