@@ -2,7 +2,7 @@
 
 >>> import clva_lens as cl
 >>> cl.methods()
-('ablation', 'clva', 'icd', 'knockout', 'vcd')
+('ablation', 'clearsight', 'clva', 'icd', 'knockout', 'pai', 'vcd', 'visflow')
 """
 
 from clva_lens import benchmarks as _benchmarks  # noqa: F401  (registers the benchmarks)
@@ -39,11 +39,15 @@ from clva_lens.methods.ablation import AblateHeads as AblateHeads
 from clva_lens.methods.base import METHODS as _METHODS
 from clva_lens.methods.base import compose as compose
 from clva_lens.methods.base import register_method as register_method
+from clva_lens.methods.clearsight import ClearSight as ClearSight
 from clva_lens.methods.clva import CLVA as CLVA
+from clva_lens.methods.controls import Shuffled as Shuffled
 from clva_lens.methods.icd import ICD as ICD
 from clva_lens.methods.knockout import KnockOut as KnockOut
+from clva_lens.methods.pai import PAI as PAI
 from clva_lens.methods.patching import PatchActivations as PatchActivations
 from clva_lens.methods.vcd import VCD as VCD
+from clva_lens.methods.visflow import VisFlow as VisFlow
 from clva_lens.models.family import FAMILIES as _FAMILIES
 from clva_lens.models.lens import load as load
 from clva_lens.patching import patch_activations as patch_activations
@@ -73,16 +77,20 @@ def figures() -> tuple[str, ...]:
 __all__ = [
     "CLVA",
     "ICD",
+    "PAI",
     "VCD",
     "AblateHeads",
     "Beam",
+    "ClearSight",
     "ClvaLensError",
     "Greedy",
     "HeadClasses",
     "KnockOut",
     "PatchActivations",
     "Sampling",
+    "Shuffled",
     "TokenSpans",
+    "VisFlow",
     "VisualAnchors",
     "attention_drift",
     "benchmarks",

@@ -75,3 +75,22 @@ def read_generated_rows(call: AttentionCall) -> Float[Tensor, "batch head row vi
         for start, stop in call.row_pieces(count - call.new_rows, count)
     ]
     return torch.cat(maps, dim=2)
+
+
+@torch.no_grad()
+def read_received(call: AttentionCall) -> Float[Tensor, "batch visual"]:
+    """Return the attention that each image token receives from the other image tokens.
+
+    The sum over their rows, averaged over the heads; the pass must hold the prompt, and the image
+    tokens must be rows of it too.
+    """
+    spans, visual = call.step.spans, call.step.visual
+    received = torch.zeros(spans.image.shape, device=call.query.device)
+    key = torch.arange(call.step.keys, device=received.device)
+    for start, stop in call.row_pieces(int(visual.min()), int(visual.max()) + 1):
+        pattern = call.rows(start, stop)[..., : call.step.keys].mean(dim=1)
+        others = rearrange(spans.image[:, start:stop], "b q -> b q 1") & (
+            key[None] != key[start:stop, None]
+        )
+        received += pattern.where(others, 0.0).sum(dim=1)
+    return torch.take_along_dim(received, visual, dim=1)

@@ -46,13 +46,17 @@ class AttentionCall:
 
     def scores(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
         """Return what the softmax of ``rows`` is taken of, in float32, under mask and bias."""
-        scores = raw_scores(self.query[:, :, start:stop], self.key, self.scaling)
+        scores = self.products(start, stop)
         allowed = self.additive_mask(start, stop)
         if allowed is not None:
             scores += allowed
         if self.bias is not None:
             scores += self.bias[:, :, start:stop]
         return scores
+
+    def products(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
+        """Return the scores of ``rows`` as the model forms them, before mask and bias: q·k/√d."""
+        return raw_scores(self.query[:, :, start:stop], self.key, self.scaling)
 
     def row_pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Return (start, stop) of pieces of these rows that hold few scores each."""

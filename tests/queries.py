@@ -90,14 +90,19 @@ def read_picture(
     state = [_Queries(edit) if isinstance(edit, reference.Clva) else None for edit in edits]
     for index, layer in enumerate(qformer.encoder.layer):
         block = layer.attention
-        pattern = _pattern(block.attention, hidden, hidden, heads)
+        pattern = _scores(block.attention, hidden, hidden, heads).softmax(dim=2)
         hidden = _mix(block, pattern, hidden, hidden)
         asked, read = hidden[:QUERIES], hidden[QUERIES:]
         if index % 2 == 0:
             block = layer.crossattention
-            pattern = _pattern(block.attention, asked, picture, heads)
+            scores = _scores(block.attention, asked, picture, heads)
+            pattern = scores.softmax(dim=2)
             for edit, its in zip(edits, state, strict=True):
-                pattern = _rewrite(pattern, edit, its, index, result)
+                if isinstance(edit, reference.Rescore):
+                    assert len(edits) == 1  # the others rewrite patterns
+                    pattern = edit.rescore(scores, scores, pattern, index, result, []).softmax(2)
+                else:
+                    pattern = _rewrite(pattern, edit, its, index, result)
             result.patterns.append(pattern)
             asked = _mix(block, pattern, picture, asked)
         asked = _feed(layer.intermediate_query, layer.output_query, asked)
@@ -157,11 +162,10 @@ def _rewrite(
     return pattern / pattern.sum(dim=2, keepdim=True)
 
 
-def _pattern(attention: torch.nn.Module, asking: Tensor, asked: Tensor, heads: int) -> Tensor:
+def _scores(attention: torch.nn.Module, asking: Tensor, asked: Tensor, heads: int) -> Tensor:
     query = _linear(attention.query, asking).reshape(len(asking), heads, -1)
     key = _linear(attention.key, asked).reshape(len(asked), heads, -1)
-    scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[-1])
-    return scores.softmax(dim=2)
+    return torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[-1])
 
 
 def _mix(block: torch.nn.Module, pattern: Tensor, asked: Tensor, residual: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from rewrites import ClearSight, Pai, Rescore, VisFlow
 from torch import Tensor
 
 
@@ -28,6 +29,8 @@ class Clva:
     empty: str = "tail"
     # Explicit heads: those of the positive layer and those of the negative one.
     heads: tuple[Sequence[int], Sequence[int]] | None = None
+    # For a control: which image token's factor each one gets.
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class KnockOut:
     heads: Mapping[int, Sequence[int]] | None = None
 
 
-Edit = Clva | KnockOut
+Edit = Clva | KnockOut | ClearSight | Pai | VisFlow
 
 
 @dataclass
@@ -94,20 +97,27 @@ def run(
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         query, key = _rotary(query, *rotate), _rotary(key, *rotate)
-        pattern = torch.zeros(heads, length, length, dtype=kind)
+        raw = torch.full((heads, length, length), -math.inf, dtype=kind)
         for head in range(heads):
             for row in range(length):
                 scores = key[head // groups, : row + 1] @ query[head, row] / math.sqrt(width)
-                pattern[head, row, : row + 1] = scores.softmax(0)
+                raw[head, row, : row + 1] = scores
+        scores, factor = raw, torch.ones_like(raw)
+        pattern = raw.softmax(dim=2)
         for edit, its in zip(edits, state, strict=True):
-            weights = (
-                _knock_out_weights(edit, index, total_layers, result, generated, pattern)
-                if its is None
-                else its.weights(pattern, index, total_layers, result, generated)
-            )
-            if weights is not None:
-                pattern = pattern * weights
-                pattern = pattern / pattern.sum(dim=2, keepdim=True)
+            if isinstance(edit, Rescore):
+                scores = edit.rescore(scores, raw, pattern, index, result, generated)
+            elif isinstance(edit, VisFlow):
+                factor = factor * edit.weights(pattern, index, result, generated)
+            else:
+                weights = (
+                    _knock_out_weights(edit, index, total_layers, result, generated, pattern)
+                    if its is None
+                    else its.weights(pattern, index, total_layers, result, generated)
+                )
+                factor = factor if weights is None else factor * weights
+            pattern = scores.softmax(dim=2) * factor
+            pattern = pattern / pattern.sum(dim=2, keepdim=True)
         result.patterns.append(pattern)
         mixed = [pattern[head] @ value[head // groups] for head in range(heads)]
         hidden = hidden + torch.cat(mixed, dim=1) @ attention.o_proj.weight.T
@@ -178,7 +188,7 @@ class _ClvaState:
             source = row if row in generated and edit.refresh == "step" else last
             factor = 1 + edit.alpha * pos[source].to(pattern) - edit.beta * neg[source].to(pattern)
             factor[factor.abs() < 1e-12] = 0
-            weights[row, result.image] = factor
+            weights[row, result.image] = factor if edit.order is None else factor[[*edit.order]]
         return weights
 
     def _read(self, role: str, pattern: Tensor, result: Result, generated: list[int]) -> None:

@@ -10,16 +10,20 @@ def test_public_names():
     assert cl.__all__ == [
         "CLVA",
         "ICD",
+        "PAI",
         "VCD",
         "AblateHeads",
         "Beam",
+        "ClearSight",
         "ClvaLensError",
         "Greedy",
         "HeadClasses",
         "KnockOut",
         "PatchActivations",
         "Sampling",
+        "Shuffled",
         "TokenSpans",
+        "VisFlow",
         "VisualAnchors",
         "attention_drift",
         "benchmarks",
@@ -52,7 +56,16 @@ def test_public_names():
 
 
 def test_what_is_registered():
-    assert cl.methods() == ("ablation", "clva", "icd", "knockout", "vcd")
+    assert cl.methods() == (
+        "ablation",
+        "clearsight",
+        "clva",
+        "icd",
+        "knockout",
+        "pai",
+        "vcd",
+        "visflow",
+    )
     assert cl.models() == ("instructblip", "llava")
     assert set(cl.benchmarks()) >= {
         "chair/coco",

@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import clva_lens
 from clva_lens.__main__ import app
+from clva_lens.methods.base import METHODS
 
 ROOT = Path(clva_lens.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,8 +26,19 @@ def test_the_python_examples_run_in_order(tmp_path):
     path = tmp_path / "readme_examples.py"
     path.write_text(code, encoding="utf-8")
     names = {}
-    exec(compile(code, str(path), "exec"), names)
+    try:
+        exec(compile(code, str(path), "exec"), names)
+        assert "look-harder" in clva_lens.methods()
+    finally:
+        if "look-harder" in clva_lens.methods():
+            METHODS.remove("look-harder")
     assert names["logits"].shape[:2] == names["prompt"]["input_ids"].shape
+    with torch.inference_mode(), clva_lens.intervening(names["model"], clva_lens.CLVA()):
+        clva = names["model"].hf_model(**names["prompt"]).logits
+    # The reader's own method moves the last row, and through CLVA's anchors the other text rows.
+    moved = (names["harder"].detach() - clva).abs().amax(dim=2)
+    assert moved[0, -1] > 0.01
+    assert moved[~names["prompt"].spans.text].max() < 1e-4
     assert names["saliency"].shape == (12, 64)
     assert len(names["clva"].rows) == len(names["greedy"].rows) == 60
     assert names["run"].anchors.positive.shape == (64,)

@@ -1,8 +1,11 @@
 """The methods: one file each; importing this room registers them."""
 
 from clva_lens.methods import ablation as ablation
+from clva_lens.methods import clearsight as clearsight
 from clva_lens.methods import clva as clva
 from clva_lens.methods import icd as icd
 from clva_lens.methods import knockout as knockout
+from clva_lens.methods import pai as pai
 from clva_lens.methods import patching as patching
 from clva_lens.methods import vcd as vcd
+from clva_lens.methods import visflow as visflow

@@ -104,6 +104,23 @@ class MethodHooks(list[Hook]):
         self.sessions = tuple(sessions)
 
 
+class BiasSession(Session):
+    """A session without memory: ``bias`` makes the bias of each of its layers in each pass."""
+
+    def __init__(
+        self,
+        site: str,
+        layers: Sequence[int],
+        bias: Callable[[AttentionCall], Float[Tensor, "batch _ query key"] | None],
+    ) -> None:
+        """Name the site and its layers, 0-based, and give the function."""
+        self.site, self.layers, self.bias = site, tuple(layers), bias
+
+    def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
+        """Return the bias at the session's layers, None elsewhere."""
+        return self.bias(call) if call.layer in self.layers else None
+
+
 class Method(ABC):
     """A training-free method: parameters that never change.
 
@@ -246,18 +263,20 @@ def row_bias(
     call: AttentionCall,
     rows: Rows,
     prompt: Float[Tensor, "batch visual"],
-    generated: Float[Tensor, "batch row visual"],
+    generated: Float[Tensor, "batch row visual"] | None = None,
 ) -> Float[Tensor, "batch 1 query key"]:
     """Return the bias that puts log-weights on the image keys of text and generated rows.
 
     ``prompt`` is for the prompt's rows after the image, ``generated`` for each generated row of
-    this pass; all other rows and keys get 0. Float32.
+    this pass (None: as ``prompt``); all other rows and keys get 0. Float32.
     """
     step, count = call.step, call.query.shape[2]
     shape = (call.query.shape[0], 1, count, call.key.shape[2])
     bias = torch.zeros(shape, device=call.query.device)
     new = call.new_rows
     visual = rearrange(step.visual, "b v -> b 1 1 v")
+    if generated is None:
+        generated = prompt[:, None].expand(-1, new, -1)
     if new > 0:
         part = bias[:, :, count - new :]
         part.scatter_(3, visual.expand(-1, -1, new, -1), rearrange(generated, "b r v -> b 1 r v"))

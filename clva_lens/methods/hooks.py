@@ -163,15 +163,22 @@ class _Watch:
                 "key-value cache). Run the bridge on the prompt's input_ids under the hooks."
             )
         self.seen.add(layer)
-        return _ScoresCall(layer, step, scores, _like_keys(scores), None, None, 1.0)
+        return _ScoresCall(layer, step, scores, _like_keys(scores), None, None, 1.0, scores)
 
 
 @dataclass(frozen=True, eq=False)
 class _ScoresCall(AttentionCall):
     """Attention of which the masked scores are known: they stand in the place of the queries.
 
-    Sessions take only sizes from ``query`` and ``key``; ``rows`` is all they read.
+    Sessions take only sizes from ``query`` and ``key``; ``rows`` and ``products`` are all they
+    read. ``formed`` are the scores before any session's bias.
     """
+
+    formed: Float[Tensor, "batch head query key"]
+
+    def products(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
+        """Return the scores of query rows as the bridge formed them, under its mask."""
+        return self.formed[:, :, start:stop].float()
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
         """Return the pattern of query rows ``start`` to ``stop``; each row sums to 1."""

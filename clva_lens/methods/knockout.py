@@ -96,8 +96,7 @@ class _KnockOutSession(Session):
         if self._bias is None or self._bias[0] is not call.step:
             batch, visual = call.step.visual.shape
             none = torch.full((batch, visual), -torch.inf, device=call.query.device)
-            generated = none[:, None].expand(-1, call.new_rows, -1)
-            self._bias = (call.step, row_bias(call, self.rows, none, generated))
+            self._bias = (call.step, row_bias(call, self.rows, none))
         bias = self._bias[1]
         if self.heads is None:
             return bias

@@ -6,6 +6,7 @@ sequence, which is what ``refresh="step"`` means with a cache.
 
 import pytest
 import reference
+import rewrites
 import torch
 from conftest import QUESTIONS, lens_of, picture
 
@@ -19,6 +20,19 @@ METHODS = {
     "last row": cl.CLVA(tau=1.0, rows="last"),
     "knock-out": cl.KnockOut(),
     "composed": cl.compose(cl.CLVA(tau=1.0, layers=(5, 6, 7)), cl.KnockOut(layers=(9,))),
+    "ClearSight": cl.ClearSight(variant="paper"),
+    "PAI": cl.PAI(),
+    "VisFlow": cl.VisFlow(),
+    "shuffled": cl.Shuffled(cl.CLVA(tau=1.0)),
+}
+# Methods again, for the reference.
+EDITS = {
+    "step": reference.Clva(tau=1.0),
+    "prompt": reference.Clva(tau=1.0, refresh="prompt"),
+    "ClearSight": rewrites.ClearSight(suppress=0.9, half=True),
+    "PAI": rewrites.Pai(),
+    "PAI, generated rows only": rewrites.Pai(prompt="none"),
+    "VisFlow": rewrites.VisFlow(),
 }
 
 
@@ -62,22 +76,26 @@ def test_cached_is_uncached(lens, ask, name):
     assert moved > 0.05
 
 
-@pytest.mark.parametrize("refresh", ["step", "prompt"])
-def test_generated_rows_are_the_references(lens, exact, ask, refresh):
+@pytest.mark.parametrize("name", EDITS)
+def test_generated_rows_are_the_references(lens, exact, ask, name):
     """Every step's logits equal one pass of the reference over the whole answer."""
     inputs = ask(lens, 3).inputs
-    ids, logits = decode(lens.hf_model, inputs, cl.CLVA(tau=1.0, refresh=refresh))
-    edit = reference.Clva(tau=1.0, refresh=refresh)
-    error, margin = 0.0, 1.0
+    method = METHODS.get(name, cl.PAI(prompt_row=False))
+    ids, logits = decode(lens.hf_model, inputs, method)
+    edit = EDITS[name]
+    error, margin, moved = 0.0, 1.0, 0.0
     for item in range(3):
         prompt, pixels, _ = reference.rows_of(inputs, item)
         whole = torch.cat([prompt, ids[item, :-1]])
         expected = reference.run(exact, whole, pixels, [edit], prompt_length=len(prompt))
         rows = expected.logits[len(prompt) - 1 :]
+        plain = reference.run(exact, whole, pixels, [], prompt_length=len(prompt))
         error = max(error, float((rows - logits[item]).abs().max()))
         margin = min(margin, expected.margin)
-    print(f"{refresh}: error {error:.1e}, margin {margin:.1e}")
+        moved = max(moved, float((expected.logits - plain.logits)[len(prompt) :].abs().max()))
+    print(f"{name}: error {error:.1e}, margin {margin:.1e}, effect {moved:.3f}")
     assert error < ATOL
+    assert moved > max(0.05, 100 * error)
 
 
 def test_refresh_matters(lens, ask):
@@ -101,10 +119,11 @@ def test_batch_is_singles(lens, ask, name):
         torch.testing.assert_close(logits[item], expected[0], rtol=0, atol=ATOL)
 
 
-def test_static_cache(lens, ask):
+@pytest.mark.parametrize("name", ["step", "ClearSight", "PAI", "VisFlow"])
+def test_static_cache(lens, ask, name):
     """The cache of a fixed size hands empty keys to the kernel; they must not be seen."""
     for count in (1, 3):
-        model, inputs, method = lens.hf_model, ask(lens, count).inputs, METHODS["step"]
+        model, inputs, method = lens.hf_model, ask(lens, count).inputs, METHODS[name]
         ids, logits = decode(model, inputs, method)
         static = {"cache_implementation": "static", "disable_compile": True}
         others, found = decode(model, inputs, method, **static)

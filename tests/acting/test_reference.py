@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import reference
+import rewrites
 import torch
 from conftest import make_processor, tiny_model
 
@@ -81,6 +82,57 @@ CASES = {
     "CLVA inside CLVA": [
         both(positive_layer=3, tau=1.0),
         both(positive_layer=7, negative_layer=5, heads=([1], [2]), alpha=2.0, tau=0.8),
+    ],
+}
+
+CASES |= {
+    "ClearSight": [(cl.ClearSight(), rewrites.ClearSight())],
+    "ClearSight, strong": [
+        (
+            cl.ClearSight(enhance=1.6, suppress=0.5, layers=(2, 7, 11)),
+            rewrites.ClearSight(1.6, 0.5, layers=(2, 7, 11)),
+        )
+    ],
+    "ClearSight, image only": [(cl.ClearSight(suppress=1), rewrites.ClearSight(suppress=1.0))],
+    "ClearSight, system only": [(cl.ClearSight(enhance=1), rewrites.ClearSight(enhance=1.0))],
+    "ClearSight, the paper's": [
+        (cl.ClearSight(variant="paper"), rewrites.ClearSight(suppress=0.9, half=True))
+    ],
+    "PAI": [(cl.PAI(), rewrites.Pai())],
+    "PAI, weaker": [(cl.PAI(alpha=-0.5, layers=(4, 9)), rewrites.Pai(-0.5, (4, 9)))],
+    "VisFlow": [(cl.VisFlow(), rewrites.VisFlow())],
+    "VisFlow, tokens": [
+        (cl.VisFlow(sink=0.1, system=0, text=0), rewrites.VisFlow(20, 0.1, 0.0, 0.0))
+    ],
+    "VisFlow, heads": [
+        (
+            cl.VisFlow(salient=1, sink=1, system=0.8, text=0.9, text_threshold=0.4),
+            rewrites.VisFlow(1, 1, 0.8, 0.9, text_threshold=0.4),
+        )
+    ],
+    "VisFlow, system heads": [
+        (
+            cl.VisFlow(salient=1, sink=1, system=0.8, text=0, system_threshold=0.3),
+            rewrites.VisFlow(1, 1, 0.8, 0, system_threshold=0.3),
+        )
+    ],
+    "CLVA, then PAI": [both(tau=1.0), (cl.PAI(), rewrites.Pai())],
+    "PAI, then CLVA": [(cl.PAI(), rewrites.Pai()), both(tau=1.0)],
+    "ClearSight, then CLVA": [
+        (cl.ClearSight(layers=(4, 5, 6)), rewrites.ClearSight(layers=(4, 5, 6))),
+        both(tau=1.0),
+    ],
+    "CLVA, then VisFlow": [both(tau=1.0), (cl.VisFlow(), rewrites.VisFlow())],
+    "VisFlow, then CLVA": [(cl.VisFlow(), rewrites.VisFlow()), both(tau=1.0)],
+    "knock-out of heads, then ClearSight": [
+        knock_out(heads={3: [0, 2]}),
+        (cl.ClearSight(), rewrites.ClearSight()),
+    ],
+    "all": [
+        (cl.ClearSight(), rewrites.ClearSight()),
+        (cl.PAI(), rewrites.Pai()),
+        (cl.VisFlow(), rewrites.VisFlow()),
+        both(tau=1.0),
     ],
 }
 

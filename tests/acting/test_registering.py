@@ -1,12 +1,16 @@
 """Methods are registered with what one has to know of them, those of a notebook too."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import ClassVar, get_args
 
 import pytest
+import reference
+import torch
+from rewrites import VisFlow
 
 import clva_lens as cl
-from clva_lens.methods.base import METHODS, Kernel, Method
+from clva_lens.methods.base import METHODS, BiasSession, Kernel, Method, row_bias
 
 
 @pytest.mark.parametrize("name", METHODS.names())
@@ -18,8 +22,9 @@ def test_every_method_says_what_it_is(name):
     assert own["kernel"] in get_args(Kernel)
     assert method.forwards >= 1
     assert set(method.sites) <= {"decoder", "qformer"}
+    # Which site is asked only where there is a choice.
     known = {field.name for field in fields(method)}
-    assert ("site" in known) == bool(method.sites)
+    assert ("site" in known) == (len(method.sites) > 1)
     assert method.__doc__ is not None
     assert method() == method()  # every parameter has a default
 
@@ -82,3 +87,52 @@ def test_what_cannot_be_registered(forget):
     with pytest.raises(cl.ClvaLensError, match=r"Another has no name of its own"):
         cl.register_method(Another)
     assert "mine" not in cl.methods()
+
+
+@dataclass(frozen=True)
+class Even(Method):
+    """As the README's: all image tokens × gain, in the last row and generated ones."""
+
+    name: ClassVar[str] = "mine"
+    gain: float = 3.0
+
+    def sessions(self, shapes):
+        return [BiasSession("decoder", (3, 7), self.bias)]
+
+    def bias(self, call):
+        return row_bias(call, "last", torch.full(call.step.visual.shape, math.log(self.gain)))
+
+
+def test_a_method_of_ones_own_is_its_rewrite(one, exact_of, ask, forget):
+    """Its logits are those of the patterns rewritten by hand, while it generates too."""
+    method = cl.register_method(Even)()
+    inputs = ask(one).inputs
+    with torch.inference_mode(), cl.intervening(one.hf_model, method):
+        out = one.hf_model.generate(
+            **inputs,
+            max_new_tokens=4,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+
+    @dataclass(frozen=True)
+    class Rewrite(VisFlow):
+        def weights(self, pattern, index, result, new):
+            weights = torch.ones_like(pattern)
+            if index in (3, 7):
+                for row in [result.text[-1], *new]:
+                    weights[:, row, result.image] = 3.0
+            return weights
+
+    ids, length = out.sequences[0, :-1], inputs["input_ids"].shape[1]
+    pixels = inputs["pixel_values"][0]
+    wanted, plain = (
+        reference.run(exact_of("full"), ids, pixels, edits, length).logits[length - 1 :]
+        for edits in ([Rewrite()], [])
+    )
+    error = float((torch.cat(out.logits) - wanted).abs().max())
+    effect = float((wanted - plain).abs().amax(dim=1).min())
+    print(f"error {error:.1e}, effect {effect:.3f}")
+    assert error < 1e-4
+    assert effect > max(0.02, 100 * error)

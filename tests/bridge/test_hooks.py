@@ -24,6 +24,13 @@ CASES = {
     "knock-out of a class": cl.KnockOut(heads="insensitive"),
     "ablation": cl.AblateHeads(heads=SOME_HEADS.sensitive | SOME_HEADS.insensitive),
     "ablation of a class, then CLVA": cl.compose(cl.AblateHeads(rows="last"), cl.CLVA(tau=1.0)),
+    "ClearSight": cl.ClearSight(),
+    "ClearSight, the paper's": cl.ClearSight(variant="paper"),
+    "PAI": cl.PAI(),
+    "VisFlow": cl.VisFlow(),
+    "CLVA, then PAI": cl.compose(cl.CLVA(tau=1.0), cl.PAI()),
+    "knock-out, then ClearSight": cl.compose(cl.KnockOut(layers=(3,)), cl.ClearSight()),
+    "shuffled": cl.Shuffled(cl.CLVA(tau=1.0)),
     "CLVA, then knock-out": cl.compose(
         cl.CLVA(tau=1.0, layers=(5, 6, 7)), cl.KnockOut(layers=(7, 9))
     ),

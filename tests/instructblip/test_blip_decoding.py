@@ -7,6 +7,7 @@ here: one pass over prompt and answer, in which every generated row has its own 
 import pytest
 import queries
 import reference
+import rewrites
 import torch
 from conftest import QUESTIONS, blip_of, exact_blip, picture
 
@@ -23,6 +24,9 @@ METHODS = {
     "both": cl.compose(cl.CLVA(tau=1.0), cl.CLVA(tau=1.0, site="decoder")),
     "knock-out": cl.KnockOut(),
     "knock-out, answering": cl.KnockOut(site="decoder"),
+    "ClearSight": cl.ClearSight(),
+    "PAI": cl.PAI(),
+    "VisFlow": cl.VisFlow(text=0.8, text_threshold=0.32),
 }
 EDITS = {
     "reading": {"qformer": [reference.Clva(tau=1.0)]},
@@ -32,6 +36,9 @@ EDITS = {
     "both": {"qformer": [reference.Clva(tau=1.0)], "decoder": [reference.Clva(tau=1.0)]},
     "knock-out": {"qformer": [reference.KnockOut()]},
     "knock-out, answering": {"decoder": [reference.KnockOut()]},
+    "ClearSight": {"decoder": [rewrites.ClearSight()]},
+    "PAI": {"decoder": [rewrites.Pai()]},
+    "VisFlow": {"decoder": [rewrites.VisFlow(text=0.8, text_threshold=0.32, tokens=False)]},
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import queries
 import reference
+import rewrites
 import torch
 from conftest import blip_of, exact_blip
 
@@ -66,6 +67,22 @@ CASES = {
     "both sites": [both(tau=1.0), both("decoder", tau=1.0)],
     "both sites, the decoder named first": [both("decoder", tau=1.0), both(tau=1.0)],
     "both sites knocked out": [knock_out(), knock_out("decoder")],
+    "ClearSight": [(cl.ClearSight(), ("decoder", rewrites.ClearSight()))],
+    "ClearSight of CLS and patches": [
+        (
+            cl.ClearSight(site="qformer", enhance=1.5),
+            ("qformer", rewrites.ClearSight(1.5, layers=(4,))),
+        )
+    ],
+    "PAI": [(cl.PAI(), ("decoder", rewrites.Pai()))],
+    "PAI of queries": [(cl.PAI(site="qformer"), ("qformer", rewrites.Pai(prompt="all")))],
+    "VisFlow, heads only": [
+        (
+            cl.VisFlow(text=0.8, text_threshold=0.32),
+            ("decoder", rewrites.VisFlow(text=0.8, text_threshold=0.32, tokens=False)),
+        )
+    ],
+    "CLVA, then PAI": [both(tau=1.0), (cl.PAI(), ("decoder", rewrites.Pai()))],
 }
 
 

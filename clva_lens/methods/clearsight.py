@@ -1,0 +1,142 @@
+"""ClearSight (VAF, visual amplification fusion): arXiv:2503.13107, ustc-hyin/ClearSight.
+
+In the middle layers the scores l = q·k/√d of text rows are scaled before the softmax: l · 1.15 at
+image tokens and l · 0.95 at what stands before the image, the system prompt and the BOS token. As a
+bias that is (c − 1)·l, for every head.
+
+``variant="released"`` is what the public code computes (single commit, 2024-12-18; its own part has
+no licence, so this is written from the mathematics): all heads. ``variant="paper"`` scales only
+"visual perception heads", the half of each layer's heads with the most attention to the image,
+which the public code leaves out; notes on the paper quote its coefficients as 0.15 and 0.1, one
+as 0.1 and 0.15.
+
+Two things to know. A negative score is made *more* negative by "enhancement", since l is scaled
+and not shifted. And the BOS token is where most attention goes, so that its × 0.95 may be the
+larger part of the effect.
+
+**Departs from the paper:** the head ranking, of which only "top 50 %" is known, is by Eq. 1 of
+arXiv:2603.25088v1 on the prompt, layer by layer. In a Q-Former, where nobody has tried it, all
+queries are edited and the system is the CLS token.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from clva_lens.errors import InterventionError, ParameterError
+from clva_lens.methods.base import (
+    Kernel,
+    Method,
+    Shapes,
+    check_layers,
+    edited_rows,
+    register_method,
+)
+from clva_lens.methods.scores import released_layer, score_bias, span_keys
+from clva_lens.rows import read_prompt_rows
+from clva_lens.session import AttentionCall, Session
+
+Variant = Literal["released", "paper"]
+"""What the public code computes, or what the paper says."""
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class ClearSight(Method):
+    """Scale the scores of image and system keys in the middle layers; layers are 0-based.
+
+    Args:
+        enhance: the factor on scores of image keys, >= 0; 1 changes nothing.
+        suppress: the factor on scores of system keys, >= 0; 1 changes nothing. None is 0.95, and
+            0.9 in the paper's variant.
+        variant: "released", or "paper" (see above).
+        layers: the edited layers; None is 9 to 14, in stacks of fewer than 32 layers those at the
+            same fractions of the depth (3 to 5 of 12).
+        site: where; the language model's "decoder" as in the paper, or a "qformer".
+
+    Raises:
+        ParameterError: if a factor is negative or infinite, or the variant unknown.
+    """
+
+    name: ClassVar[str] = "clearsight"
+    paper: ClassVar[str] = "ClearSight (VAF), arXiv:2503.13107"
+    kernel: ClassVar[Kernel] = "fused + rows"
+    enhance: float | int = 1.15
+    suppress: float | int | None = None
+    variant: Variant = "released"
+    layers: Sequence[int] | None = None
+    site: str = "decoder"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        if self.variant not in get_args(Variant):
+            raise ParameterError(
+                f"variant must be 'released' or 'paper', but is {self.variant!r}. Pass "
+                "variant='released'."
+            )
+        for name, factor in zip(("enhance", "suppress"), self.factors, strict=True):
+            if not (math.isfinite(factor) and factor >= 0):
+                raise ParameterError(
+                    f"{name} must be a finite factor >= 0, but is {factor}. Pass {name}=1.0 for no "
+                    "change."
+                )
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    @property
+    def factors(self) -> tuple[float | int, float | int]:
+        """The factors on scores of image keys and of system keys."""
+        default = 0.95 if self.variant == "released" else 0.9
+        return self.enhance, default if self.suppress is None else self.suppress
+
+    def sessions(self, shapes: Shapes) -> list[Session]:
+        """Return one session for the layers of this model."""
+        shape = shapes.at(self.site)
+        layers: Sequence[int] | None = self.layers
+        if layers is None:
+            first, end = released_layer(9, shape.depth), released_layer(15, shape.depth)
+            layers = [layer for layer in shape.layers if first <= layer < max(end, first + 1)]
+        return [_ClearSightSession(self, shape.site, check_layers("layers", layers, shape))]
+
+
+class _ClearSightSession(Session):
+    def __init__(self, method: ClearSight, site: str, layers: tuple[int, ...]) -> None:
+        self.method, self.site, self.layers = method, site, layers
+        self.passive = method.factors == (1, 1)
+        self._heads: dict[int, Bool[Tensor, "batch head"]] = {}
+
+    def attention(self, call: AttentionCall) -> Float[Tensor, "batch head query key"] | None:
+        """Return (c − 1)·l at image and system keys of text and generated rows."""
+        if call.layer not in self.layers or self.passive:
+            return None
+        spans = call.step.spans
+        image, system = (factor - 1 for factor in self.method.factors)
+        scale = image * span_keys(call, spans.image) + system * span_keys(call, spans.system)
+        scale = rearrange(scale.float(), "b k -> b 1 1 k")
+        if self.method.variant == "paper":
+            scale = scale * rearrange(self._perceiving(call), "b h -> b h 1 1")
+
+        def change(scores: Float[Tensor, "batch head row key"]) -> Tensor:
+            return (scale * scores).where(scale != 0, 0.0)
+
+        return score_bias(call, edited_rows(call, "text"), change)
+
+    def _perceiving(self, call: AttentionCall) -> Bool[Tensor, "batch head"]:
+        """Return the half of the heads with the most attention to the image, on the prompt."""
+        if call.step.number == 0:
+            mass = read_prompt_rows(call).image
+            chosen = torch.zeros_like(mass, dtype=torch.bool)
+            best = mass.topk(max(1, mass.shape[1] // 2), dim=1).indices
+            self._heads[call.layer] = chosen.scatter_(1, best, True)
+        if call.layer not in self._heads:
+            raise InterventionError(
+                "ClearSight joined a run whose prompt had been read already, so the paper's "
+                "visual perception heads are unknown. Start it before the prompt is read."
+            )
+        return self._heads[call.layer]

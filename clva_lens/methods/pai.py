@@ -1,0 +1,94 @@
+"""PAI, pay attention to image: arXiv:2407.21771, LALBJ/PAI at 9bbd8bd.
+
+Each row that a token is predicted from looks at the image with its scores raised by their own
+size before the softmax: l + α·|l| at image keys, in all heads of all layers but the first two.
+
+PAI's other half, guidance away from what the model would say without the image, is not available
+yet; ``guidance=1`` is without. Its released code leaves the prompt's last row unedited while
+guidance is on, since a flag on the modules is cleared only after the first step:
+``prompt_row=False``.
+
+**Departs from the paper:** in a Q-Former, where nobody has tried it and rows have no last one, all
+queries are edited.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from clva_lens.errors import ParameterError
+from clva_lens.methods.base import (
+    BiasSession,
+    Kernel,
+    Method,
+    Shapes,
+    check_layers,
+    edited_rows,
+    register_method,
+)
+from clva_lens.methods.scores import score_bias, span_keys
+from clva_lens.session import AttentionCall, Session
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class PAI(Method):
+    """Raise the scores of image keys by α·|l| in the last row of the prompt and generated rows.
+
+    Args:
+        alpha: α, by default the release's 0.2; 0 changes nothing, below 0 lowers the scores.
+        guidance: γ of the guidance by a prompt without image; only 1, none, is available.
+        layers: the edited layers, 0-based; None is all from layer 2 on.
+        prompt_row: whether the prompt's last row is edited too (see above).
+        site: where; the language model's "decoder" as in the paper, or a "qformer".
+
+    Raises:
+        ParameterError: if ``alpha`` is not finite, or ``guidance`` is not 1.
+    """
+
+    name: ClassVar[str] = "pai"
+    paper: ClassVar[str] = "PAI (its attention part), arXiv:2407.21771"
+    kernel: ClassVar[Kernel] = "fused + rows"
+    alpha: float | int = 0.2
+    guidance: float | int = 1.0
+    layers: Sequence[int] | None = None
+    prompt_row: bool = True
+    site: str = "decoder"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        if not math.isfinite(self.alpha):
+            raise ParameterError(f"alpha must be finite, but is {self.alpha}. Pass alpha=0.2.")
+        if self.guidance != 1:
+            raise ParameterError(
+                f"guidance is {self.guidance}, but PAI's guidance by a prompt without image is not "
+                "available. Pass guidance=1.0, for its attention part alone."
+            )
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    def sessions(self, shapes: Shapes) -> list[Session]:
+        """Return one session for the layers of this model."""
+        shape = shapes.at(self.site)
+        layers: Sequence[int] | None = self.layers
+        if layers is None:
+            layers = [layer for layer in shape.layers if layer >= 2]
+        return [BiasSession(shape.site, check_layers("layers", layers, shape), self._bias)]
+
+    def _bias(self, call: AttentionCall) -> Float[Tensor, "batch head query key"] | None:
+        """Return α·|l| at the image keys of the rows that predict a token."""
+        if self.alpha == 0:
+            return None
+        rows = edited_rows(call, "last" if call.step.ordered else "text")
+        if not self.prompt_row:
+            old = call.query.shape[2] - call.new_rows
+            position = torch.arange(call.query.shape[2], device=rows.device)
+            rows = rows & (position >= old)
+        image = rearrange(span_keys(call, call.step.spans.image), "b k -> b 1 1 k")
+        return score_bias(call, rows, lambda scores: (self.alpha * scores.abs()).where(image, 0.0))
