@@ -2,7 +2,7 @@
 
 >>> import clva_lens as cl
 >>> cl.methods()
-('ablation', 'clearsight', 'clva', 'icd', 'knockout', 'pai', 'vcd', 'visflow')
+('ablation', 'clearsight', 'clva', 'deco', 'icd', 'knockout', 'memvr', 'pai', 'vcd', 'visflow')
 """
 
 from clva_lens import benchmarks as _benchmarks  # noqa: F401  (registers the benchmarks)
@@ -42,8 +42,10 @@ from clva_lens.methods.base import register_method as register_method
 from clva_lens.methods.clearsight import ClearSight as ClearSight
 from clva_lens.methods.clva import CLVA as CLVA
 from clva_lens.methods.controls import Shuffled as Shuffled
+from clva_lens.methods.deco import DeCo as DeCo
 from clva_lens.methods.icd import ICD as ICD
 from clva_lens.methods.knockout import KnockOut as KnockOut
+from clva_lens.methods.memvr import MemVR as MemVR
 from clva_lens.methods.pai import PAI as PAI
 from clva_lens.methods.patching import PatchActivations as PatchActivations
 from clva_lens.methods.vcd import VCD as VCD
@@ -83,9 +85,11 @@ __all__ = [
     "Beam",
     "ClearSight",
     "ClvaLensError",
+    "DeCo",
     "Greedy",
     "HeadClasses",
     "KnockOut",
+    "MemVR",
     "PatchActivations",
     "Sampling",
     "Shuffled",

@@ -145,8 +145,9 @@ class Session:
         """Look at a part of the residual stream; return what replaces it, or None for no edit.
 
         "resid_pre" and "resid_post" are what enters and leaves a layer, "attn_out" and "mlp_out"
-        (and a Q-Former's "cross_attn_out") what its blocks put out, as in TransformerLens. With a
-        key-value cache, ``hidden`` has this pass's rows only, from position ``call.step.offset``.
+        (and a Q-Former's "cross_attn_out") what its blocks put out, as in TransformerLens; "mlp_in"
+        is what the MLP reads, after the norm. With a key-value cache, ``hidden`` has this pass's
+        rows only, from position ``call.step.offset``.
         nnsight serves a module's own ``.output`` before this, inputs and later modules after it.
         """
         return None

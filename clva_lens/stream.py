@@ -16,8 +16,12 @@ from clva_lens.models.family import find_family
 from clva_lens.models.hooks import Place
 from clva_lens.passes import Step
 
-Part = Literal["resid_pre", "attn_out", "cross_attn_out", "mlp_out", "resid_post"]
-"""What of a layer: TransformerLens' name of it, without "hook_"."""
+Part = Literal["resid_pre", "attn_out", "cross_attn_out", "mlp_in", "mlp_out", "resid_post"]
+"""What of a layer: TransformerLens' name of it, without "hook_".
+
+"mlp_in" is what the MLP reads: the stream after the norm, a bridge's "mlp.hook_in". A Q-Former,
+which normalises after each sum, has none.
+"""
 
 Stream = Float[Tensor, "batch query width"]
 
@@ -33,7 +37,8 @@ class StreamCall(NamedTuple):
 def stream_name(site: str, part: str, layer: int) -> str:
     """Return TransformerLens' name of a part of a layer, as ``run_with_cache`` has it."""
     prefix = "" if site == "decoder" else f"{site}."
-    return f"{prefix}blocks.{layer}.hook_{part}"
+    hook = "mlp.hook_in" if part == "mlp_in" else f"hook_{part}"
+    return f"{prefix}blocks.{layer}.{hook}"
 
 
 def stream_hooks(
@@ -49,6 +54,10 @@ def stream_hooks(
         ParameterError: if the site's stack has no such part or layer.
     """
     places = {place.name: place for place in find_family(model).activations(model).places}
+    for name, place in list(places.items()):
+        if name.endswith("ln2.hook_normalized"):  # what this norm puts out, the MLP reads
+            after = place._replace(tap=place.tap._replace(side="output"))
+            places[name.replace("ln2.hook_normalized", "mlp.hook_in")] = after
     for part, layer in wanted:
         name = stream_name(site, part, layer)
         if part not in get_args(Part) or name not in places:

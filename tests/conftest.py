@@ -150,14 +150,26 @@ def picture(seed: int) -> np.ndarray:
     return coarse.repeat(8, axis=0).repeat(8, axis=1)
 
 
-@cache
-def lens_of(heads: str, kernel: str) -> LensModel:
-    return cl.load((tiny_model(heads, kernel), make_processor()))
+@torch.no_grad()
+def feed(model: torch.nn.Module, by: float) -> None:
+    """Scale the decoder's FFNs: as initialised they write next to nothing to the stream."""
+    for layer in model.get_decoder().layers:
+        for parameter in layer.mlp.parameters():
+            parameter.mul_(by)
 
 
 @cache
-def double_of(heads: str) -> LlavaForConditionalGeneration:
-    return copy.deepcopy(tiny_model(heads)).double()
+def lens_of(heads: str, kernel: str, fed: float = 1) -> LensModel:
+    model = tiny_model(heads, kernel)
+    feed(model, fed)
+    return cl.load((model, make_processor()))
+
+
+@cache
+def double_of(heads: str, fed: float = 1) -> LlavaForConditionalGeneration:
+    model = copy.deepcopy(tiny_model(heads))
+    feed(model, fed)
+    return model.double()
 
 
 # ── InstructBLIP and BLIP-2 ──
@@ -273,14 +285,19 @@ def tiny_blip(
 
 
 @cache
-def blip_of(kernel: str, language: str = "llama") -> LensModel:
-    return cl.load((tiny_blip(language, kernel), blip_processor(language)))
+def blip_of(kernel: str, language: str = "llama", fed: float = 1) -> LensModel:
+    model = tiny_blip(language, kernel)
+    if fed != 1:
+        feed(model.language_model, fed)
+    return cl.load((model, blip_processor(language)))
 
 
 @cache
-def exact_blip() -> InstructBlipForConditionalGeneration:
+def exact_blip(fed: float = 1) -> InstructBlipForConditionalGeneration:
     """The float64 copy, eager."""
-    return copy.deepcopy(tiny_blip(kernel="eager")).double()
+    model = copy.deepcopy(tiny_blip(kernel="eager"))
+    feed(model.language_model, fed)
+    return model.double()
 
 
 @pytest.fixture(scope="session", params=KERNELS)

@@ -9,7 +9,7 @@ test, its own code runs it. Padding does not exist here.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -44,6 +44,7 @@ def run(
     qformer: Sequence[reference.Edit] = (),
     decoder: Sequence[reference.Edit] = (),
     answer: Tensor | None = None,
+    feed: Callable[..., Tensor] | None = None,
 ) -> Result:
     """Run one sample of a batch with edits at both sites; ``answer`` are generated tokens."""
     ids, pixels, _ = reference.rows_of(inputs, item)
@@ -57,7 +58,7 @@ def run(
     length = len(ids)
     if answer is not None:
         ids = torch.cat([ids, answer])
-    return Result(seen, reference.run(language, ids, pixels, decoder, length, features))
+    return Result(seen, reference.run(language, ids, pixels, decoder, length, features, feed))
 
 
 def single(inputs: Mapping[str, Tensor], item: int) -> dict[str, Tensor]:

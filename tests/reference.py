@@ -7,7 +7,7 @@ of the model. Padding does not exist here: batches are taken apart and their pad
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,7 +50,8 @@ class Result:
 
     ``image``, ``text`` are positions. ``margin`` is the smallest distance of a decision (a head's
     or a token's) from its threshold: if it were as small as rounding, nothing could be compared.
-    ``masks`` are the last prompt row's (positive, negative) of each CLVA.
+    ``masks`` are the last prompt row's (positive, negative) of each CLVA, ``streams`` what each
+    layer puts out [position, width], after what enters the first.
     """
 
     logits: Tensor
@@ -59,6 +60,7 @@ class Result:
     text: list[int]
     margin: float = math.inf
     masks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    streams: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -69,10 +71,12 @@ def run(
     edits: Sequence[Edit] = (),
     prompt_length: int | None = None,
     features: Tensor | None = None,
+    feed: Callable[[int, Tensor, Tensor, Result], Tensor] | None = None,
 ) -> Result:
     """Run one sample (``ids`` [position], unpadded); from ``prompt_length`` on, it is generated.
 
-    ``features`` are the image tokens' embeddings, where they are not LLaVA's own.
+    ``features`` are the image tokens' embeddings, where they are not LLaVA's own. ``feed`` replaces
+    what an FFN puts out: it is given the layer, the FFN's input and output, and what is known.
     """
     decoder, config = model.model.language_model, model.config.text_config
     kind = model.lm_head.weight.dtype
@@ -85,6 +89,7 @@ def run(
 
     hidden = decoder.embed_tokens.weight[ids].clone()
     hidden[image] = _features(model, pixels.to(kind)) if features is None else features
+    result.streams.append(hidden)
     total_layers, heads = len(decoder.layers), config.num_attention_heads
     width = config.hidden_size // heads
     groups = heads // config.num_key_value_heads
@@ -123,7 +128,9 @@ def run(
         hidden = hidden + torch.cat(mixed, dim=1) @ attention.o_proj.weight.T
         normed = _rms_norm(hidden, layer.post_attention_layernorm.weight, config.rms_norm_eps)
         gate, up = normed @ layer.mlp.gate_proj.weight.T, normed @ layer.mlp.up_proj.weight.T
-        hidden = hidden + (gate * gate.sigmoid() * up) @ layer.mlp.down_proj.weight.T
+        fed = (gate * gate.sigmoid() * up) @ layer.mlp.down_proj.weight.T
+        hidden = hidden + (fed if feed is None else feed(index, normed, fed, result))
+        result.streams.append(hidden)
     normed = _rms_norm(hidden, decoder.norm.weight, config.rms_norm_eps)
     result.logits = normed @ model.lm_head.weight.T
     for its in state:

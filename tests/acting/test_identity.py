@@ -21,14 +21,22 @@ PLACES += [("instructblip", "grouped", kernel, site) for kernel in KERNELS for s
 # Methods with a strength: what switches them off.
 ZERO = {
     "clva": {"alpha": 0.0, "beta": 0.0},
+    "deco": {"alpha": 0.0},
     "icd": {"alpha": 0.0},
+    "memvr": {"ratio": 0.0},
     "vcd": {"alpha": 0.0},
     "clearsight": {"enhance": 1.0, "suppress": 1.0},
     "pai": {"alpha": 0.0},
     "visflow": {"salient": 1.0, "sink": 1.0, "system": 0.0, "text": 0.0},
 }
 # Parameters under which a method does something on 16 image tokens.
-STRONG = {"clva": {"tau": 1.0}, "clearsight": {"enhance": 1.5, "variant": "paper"}}
+STRONG = {
+    "clva": {"tau": 1.0},
+    "clearsight": {"enhance": 1.5, "variant": "paper"},
+    "memvr": {"ratio": 0.5, "gamma": 0.5},
+}
+# Methods that edit FFNs, and by how much those are scaled for them.
+FED = {"memvr": 8.0}
 
 
 def logits(lens, inputs, *methods):
@@ -55,9 +63,10 @@ def place(request):
 
 
 @pytest.fixture
-def lens(place):
+def lens(place, request):
     family, heads, kernel, _ = place
-    return lens_of(heads, kernel) if family == "llava" else blip_of(kernel)
+    fed = FED.get(request.node.callspec.params.get("name"), 1)
+    return lens_of(heads, kernel, fed) if family == "llava" else blip_of(kernel, "llama", fed)
 
 
 @pytest.fixture
