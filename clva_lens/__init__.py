@@ -1,8 +1,8 @@
 """clva_lens: look inside vision-language models, and act on what you see.
 
 >>> import clva_lens as cl
->>> cl.methods()
-('ablation', 'clearsight', 'clva', 'deco', 'icd', 'knockout', 'memvr', 'pai', 'vcd', 'visflow')
+>>> "clva" in cl.methods()
+True
 """
 
 from clva_lens import benchmarks as _benchmarks  # noqa: F401  (registers the benchmarks)
@@ -44,6 +44,7 @@ from clva_lens.methods.clva import CLVA as CLVA
 from clva_lens.methods.controls import Shuffled as Shuffled
 from clva_lens.methods.deco import DeCo as DeCo
 from clva_lens.methods.icd import ICD as ICD
+from clva_lens.methods.imccd import IMCCD as IMCCD
 from clva_lens.methods.knockout import KnockOut as KnockOut
 from clva_lens.methods.memvr import MemVR as MemVR
 from clva_lens.methods.pai import PAI as PAI
@@ -79,6 +80,7 @@ def figures() -> tuple[str, ...]:
 __all__ = [
     "CLVA",
     "ICD",
+    "IMCCD",
     "PAI",
     "VCD",
     "AblateHeads",

@@ -123,13 +123,20 @@ class Run:
         return last
 
     def edit(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
     ) -> Tensor | None:
         """Show one layer to the sessions; return its mask with their biases, None without any."""
         step, self._call = self.passes.step, None
         if step is None or isinstance(query, FakeTensor):
             return None
-        call = AttentionCall(self._layers[id(module)], step, query, key, mask, None, scaling)
+        layer = self._layers[id(module)]
+        call = AttentionCall(layer, step, query, key, mask, None, scaling, value)
         for session in self.sessions:
             bias = session.attention(call)
             if bias is not None:
@@ -287,7 +294,7 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             seen, values = key, value
             if attention_mask is None and step is not None and step.causal and count > 1:
                 seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
-            edited = run.edit(module, query, seen, attention_mask, scale)
+            edited = run.edit(module, query, seen, values, attention_mask, scale)
             if edited is not None:
                 key, value, attention_mask = seen, values, edited
         out, weights = base(module, query, key, value, attention_mask, scaling=scale, **kwargs)

@@ -17,7 +17,7 @@ SCORES_AT_ONCE = 2**24
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """Queries and keys of one layer in one pass, and the bias that earlier sessions put on them.
+    """Queries, keys and values of one layer in one pass, and the bias that earlier sessions put.
 
     Queries and keys are as the kernel gets them: after the rotary embedding, with the whole cache.
     """
@@ -29,6 +29,7 @@ class AttentionCall:
     mask: Tensor | None
     bias: Float[Tensor, "batch _ query key"] | None
     scaling: float
+    value: Float[Tensor, "batch kv_head key width"] | None = None
 
     @property
     def new_rows(self) -> int:

@@ -28,6 +28,7 @@ ORDER = [
         "methods.contrast",
         "methods.deco",
         "methods.icd",
+        "methods.imccd",
         "methods.controls",
         "methods.knockout",
         "methods.memvr",

@@ -10,6 +10,7 @@ def test_public_names():
     assert cl.__all__ == [
         "CLVA",
         "ICD",
+        "IMCCD",
         "PAI",
         "VCD",
         "AblateHeads",
@@ -64,6 +65,7 @@ def test_what_is_registered():
         "clva",
         "deco",
         "icd",
+        "imccd",
         "knockout",
         "memvr",
         "pai",

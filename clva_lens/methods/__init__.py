@@ -5,6 +5,7 @@ from clva_lens.methods import clearsight as clearsight
 from clva_lens.methods import clva as clva
 from clva_lens.methods import deco as deco
 from clva_lens.methods import icd as icd
+from clva_lens.methods import imccd as imccd
 from clva_lens.methods import knockout as knockout
 from clva_lens.methods import memvr as memvr
 from clva_lens.methods import pai as pai

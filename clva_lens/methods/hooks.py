@@ -6,7 +6,7 @@ nothing of a method is written twice: sessions read the rows of these scores and
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -163,7 +163,7 @@ class _Watch:
                 "key-value cache). Run the bridge on the prompt's input_ids under the hooks."
             )
         self.seen.add(layer)
-        return _ScoresCall(layer, step, scores, _like_keys(scores), None, None, 1.0, scores)
+        return _ScoresCall(layer, step, scores, _like_keys(scores), None, None, 1.0, formed=scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +174,7 @@ class _ScoresCall(AttentionCall):
     read. ``formed`` are the scores before any session's bias.
     """
 
-    formed: Float[Tensor, "batch head query key"]
+    formed: Float[Tensor, "batch head query key"] = field(kw_only=True)
 
     def products(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
         """Return the scores of query rows as the bridge formed them, under its mask."""

@@ -23,6 +23,7 @@ ZERO = {
     "clva": {"alpha": 0.0, "beta": 0.0},
     "deco": {"alpha": 0.0},
     "icd": {"alpha": 0.0},
+    "imccd": {"alpha": 0.0, "compression": 1},
     "memvr": {"ratio": 0.0},
     "vcd": {"alpha": 0.0},
     "clearsight": {"enhance": 1.0, "suppress": 1.0},

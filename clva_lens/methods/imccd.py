@@ -1,0 +1,205 @@
+"""IMCCD, intra- and cross-modal contrastive decoding (lijm48/IMCCD at 9db52a0, from its formulas).
+
+Two parts. **CDAR** acts on the model itself: text looks at the image as if image positions were
+compressed. With c = 3, image token j of N (the first at s) stands at s + j/c, and a text row p at
+p − N(1 − 1/c); the score of every text row to every image token is that of these positions.
+
+**CMVED** impairs the second input, which is otherwise the same: of the text rows' scores L to the
+image, those above their mean (one mean a layer, over heads, rows and image tokens) are marked, and
+what a marked token would bring is replaced by nothing in particular. With A = softmax(L) over all
+keys and M the marks,
+
+    O_i = Σ_j A_ij (1 − M_ij) V_j + (Σ_j A_ij M_ij) · v̄,
+
+v̄ the mean of the head's values over image tokens and channels. The prompt's text rows share a
+mean, a generated row has its own, as in stepwise decoding. Then (1 + α)·l − α·l′ for tokens with
+l ≥ max l + ln β.
+
+**Departs from the release**: the mean is taken for each sample of a batch (the release has batches
+of one); the second input is read from its first token, where the release copies what its system and
+image rows have in common with the first, with the same result; the option that leaves the contrast
+out at steps of little attention to the image (captions only) is missing. α = 0 leaves it
+out, ``compression`` = 1 leaves CDAR out. CDAR forms the scores of text to image, CMVED the rows of
+text, in every layer; both are exact under fused kernels.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from clva_lens.errors import ParameterError
+from clva_lens.methods.base import Kernel, Method, Shapes, edited_rows, register_method, shape_of
+from clva_lens.methods.contrast import ContrastRule, ContrastSession
+from clva_lens.models.family import Inputs, find_family
+from clva_lens.session import AttentionCall, Session, raw_scores
+
+# (α, β, c) of the release's POPE scripts.
+RELEASED = {"instructblip": (3.0, 0.3, 1.0)}
+RELEASED_ELSE = (3.0, 0.2, 3.0)
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class IMCCD(Method):
+    """Compressed distances to the image, contrasted with an impaired look at it.
+
+    None takes the release's setting for POPE. The release's captions use alpha=1.
+
+    Args:
+        alpha: α, the strength of the contrast, >= 0; 0 leaves it out. Default: 3.
+        beta: β of the cut-off, in [0, 1]. Default: 0.2; InstructBLIP 0.3.
+        compression: c, how much nearer image positions lie to each other, >= 1; 1 leaves CDAR out.
+            Default: 3; InstructBLIP 1, as released.
+
+    Raises:
+        ParameterError: if a parameter is out of range.
+    """
+
+    name: ClassVar[str] = "imccd"
+    paper: ClassVar[str] = "lijm48/IMCCD on GitHub"
+    kernel: ClassVar[Kernel] = "eager rows"
+    forwards: ClassVar[float | int] = 2
+    sites: ClassVar[tuple[str, ...]] = ()
+    alpha: float | int | None = None
+    beta: float | int | None = None
+    compression: float | int | None = None
+
+    def __post_init__(self) -> None:
+        """Check everything that was given."""
+        _, compression = self._resolve(RELEASED_ELSE)
+        if not (math.isfinite(compression) and compression >= 1):
+            raise ParameterError(
+                f"compression must be a finite number >= 1, but is {compression}. Pass 3, or 1 to "
+                "leave the positions as they are."
+            )
+
+    def _resolve(self, defaults: tuple[float, float, float]) -> tuple[ContrastRule, float | int]:
+        given = (self.alpha, self.beta, self.compression)
+        alpha, beta, compression = (
+            default if value is None else value
+            for value, default in zip(given, defaults, strict=True)
+        )
+        return ContrastRule(strength=alpha, beta=beta), compression
+
+    def sessions(self, shapes: Shapes) -> list[Session]:
+        """Return CDAR and the contrast, each if its strength is not that of nothing.
+
+        Raises:
+            ParameterError: if positions are to be compressed that are not rotary.
+        """
+        model = shapes.model
+        rule, compression = self._resolve(RELEASED.get(find_family(model).name, RELEASED_ELSE))
+        sessions: list[Session] = []
+        if compression != 1:
+            sessions.append(_CompressedDistances(model, compression))
+        if not rule.is_identity:
+            sessions.append(ContrastSession(model, _same, rule, lambda other: [_Impaired(other)]))
+        return sessions
+
+
+def _same(inputs: Inputs) -> Inputs:
+    return inputs
+
+
+class _CompressedDistances(Session):
+    """CDAR. Turning an image key by (1 − 1/c)(N − j) positions is the same as moving both ends."""
+
+    def __init__(self, model: PreTrainedModel, compression: float | int) -> None:
+        decoder: Any = find_decoder(model)
+        if not hasattr(decoder, "rotary_emb"):
+            raise ParameterError(
+                f"compression={compression} compresses rotary positions, but a "
+                f"{type(decoder).__name__} has none. Pass compression=1."
+            )
+        self.site, self.layers = "decoder", shape_of(model, "decoder").layers
+        self.rotary, self.share = decoder.rotary_emb, 1 - 1 / compression
+
+    def attention(self, call: AttentionCall) -> Float[Tensor, "batch head query key"] | None:
+        """Return the new scores of text rows to the image, less the old ones."""
+        start, rows = _text_rows(call)
+        keys = _at_image(call, call.key)
+        count = keys.shape[2]
+        turn = self.share * (count - torch.arange(count, device=keys.device))
+        angle = turn[:, None] * self.rotary.inv_freq.float().to(keys.device)
+        cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+        keys = keys.float()
+        first, second = keys.chunk(2, dim=-1)
+        turned = keys * cos + torch.cat([-second, first], dim=-1) * sin
+        # Scores are linear in the keys.
+        change = raw_scores(call.query[:, :, start:], turned - keys, call.scaling)
+        change = change * rearrange(rows, "b q -> b 1 q 1")
+        shape = (*call.query.shape[:3], call.key.shape[2])
+        bias = torch.zeros(shape, device=call.query.device)
+        where = rearrange(call.step.visual, "b v -> b 1 1 v").expand_as(change)
+        bias[:, :, start:].scatter_(3, where, change)
+        return bias
+
+
+class _Impaired(Session):
+    """CMVED: what stands out in the image brings the mean of its values instead of its own."""
+
+    edits_output = True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.site, self.layers = "decoder", shape_of(model, "decoder").layers
+
+    def output(
+        self, call: AttentionCall, out: Float[Tensor, "batch query head width"]
+    ) -> Float[Tensor, "batch query head width"]:
+        """Return z with the marked tokens' share replaced in text rows."""
+        assert call.value is not None
+        start, rows = _text_rows(call)
+        count = call.query.shape[2]
+        scores = call.scores(start, count)
+        visual = rearrange(call.step.visual, "b v -> b 1 1 v").expand(*scores.shape[:3], -1)
+        looked, share = (x.gather(3, visual) for x in (scores, scores.softmax(dim=-1)))
+        old = count - start - call.new_rows
+        marked = looked > _means(looked, rows, old)
+        taken = share * marked * rearrange(rows, "b q -> b 1 q 1")
+        groups = call.query.shape[1] // call.value.shape[1]
+        values = _at_image(call, call.value).float().repeat_interleave(groups, dim=1)
+        mean = rearrange(values.mean(dim=(2, 3)), "b h -> b h 1 1")
+        change = taken.sum(dim=3, keepdim=True) * mean - taken @ values
+        edited = out.clone()
+        edited[:, start:] += rearrange(change, "b h q w -> b q h w").to(out.dtype)
+        return edited
+
+
+def _means(
+    looked: Float[Tensor, "batch head row visual"], rows: Bool[Tensor, "batch row"], old: int
+) -> Float[Tensor, "batch 1 row 1"]:
+    """Return each row's mean score: the first ``old`` rows share one, of those that are text."""
+    each = looked.mean(dim=(1, 3))
+    if old > 0:
+        text = rows[:, :old]
+        # Rows before the text do not see the whole image: their means are not finite.
+        shared = each[:, :old].where(text, 0.0).sum(dim=1) / text.sum(dim=1)
+        each = torch.cat([rearrange(shared, "b -> b 1").expand(-1, old), each[:, old:]], dim=1)
+    return rearrange(each, "b q -> b 1 q 1")
+
+
+def _text_rows(call: AttentionCall) -> tuple[int, Bool[Tensor, "batch row"]]:
+    """Return the first row of this pass that is text or generated, and which from there on are."""
+    start = max(0, call.step.first_text - call.step.offset)
+    return start, edited_rows(call, "text")[:, start:]
+
+
+def _at_image(
+    call: AttentionCall, values: Float[Tensor, "batch kv_head key width"]
+) -> Float[Tensor, "batch kv_head visual width"]:
+    """Return the keys or values of the image tokens."""
+    _, heads, _, width = values.shape
+    where = rearrange(call.step.visual, "b v -> b 1 v 1").expand(-1, heads, -1, width)
+    return values.gather(2, where)
+
+
+def find_decoder(model: PreTrainedModel) -> Any:
+    """Return the stack of layers of a model's language model."""
+    language: Any = getattr(model, "language_model", model)
+    return language.get_decoder()
