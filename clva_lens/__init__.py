@@ -55,6 +55,7 @@ from clva_lens.models.family import FAMILIES as _FAMILIES
 from clva_lens.models.lens import load as load
 from clva_lens.patching import patch_activations as patch_activations
 from clva_lens.runs import score as score
+from clva_lens.trace_statistics import trace_statistics as trace_statistics
 
 
 def methods() -> tuple[str, ...]:
@@ -124,4 +125,5 @@ __all__ = [
     "score",
     "to_transformer_lens",
     "trace_attention",
+    "trace_statistics",
 ]

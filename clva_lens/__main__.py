@@ -227,11 +227,25 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 9,
     quick: Annotated[bool, typer.Option(help="The toy only, to see that it runs.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+    random_weights: Annotated[
+        str | None,
+        typer.Option(help="llava-1.5-7b, instructblip-7b, or a folder with a config.json."),
+    ] = None,
+    scaling: Annotated[bool, typer.Option(help="64 to 1024 image tokens.")] = False,
+    device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of --random-weights: bfloat16, …")] = "bfloat16",
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 20,
 ) -> None:
     """Measure what interventions and tracing cost, as ratios within one interleaved run."""
     from clva_lens.bench import bench as measure
+    from clva_lens.bench_models import dtype_of, named_subject, scaling_subjects
 
-    report = measure(rounds=rounds, quick=quick)
+    subjects = None
+    if random_weights is not None:
+        subjects = [named_subject(random_weights, device, dtype_of(dtype))]
+    elif scaling:
+        subjects = scaling_subjects()
+    report = measure(rounds, quick, device=device, subjects=subjects, new_tokens=new_tokens)
     Console().print(report)
     if out is not None:
         out.write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +27,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from clva_lens import folding
 from clva_lens.errors import InterventionError
+from clva_lens.folding import Bias, KeyBias
 from clva_lens.logits import watch_logits
 from clva_lens.models.family import Site, find_family, find_site
 from clva_lens.session import AttentionCall, Session
 from clva_lens.stream import Part, StreamCall, stream_hooks, stream_name
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""An attention kernel: queries, keys, values and a mask to outputs by row, and weights if any."""
 
 
 class Run:
@@ -63,7 +69,7 @@ class Run:
         self._streams: dict[tuple[Part, int], RemovableHandle] = {}
         self._watches_logits = False
         self._call: AttentionCall | None = None
-        self._merged: tuple[Tensor | None, Tensor, Tensor] | None = None
+        self._merged: tuple[Tensor | None, Bias, int, Tensor] | None = None
 
     def install(self) -> None:
         """Route the site's attention through this run, and watch the model's inputs."""
@@ -130,8 +136,8 @@ class Run:
         value: Tensor,
         mask: Tensor | None,
         scaling: float,
-    ) -> Tensor | None:
-        """Show one layer to the sessions; return its mask with their biases, None without any."""
+    ) -> AttentionCall | None:
+        """Show one layer to the sessions; return it with their biases, None without any."""
         step, self._call = self.passes.step, None
         if step is None or isinstance(query, FakeTensor):
             return None
@@ -140,9 +146,26 @@ class Run:
         for session in self.sessions:
             bias = session.attention(call)
             if bias is not None:
-                call = replace(call, bias=bias if call.bias is None else call.bias + bias)
+                call = replace(call, bias=folding.add(call.bias, bias))
         self._call = call if any(session.edits_output for session in self.sessions) else None
-        return None if call.bias is None else self.merge(call)
+        return None if call.bias is None else call
+
+    def attend(self, kernel: Kernel, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Run the base kernel under the bias of a call, in the form that fits it best."""
+        query, key, value, mask, bias = call.query, call.key, call.value, call.mask, call.bias
+        assert bias is not None and value is not None
+        starts = call.step.causal and call.step.offset == 0 and self.kernel == "sdpa"
+        form = folding.choose_form(bias, query, key, mask, from_start=starts)
+        if form == "masked" or not isinstance(bias, KeyBias):
+            return kernel(query, key, value, self.merge(call))
+        if form == "folded":
+            out, weights = kernel(*folding.fold(bias, query, key, value, call.scaling), mask)
+            return out[..., : value.shape[3]], weights
+        first = bias.first
+        before = None if mask is None else mask[:, :, :first, :first]
+        out, _ = kernel(query[:, :, :first], key[:, :, :first], value[:, :, :first], before)
+        edited, weights = kernel(query[:, :, first:], key, value, self.merge(call, first))
+        return torch.cat([out, edited], dim=1), weights
 
     def output(self, out: Tensor) -> Tensor:
         """Return the output of the layer that ``edit`` was for, as the sessions leave it."""
@@ -168,21 +191,26 @@ class Run:
                 found = found if edited is None else edited
         return None if found is hidden else found.reshape(value.shape)
 
-    def merge(self, call: AttentionCall) -> Tensor:
-        """Return mask and bias as one additive mask; the last one is kept for the next layer."""
-        mask, bias = call.mask, call.bias
+    def merge(self, call: AttentionCall, first: int = 0) -> Tensor:
+        """Return mask and bias of the rows from ``first`` on as one additive mask.
+
+        The last one is kept for the next layer.
+        """
+        mask, bias, count = call.mask, call.bias, call.query.shape[2]
         assert bias is not None
-        if self._merged is None or self._merged[0] is not mask or self._merged[1] is not bias:
-            additive = call.additive_mask(0, call.query.shape[2])
+        known = self._merged
+        if known is None or known[0] is not mask or known[1] is not bias or known[2] != first:
+            additive, merged = call.additive_mask(first, count), folding.part(bias, first, count)
             # Finite in the queries' type: a row of padding that sees nothing must not become NaN.
             # The bias is float32, which the lowest float64 does not fit.
-            lowest = max(torch.finfo(call.query.dtype).min, torch.finfo(bias.dtype).min)
-            merged = bias if additive is None else (bias + additive).clamp_min(lowest)
+            lowest = max(torch.finfo(call.query.dtype).min, torch.finfo(merged.dtype).min)
+            if additive is not None:
+                merged = (merged + additive).clamp_min(lowest)
             # CUDA kernels take a mask of the queries' type only; CPU kernels take float32 too.
             if merged.device.type != "cpu":
-                merged = merged.to(call.query.dtype)
-            self._merged = (mask, bias, merged)
-        return self._merged[2]
+                merged = folding.aligned(merged, call.query.dtype)
+            self._merged = known = (mask, bias, first, merged)
+        return known[3]
 
 
 _ACTIVE: dict[int, Run] = {}
@@ -285,19 +313,19 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the base kernel, under the bias of the run that the module belongs to."""
-        base = KERNELS[kernel](module)
+        base = partial(KERNELS[kernel](module), module, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        run = _ACTIVE.get(id(module))
+        run, call, values = _ACTIVE.get(id(module)), None, value
         if run is not None:
-            count, step = query.shape[2], run.passes.step
+            count, step, seen = query.shape[2], run.passes.step, key
             # A static cache hands over its empty end too: leave it out, as the kernel would.
-            seen, values = key, value
             if attention_mask is None and step is not None and step.causal and count > 1:
                 seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
-            edited = run.edit(module, query, seen, values, attention_mask, scale)
-            if edited is not None:
-                key, value, attention_mask = seen, values, edited
-        out, weights = base(module, query, key, value, attention_mask, scaling=scale, **kwargs)
+            call = run.edit(module, query, seen, values, attention_mask, scale)
+        if run is None or call is None:
+            out, weights = base(query, key, value, attention_mask, scaling=scaling)
+        else:
+            out, weights = run.attend(partial(base, scaling=scale), call)
         return (out if run is None else run.output(out)), weights
 
     return attend

@@ -5,16 +5,17 @@ case to its baseline, and the median of these is reported, with quartiles. On a 
 count are of *processor* time, which other programs disturb least; on CUDA they are of wall time.
 """
 
-import copy
 import gc
 import math
+import os
+import platform
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,13 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from clva_lens.bench_models import Subject, random_prompt, random_subjects, toy_subjects
+from clva_lens.bench_cases import Case, forward_cases, generation_cases
+from clva_lens.bench_models import Subject, random_subjects, toy_subjects
 from clva_lens.errors import ParameterError
-from clva_lens.intervene import intervene, intervening, trace_attention
-from clva_lens.methods.clva import CLVA
 from clva_lens.models.family import find_site
-from clva_lens.models.lens import LensModel
-from clva_lens.toy import build
 
 # A model whose plain generation is shorter than this gets as many more rounds.
 ROUND_SECONDS = 1.0
@@ -141,71 +139,24 @@ def bench(
     finally:
         gc.unfreeze()
     versions = {name: version(name) for name in ("torch", "transformers", "nnsight")}
-    used = {**versions, "device": device, "threads": torch.get_num_threads()}
+    used = {**versions, "device": device, "threads": torch.get_num_threads(), **machine(device)}
     return BenchReport(tuple(rows), rounds, used)
 
 
-class Case(NamedTuple):
-    """Something to measure, the case it is compared with, and its attention kernel."""
-
-    name: str
-    over: str
-    kernel: str
-    call: Callable[[], Any]
-
-
-def generation_cases(model: PreTrainedModel, new_tokens: int) -> list[Case]:
-    """Return generation of ``new_tokens`` tokens: plain, under CLVA, and both in nnsight."""
-    inputs, generate = random_prompt(model).inputs, cast(Any, model).generate
-    options: dict[str, Any] = {**inputs, "max_new_tokens": new_tokens, "do_sample": False}
-    for part in (model, getattr(model, "language_model", model)):
-        part.generation_config.eos_token_id, part.generation_config.pad_token_id = None, 0
-    # A wrapped model is slower, so nnsight gets a copy; the weights are shared.
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    handle = LensModel(copy.deepcopy(model, shared), build.processor(), "bench")
-    handle.hf_model.set_attn_implementation("sdpa")
-
-    def plain() -> None:
-        ids = generate(**options)
-        assert ids.shape[1] == inputs["input_ids"].shape[1] + new_tokens, "it ended early"
-
-    def clva() -> None:
-        with intervening(model, CLVA()):
-            plain()
-
-    def traced() -> None:
-        with handle.generate(**options) as tracer:
-            tracer.result.save()
-
-    def traced_clva() -> None:
-        with handle.generate(**options) as tracer:
-            intervene(CLVA())
-            tracer.result.save()
-
-    return [
-        Case("generate", "generate", "sdpa", plain),
-        Case("generate, CLVA", "generate", "sdpa", clva),
-        Case("generate, nnsight", "generate", "sdpa", traced),
-        Case("generate, nnsight, CLVA", "generate", "sdpa", traced_clva),
-        Case("generate, eager", "generate", "eager", plain),
-        Case("generate, eager, CLVA", "generate, eager", "eager", clva),
-    ]
-
-
-def forward_cases(model: PreTrainedModel) -> list[Case]:
-    """Return one forward pass: plain, traced, and with every pattern kept by transformers."""
-    prompt = random_prompt(model)
-    options: dict[str, Any] = {**prompt.inputs, "logits_to_keep": 1}
-    every: dict[str, Any] = {**options, "output_attentions": True}
-    return [
-        Case("forward", "forward", "sdpa", lambda: model(**options)),
-        Case("trace_attention", "forward", "sdpa", lambda: trace_attention(model, prompt)),
-        Case("output_attentions", "forward", "eager", lambda: model(**every)),
-    ]
+def machine(device: str) -> dict[str, str | int]:
+    """Return what the measurements were made on: the processor, and the GPU if it is one."""
+    found: dict[str, str | int] = {
+        "system": platform.system(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count() or 0,
+    }
+    if torch.device(device).type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
 
 
 @contextmanager
-def _kernel(model: PreTrainedModel, kernel: str) -> Iterator[None]:
+def _kernel(model: PreTrainedModel, kernel: str | dict[str, str]) -> Iterator[None]:
     before = find_site(model).config._attn_implementation or "eager"
     model.set_attn_implementation(kernel)
     try:
@@ -255,7 +206,29 @@ def measure_time(
             for case in order[:: -1 if number % 2 else 1]:
                 samples[case.name].append(_timed(case, model))
                 bar.advance(task)
-    return [_time_row(subject, case, samples) for case in cases]
+    rows = [_time_row(subject, case, samples) for case in cases]
+    if new_tokens > 1:
+        each = token_samples(samples, new_tokens)
+        rows += [_time_row(subject, Case(*pair, "", cases[0].call), each) for pair in TOKENS]
+    return rows
+
+
+TOKENS = (("a token", "a token"), ("a token, CLVA", "a token"))
+"""What is derived from generations and prefills of the same round, and over what."""
+
+
+def token_samples(samples: Mapping[str, list[Clocks]], new_tokens: int) -> dict[str, list[Clocks]]:
+    """Return the time of one more token, by round: that of a generation less its prefill's."""
+
+    def each(whole: str, first: str) -> list[Clocks]:
+        pairs = zip(samples[whole], samples[first], strict=True)
+        spread = [(np.array(one) - np.array(other)) / (new_tokens - 1) for one, other in pairs]
+        return [Clocks(*one.tolist()) for one in spread]
+
+    return {
+        "a token": each("generate", "prefill"),
+        "a token, CLVA": each("generate, CLVA", "prefill, CLVA"),
+    }
 
 
 def _time_row(subject: Subject, case: Case, samples: Mapping[str, list[Clocks]]) -> BenchRow:

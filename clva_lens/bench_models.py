@@ -1,12 +1,17 @@
 """The models that ``clva-lens bench`` measures: the toys, and larger ones with random weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import (
+    AutoConfig,
+    InstructBlipConfig,
     InstructBlipForConditionalGeneration,
+    LlamaConfig,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
 )
@@ -106,22 +111,129 @@ def random_instructblip(
     return InstructBlipForConditionalGeneration(config).eval()
 
 
-def random_prompt(model: PreTrainedModel) -> Prompt:
+FULL_SIZE: dict[str, Callable[[], tuple[type[PreTrainedModel], Any]]] = {
+    "llava-1.5-7b": lambda: (
+        LlavaForConditionalGeneration,
+        LlavaConfig(text_config=LlamaConfig(vocab_size=32064).to_dict()),
+    ),
+    "instructblip-7b": lambda: (
+        InstructBlipForConditionalGeneration,
+        InstructBlipConfig(
+            text_config=LlamaConfig(vocab_size=32001).to_dict(),
+            num_query_tokens=32,
+            image_token_index=32000,
+        ),
+    ),
+}
+
+
+def full_size(
+    name: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    image_size: int | None = None,
+    **text: int,
+) -> PreTrainedModel:
+    """Return a published model's shape with random weights, made on the device itself.
+
+    ``image_size`` is in pixels, None the model's own; ``text`` changes the language model's
+    configuration (``num_hidden_layers``, for example).
+
+    Raises:
+        ParameterError: if the name is unknown.
+    """
+    if name not in FULL_SIZE:
+        raise ParameterError(
+            f"no shape is named {name!r}. Pass one of {', '.join(sorted(FULL_SIZE))}."
+        )
+    kind, config = FULL_SIZE[name]()
+    config.text_config.update(text)
+    if image_size is not None:
+        config.vision_config.image_size = image_size
+    return _random(kind, config, device, dtype)
+
+
+def _random(
+    kind: type[PreTrainedModel], config: Any, device: str, dtype: torch.dtype
+) -> PreTrainedModel:
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            return cast(Any, kind)(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+KINDS: dict[str, type[PreTrainedModel]] = {
+    "llava": LlavaForConditionalGeneration,
+    "instructblip": InstructBlipForConditionalGeneration,
+}
+
+
+def named_subject(name: str, device: str, dtype: torch.dtype) -> Subject:
+    """Return a model of a published shape, or of that of a folder's config.json, to be measured.
+
+    Raises:
+        ParameterError: if the name is neither, or no family knows the folder's model.
+    """
+    if not Path(name).is_dir():
+        if name not in FULL_SIZE:
+            raise ParameterError(
+                f"{name!r} is no folder with a config.json, and the shapes that are known are "
+                f"{', '.join(sorted(FULL_SIZE))}. Other families cannot be measured yet."
+            )
+        return Subject(name, full_size(name, device, dtype), {}, name.startswith("llava"))
+    config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    if config.model_type not in KINDS:
+        raise ParameterError(
+            f"the folder {name} holds a {config.model_type!r}, which cannot be measured. Pass the "
+            f"folder of one of {', '.join(sorted(KINDS))}."
+        )
+    model = _random(KINDS[config.model_type], config, device, dtype)
+    return Subject(name, model, {}, config.model_type == "llava")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the floating-point type of a name.
+
+    Raises:
+        ParameterError: if the name is none of float32, bfloat16 and float16.
+    """
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in types:
+        raise ParameterError(f"dtype must be one of {', '.join(types)}, but is {name!r}.")
+    return types[name]
+
+
+def scaling_subjects() -> list[Subject]:
+    """Return LLaVAs of 8 layers with random weights and 64 to 1024 image tokens."""
+    return [
+        Subject(f"random LLaVA, 8 × 512, {count} image tokens", random_llava(8, 512, 8, count), {})
+        for count in (64, 256, 576, 1024)
+    ]
+
+
+def random_prompt(
+    model: PreTrainedModel, batch: int = 1, system: int = SYSTEM_TOKENS, text: int = TEXT_TOKENS
+) -> Prompt:
     """Return a prompt of a noise picture and meaningless words, of the usual proportions."""
     family = find_family(model)
     image = family.image_token_id(model)
-    words = torch.arange(image + 1, image + 1 + SYSTEM_TOKENS + TEXT_TOKENS)
+    lowest = image + 1 if image < 10 else 10
+    words = torch.arange(lowest, lowest + system + text)
     images = torch.full((family.visual_count(model, "decoder"),), image)
-    ids = torch.cat([words[:SYSTEM_TOKENS], images, words[SYSTEM_TOKENS:]])[None]
+    ids = torch.cat([words[:system], images, words[system:]]).repeat(batch, 1)
     size = int(model.config.vision_config.image_size)
-    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     inputs = {
         "input_ids": ids.to(model.device),
         "attention_mask": torch.ones_like(ids).to(model.device),
         "pixel_values": pixels.to(model.device, model.dtype),
     }
     if isinstance(model, InstructBlipForConditionalGeneration):
-        inputs["qformer_input_ids"] = words[None, SYSTEM_TOKENS:].to(model.device)
+        inputs["qformer_input_ids"] = words[system:].repeat(batch, 1).to(model.device)
     spans = family.spans(model, "decoder", inputs)
     tokens = VisualTokens(spans, "these pictures are noise, so nothing is drawn")
-    return Prompt(inputs, {"decoder": tokens}, False, (), ("",), None)
+    return Prompt(inputs, {"decoder": tokens}, batch > 1, (), ("",) * batch, None)

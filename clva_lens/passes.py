@@ -5,6 +5,7 @@ prompt or decoding step) is worked out here, before each pass, by a hook that a 
 module where the pass begins and takes away when it ends.
 """
 
+import weakref
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
+from transformers import Cache
 
 from clva_lens.axes import TokenSpans
 from clva_lens.errors import InterventionError
@@ -21,6 +24,9 @@ NO_IMAGE = (
     "the prompt has no image tokens, so there is no visual attention to read or edit. Pass an "
     "image: model.prompt(image, question)."
 )
+
+# Spans are lengthened by this many positions at a time.
+ROOM = 256
 
 
 class Step(NamedTuple):
@@ -181,6 +187,10 @@ class _TokenPasses(Passes):
 class DecoderPasses(_TokenPasses):
     """Causal self-attention over a sequence that holds the image tokens."""
 
+    _room: TokenSpans | None = None
+    _cache: weakref.ref[Cache] | None = None
+    _end = 0
+
     def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin with a prompt, or extend its spans by generated positions."""
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -188,8 +198,11 @@ class DecoderPasses(_TokenPasses):
             embeds = kwargs.get("inputs_embeds")
             batch, length = (1, None) if embeds is None else embeds.shape[:2]
             ids = self._embedded_ids(batch, length)
-        offset = _cached(kwargs)
+        offset, cache = self._position(ids.shape[1], kwargs), kwargs.get("past_key_values")
+        self._end = offset + ids.shape[1]
+        self._cache = weakref.ref(cache) if isinstance(cache, Cache) else None
         if offset == 0 and not self._is_rerun(ids, offset, kwargs):
+            self._room = None
             spans = self._begin(ids, ids, kwargs.get("attention_mask"))
             visual = spans.visual_index()
             if not spans.text.any(dim=1).all():
@@ -201,18 +214,41 @@ class DecoderPasses(_TokenPasses):
             self.step = Step(0, 0, spans.text, spans, visual, causal=True, ordered=True, ids=ids)
             return
         known = self._next(ids, offset)
-        spans = known.spans
-        more = offset + ids.shape[1] - known.keys
-        if more > 0:
-            no = torch.zeros(len(ids), more, dtype=torch.bool, device=spans.image.device)
-            spans = TokenSpans(
-                system=torch.cat([spans.system, no], dim=1),
-                image=torch.cat([spans.image, no], dim=1),
-                text=torch.cat([spans.text, no], dim=1),
-                generated=torch.cat([spans.generated, ~no], dim=1),
-            )
+        spans, keys = known.spans, offset + ids.shape[1]
+        if keys > known.keys:
+            spans = self._longer(spans, keys)
         number = known.number + 1
         self.step = known._replace(number=number, offset=offset, spans=spans, ids=ids)
+
+    def _longer(self, spans: TokenSpans, keys: int) -> TokenSpans:
+        """Return spans to which generated positions were added, as views of ones with more room."""
+        if self._room is None or self._room.image.shape[1] < keys:
+            self._room = _with_room(spans, keys - spans.image.shape[1] + ROOM)
+        room = self._room
+        parts = (room.system, room.image, room.text, room.generated)
+        return TokenSpans(*(part[:, :keys] for part in parts))
+
+    def _position(self, rows: int, kwargs: dict[str, Any]) -> int:
+        """Return the position of the pass's first row.
+
+        A static cache holds its length on the device. To read it at every token would have the CPU
+        wait each time, so single rows onto the cache of the last pass are counted instead.
+        """
+        cache = kwargs.get("past_key_values")
+        last = None if self._cache is None else self._cache()
+        known = rows == 1 and self.step is not None and cache is last
+        if known and last is not None and isinstance(last.get_seq_length(), Tensor):
+            return self._end
+        return _cached(kwargs)
+
+
+def _with_room(spans: TokenSpans, more: int) -> TokenSpans:
+    """Return spans with this many more positions, all of them generated."""
+    parts = [
+        functional.pad(part, (0, more), value=part is spans.generated)
+        for part in (spans.system, spans.image, spans.text, spans.generated)
+    ]
+    return TokenSpans(*parts)
 
 
 class EncoderDecoderPasses(_TokenPasses):

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from clva_lens import folding
+from clva_lens.folding import Bias
 from clva_lens.passes import Step
 from clva_lens.stream import Part, Stream, StreamCall
 
@@ -27,7 +29,7 @@ class AttentionCall:
     query: Float[Tensor, "batch head query width"]
     key: Float[Tensor, "batch kv_head key width"]
     mask: Tensor | None
-    bias: Float[Tensor, "batch _ query key"] | None
+    bias: Bias | None
     scaling: float
     value: Float[Tensor, "batch kv_head key width"] | None = None
 
@@ -52,7 +54,7 @@ class AttentionCall:
         if allowed is not None:
             scores += allowed
         if self.bias is not None:
-            scores += self.bias[:, :, start:stop]
+            scores += folding.part(self.bias, start, stop)
         return scores
 
     def products(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
@@ -129,8 +131,11 @@ class Session:
     def begin(self) -> None:
         """Start watching what else is needed of the model; the session is in its run now."""
 
-    def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
-        """Look at one layer's attention; return a bias on its scores, or None for no edit."""
+    def attention(self, call: AttentionCall) -> Bias | None:
+        """Look at one layer's attention; return a bias on its scores, or None for no edit.
+
+        A bias is Float["batch _ query key"], or a ``KeyBias`` where it is the same for all rows.
+        """
         return None
 
     def output(

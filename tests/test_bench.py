@@ -1,3 +1,4 @@
+import copy
 import io
 import json
 import math
@@ -6,16 +7,28 @@ import pytest
 import torch
 from rich.console import Console
 
-from clva_lens.bench import BenchReport, BenchRow, PeakMemory, bench, peak_memory
+from clva_lens.bench import (
+    BenchReport,
+    BenchRow,
+    Clocks,
+    PeakMemory,
+    bench,
+    peak_memory,
+    token_samples,
+)
 from clva_lens.bench_models import (
     LARGE_TARGETS,
     Subject,
+    named_subject,
     random_instructblip,
     random_llava,
     random_prompt,
     toy_subjects,
 )
+from clva_lens.bench_paper import NAME, rewriting
 from clva_lens.errors import ParameterError
+from clva_lens.intervene import intervening
+from clva_lens.methods.clva import CLVA
 
 KIB = 256  # float32 values in one KiB
 CASES = {
@@ -25,6 +38,16 @@ CASES = {
     ("generate, nnsight, CLVA", "s"),
     ("generate, eager", "s"),
     ("generate, eager, CLVA", "s"),
+    ("generate, the paper's rewriting", "s"),
+    ("generate, VCD", "s"),
+    ("prefill", "s"),
+    ("prefill, CLVA", "s"),
+    ("prefill, CLVA masked", "s"),
+    ("prefill, CLVA split", "s"),
+    ("prefill, CLVA folded", "s"),
+    ("prefill, the paper's rewriting", "s"),
+    ("a token", "s"),
+    ("a token, CLVA", "s"),
     ("forward", "s"),
     ("trace_attention", "s"),
     ("output_attentions", "s"),
@@ -48,7 +71,8 @@ def test_every_case_is_there_once_with_finite_positive_ratios(report):
     assert {(row.case, row.unit) for row in report.rows} == CASES
     assert len(report.rows) == len(CASES)
     for row in report.rows:
-        if row.unit == "s":
+        # A token's time is a difference, which may be anything in one round of a tiny model.
+        if row.unit == "s" and not row.case.startswith("a token"):
             assert math.isfinite(row.ratio) and row.ratio > 0
             assert row.low <= row.ratio <= row.high
             assert row.value > 0
@@ -117,7 +141,49 @@ def test_an_instructblip_is_measured_too():
         subject = next(one for one in toy_subjects() if "InstructBLIP" in one.name)
         made = bench(rounds=1, subjects=[subject], new_tokens=2, progress=False)
     assert {(row.case, row.unit) for row in made.rows} == {pair for pair in CASES if "s" in pair}
-    assert all(math.isfinite(row.ratio) and row.ratio > 0 for row in made.rows)
+    rows = [row for row in made.rows if not row.case.startswith("a token")]
+    assert all(math.isfinite(row.ratio) and row.ratio > 0 for row in rows)
+
+
+def test_a_token_is_what_a_generation_takes_beyond_its_prefill():
+    times = {
+        "generate": [Clocks(5.0, 9.0)],
+        "prefill": [Clocks(2.0, 3.0)],
+        "generate, CLVA": [Clocks(8.0, 6.0)],
+        "prefill, CLVA": [Clocks(2.0, 3.0)],
+    }
+    found = token_samples(times, 4)
+    assert found == {"a token": [Clocks(1.0, 2.0)], "a token, CLVA": [Clocks(2.0, 1.0)]}
+
+
+@torch.no_grad()
+def test_the_papers_rewriting_is_clva(one, ask):
+    model = copy.deepcopy(one.hf_model)
+    inputs = ask(one).inputs
+    image = inputs["input_ids"][0] == model.config.image_token_index
+    with intervening(model, CLVA()):
+        expected = model(**inputs).logits
+    plain = model(**inputs).logits
+    model.set_attn_implementation({"text_config": NAME})
+    with rewriting(model, image):
+        found = model(**inputs).logits
+    error, effect = (float((expected - x).abs().max()) for x in (found, plain))
+    assert error < 1e-4
+    assert effect > 1000 * error
+
+
+def test_shapes_are_found_by_name_or_folder(tmp_path):
+    small = random_llava(layers=4, width=16, heads=2, image_tokens=36)
+    small.config.save_pretrained(tmp_path)
+    model = named_subject(str(tmp_path), "cpu", torch.bfloat16).model
+    assert model.dtype == torch.bfloat16
+    assert [p.shape for p in model.parameters()] == [p.shape for p in small.parameters()]
+    assert random_prompt(model).spans.visual_count == 36
+    with pytest.raises(ParameterError, match="instructblip-7b, llava"):
+        named_subject("qwen-vl-7b", "cpu", torch.float32)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ParameterError, match="'llama'"):
+        named_subject(str(tmp_path), "cpu", torch.float32)
 
 
 def test_peak_counts_what_is_alive_at_once():

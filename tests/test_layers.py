@@ -9,7 +9,7 @@ ROOT = Path(clva_lens.__file__).parent
 ORDER = [
     {"errors"},
     {"registry", "settings", "progress", "axes", "transformerlens"},
-    {"heads", "anchors", "drift", "pointing"},
+    {"heads", "anchors", "drift", "pointing", "moments", "folding"},
     {"passes", "logits", "models.twin"},
     {"models.hooks"},
     {"readout"},
@@ -43,6 +43,7 @@ ORDER = [
     {"models.prompt"},
     {"trace"},
     {"intervene", "models.check"},
+    {"trace_statistics"},
     {"cache"},
     {"toy.__init__", "toy.pretrained.__init__", "toy.scenes", "toy.questions"},
     {"models.lens"},
@@ -95,7 +96,8 @@ ORDER = [
     {"toy.train_instructblip"},
     {"toy.toys"},
     {"toy.card"},
-    {"look", "bench_models"},
+    {"look", "bench_models", "bench_paper"},
+    {"bench_cases"},
     {"bench", "demo"},
     {"__main__", "__init__"},
 ]
@@ -103,7 +105,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 NNSIGHT = {"models.lens", "intervene", "bench"}
 TRANSFORMER_LENS = {"transformerlens", "cache"}
 NO_TORCH = {name for name in LEVEL if name.startswith(("benchmarks.", "figures."))}
-SCIENCE = {"heads", "anchors", "drift", "pointing", "axes"}
+SCIENCE = {"heads", "anchors", "drift", "pointing", "moments", "axes"}
 
 
 def modules():

@@ -54,6 +54,7 @@ def test_public_names():
         "score",
         "to_transformer_lens",
         "trace_attention",
+        "trace_statistics",
     ]
     assert all(hasattr(cl, name) for name in cl.__all__)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from clva_lens.anchors import default_positive_layer
 from clva_lens.errors import ParameterError
+from clva_lens.folding import Bias, KeyBias
 from clva_lens.models.family import find_site
 from clva_lens.registry import Registry
 from clva_lens.session import AttentionCall, Session
@@ -111,12 +112,12 @@ class BiasSession(Session):
         self,
         site: str,
         layers: Sequence[int],
-        bias: Callable[[AttentionCall], Float[Tensor, "batch _ query key"] | None],
+        bias: Callable[[AttentionCall], Bias | None],
     ) -> None:
         """Name the site and its layers, 0-based, and give the function."""
         self.site, self.layers, self.bias = site, tuple(layers), bias
 
-    def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
+    def attention(self, call: AttentionCall) -> Bias | None:
         """Return the bias at the session's layers, None elsewhere."""
         return self.bias(call) if call.layer in self.layers else None
 
@@ -264,27 +265,32 @@ def row_bias(
     rows: Rows,
     prompt: Float[Tensor, "batch visual"],
     generated: Float[Tensor, "batch row visual"] | None = None,
-) -> Float[Tensor, "batch 1 query key"]:
+) -> Bias:
     """Return the bias that puts log-weights on the image keys of text and generated rows.
 
     ``prompt`` is for the prompt's rows after the image, ``generated`` for each generated row of
-    this pass (None: as ``prompt``); all other rows and keys get 0. Float32.
+    this pass (None: as ``prompt``); all other rows and keys get 0. Float32; a ``KeyBias`` unless
+    the rows differ.
     """
-    step, count = call.step, call.query.shape[2]
-    shape = (call.query.shape[0], 1, count, call.key.shape[2])
-    bias = torch.zeros(shape, device=call.query.device)
-    new = call.new_rows
-    visual = rearrange(step.visual, "b v -> b 1 1 v")
     if generated is None:
-        generated = prompt[:, None].expand(-1, new, -1)
-    if new > 0:
-        part = bias[:, :, count - new :]
-        part.scatter_(3, visual.expand(-1, -1, new, -1), rearrange(generated, "b r v -> b 1 r v"))
-    old = count - new
-    if old > 0:
-        is_text = edited_rows(call, rows)[:, :old]
-        weights = torch.where(
-            rearrange(is_text, "b q -> b 1 q 1"), rearrange(prompt, "b v -> b 1 1 v"), 0.0
-        )
-        bias[:, :, :old].scatter_(3, visual.expand(-1, -1, old, -1), weights)
-    return bias
+        generated = prompt[:, None].expand(-1, call.new_rows, -1)
+    step, new, old = call.step, call.new_rows, call.query.shape[2] - call.new_rows
+    if old == 0 and new == 1:
+        every = torch.ones(len(prompt), 1, dtype=torch.bool, device=prompt.device)
+        return KeyBias(_on_image(call, generated[:, 0]), every, 0)
+    first = max(0, step.first_text - step.offset)
+    bias = KeyBias(_on_image(call, prompt), edited_rows(call, rows), first)
+    if new == 0:
+        return bias
+    dense = bias.dense.clone()
+    visual = rearrange(step.visual, "b v -> b 1 1 v").expand(-1, -1, new, -1)
+    dense[:, :, old:].scatter_(3, visual, rearrange(generated, "b r v -> b 1 r v"))
+    return dense
+
+
+def _on_image(
+    call: AttentionCall, weights: Float[Tensor, "batch visual"]
+) -> Float[Tensor, "batch key"]:
+    """Return log-weights of all keys, 0 outside the image."""
+    keys = torch.zeros(len(weights), call.key.shape[2], device=weights.device)
+    return keys.scatter_(1, call.step.visual, weights)

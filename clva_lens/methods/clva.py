@@ -30,6 +30,7 @@ from clva_lens.anchors import (
     saliency_map,
 )
 from clva_lens.errors import InterventionError, ParameterError
+from clva_lens.folding import Bias
 from clva_lens.heads import EmptyPolicy, HeadClasses, classify_heads
 from clva_lens.methods.base import (
     Kernel,
@@ -168,11 +169,11 @@ class ClvaSession(Session):
         self.positive_layer, self.edited = positive_layer, edited
         self.layers = (method.negative_layer, positive_layer, *edited)
         self._read: dict[int, _LayerReading] = {}
-        self._bias: tuple[Step, Tensor] | None = None
+        self._bias: tuple[Step, Bias] | None = None
         self._prompt_weights: Float[Tensor, "batch visual"] | None = None
         self.passive = method.alpha == 0 and method.beta == 0
 
-    def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
+    def attention(self, call: AttentionCall) -> Bias | None:
         """Read the anchor layers; return the bias of Eq. 10 at the edited ones."""
         if call.layer in (self.method.negative_layer, self.positive_layer):
             self._read_layer(call)
@@ -247,7 +248,7 @@ class ClvaSession(Session):
         masks = anchor_mask(saliency_map(torch.stack([positive, negative]), heads), method.tau)
         return reanchor_log_weights(masks[0], masks[1], method.alpha, method.beta)
 
-    def _make_bias(self, call: AttentionCall) -> Float[Tensor, "batch 1 query key"]:
+    def _make_bias(self, call: AttentionCall) -> Bias:
         positive, negative = self._read[self.positive_layer], self._read[self.method.negative_layer]
         if call.step.number == 0 or self._prompt_weights is None:
             self._prompt_weights = self._log_weights(positive.prompt, negative.prompt)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clva_lens.errors import ParameterError
+from clva_lens.folding import Bias, dense
 from clva_lens.methods.base import Method, Shapes
 from clva_lens.session import AttentionCall, Session
 
@@ -55,7 +56,7 @@ class _ShuffledSession(Session):
     def __init__(self, inner: Session, seed: int) -> None:
         self.inner, self.seed = inner, seed
         self.site, self.layers = inner.site, inner.layers
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Bias, Tensor] | None = None
 
     def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
         """Return the inner session's bias with its image columns in another order."""
@@ -63,12 +64,12 @@ class _ShuffledSession(Session):
         if bias is None:
             return None
         if self._last is None or self._last[0] is not bias:  # CLVA's is the same for all layers
-            visual = call.step.visual
-            size = (-1, *bias.shape[1:3], -1)
+            visual, old = call.step.visual, dense(bias)
+            size = (-1, *old.shape[1:3], -1)
             to = rearrange(visual, "b v -> b 1 1 v").expand(size)
             source = rearrange(visual[:, self.order(visual.shape[1])], "b v -> b 1 1 v")
-            moved = bias.gather(3, source.expand(size))
-            self._last = (bias, bias.scatter(3, to, moved))
+            moved = old.gather(3, source.expand(size))
+            self._last = (bias, old.scatter(3, to, moved))
         return self._last[1]
 
     def order(self, visual: int) -> Int[Tensor, " visual"]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clva_lens.axes import TokenSpans
 from clva_lens.errors import InterventionError, ModelLoadError, ParameterError
+from clva_lens.folding import dense
 from clva_lens.methods.base import Hook, Method, MethodHooks, Shape, Shapes
 from clva_lens.models.family import FAMILIES
 from clva_lens.passes import DecoderPasses
@@ -206,7 +207,7 @@ class _ScoresHook:
         for session in self.sessions:
             bias = session.attention(call)
             if bias is not None:
-                call = replace(call, query=call.query + bias)
+                call = replace(call, query=call.query + dense(bias))
         self.watch.edited = call if any(s.edits_output for s in self.sessions) else None
         return None if call.query is scores else call.query
 

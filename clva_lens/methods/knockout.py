@@ -11,9 +11,10 @@ from typing import ClassVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
+from clva_lens.folding import Bias, dense
 from clva_lens.methods.base import (
     Kernel,
     Method,
@@ -87,9 +88,9 @@ class _KnockOutSession(Session):
         self.layers = layers
         self.rows: Rows = rows
         self.heads = heads
-        self._bias: tuple[Step, Tensor] | None = None
+        self._bias: tuple[Step, Bias] | None = None
 
-    def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
+    def attention(self, call: AttentionCall) -> Bias | None:
         """Return log 0 on the image keys of the chosen rows, for the chosen heads."""
         if call.layer not in self.layers:
             return None
@@ -101,4 +102,4 @@ class _KnockOutSession(Session):
         if self.heads is None:
             return bias
         chosen = self.heads.at(call)
-        return bias if chosen.all() else bias.where(rearrange(chosen, "b h -> b h 1 1"), 0.0)
+        return dense(bias).where(rearrange(chosen, "b h -> b h 1 1"), 0.0)

@@ -1,0 +1,112 @@
+"""What ``clva-lens bench`` measures of a model: generation, prefill and passes, edited or not."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple, cast
+
+from transformers import PreTrainedModel
+
+from clva_lens import folding
+from clva_lens.bench_models import random_prompt
+from clva_lens.bench_paper import NAME, rewriting
+from clva_lens.folding import Form
+from clva_lens.intervene import intervene, intervening, trace_attention
+from clva_lens.methods.base import Method
+from clva_lens.methods.clva import CLVA
+from clva_lens.methods.vcd import VCD
+from clva_lens.models.family import find_family
+from clva_lens.models.lens import LensModel
+from clva_lens.toy import build
+
+
+class Case(NamedTuple):
+    """Something to measure, the case it is compared with, and its attention kernel."""
+
+    name: str
+    over: str
+    kernel: str | dict[str, str]
+    call: Callable[[], Any]
+
+
+def generation_cases(model: PreTrainedModel, new_tokens: int) -> list[Case]:
+    """Return generation of ``new_tokens`` tokens and of one ("prefill"), plain and edited.
+
+    CLVA is as the model's family has it; the forms of its bias (folding.py) and the rewriting of
+    whole patterns (bench_paper.py) are measured in the decoder, where the prompt is long.
+    """
+    inputs, generate = random_prompt(model).inputs, cast(Any, model).generate
+    options: dict[str, Any] = {**inputs, "max_new_tokens": new_tokens, "do_sample": False}
+    for part in (model, getattr(model, "language_model", model)):
+        part.generation_config.eos_token_id, part.generation_config.pad_token_id = None, 0
+    # A wrapped model is slower, so nnsight gets a copy; the weights are shared.
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    handle = LensModel(copy.deepcopy(model, shared), build.processor(), "bench")
+    handle.hf_model.set_attn_implementation("sdpa")
+
+    image = inputs["input_ids"][0] == find_family(model).image_token_id(model)
+
+    def plain(count: int = new_tokens) -> None:
+        ids = generate(**(options | {"max_new_tokens": count}))
+        assert ids.shape[1] == inputs["input_ids"].shape[1] + count, "it ended early"
+
+    def edited(
+        method: Method, count: int = new_tokens, form: Form | None = None
+    ) -> Callable[[], None]:
+        def call() -> None:
+            forced = nullcontext() if form is None else folding.forced(form)
+            with forced, intervening(model, method):
+                plain(count)
+
+        return call
+
+    def rewritten(count: int) -> Callable[[], None]:
+        def call() -> None:
+            with rewriting(model, image):
+                plain(count)
+
+        return call
+
+    clva = edited(CLVA())
+    decoder = CLVA(site="decoder")
+    forms: tuple[Form, ...] = ("masked", "split", "folded")
+    paper = {"text_config": NAME}
+
+    def traced() -> None:
+        with handle.generate(**options) as tracer:
+            tracer.result.save()
+
+    def traced_clva() -> None:
+        with handle.generate(**options) as tracer:
+            intervene(CLVA())
+            tracer.result.save()
+
+    return [
+        Case("generate", "generate", "sdpa", plain),
+        Case("generate, CLVA", "generate", "sdpa", clva),
+        Case("generate, nnsight", "generate", "sdpa", traced),
+        Case("generate, nnsight, CLVA", "generate", "sdpa", traced_clva),
+        Case("generate, eager", "generate", "eager", plain),
+        Case("generate, eager, CLVA", "generate, eager", "eager", clva),
+        Case("generate, the paper's rewriting", "generate", paper, rewritten(new_tokens)),
+        Case("generate, VCD", "generate", "sdpa", edited(VCD())),
+        Case("prefill", "prefill", "sdpa", lambda: plain(1)),
+        Case("prefill, CLVA", "prefill", "sdpa", edited(CLVA(), 1)),
+        *(
+            Case(f"prefill, CLVA {form}", "prefill", "sdpa", edited(decoder, 1, form))
+            for form in forms
+        ),
+        Case("prefill, the paper's rewriting", "prefill", paper, rewritten(1)),
+    ]
+
+
+def forward_cases(model: PreTrainedModel) -> list[Case]:
+    """Return one forward pass: plain, traced, and with every pattern kept by transformers."""
+    prompt = random_prompt(model)
+    options: dict[str, Any] = {**prompt.inputs, "logits_to_keep": 1}
+    every: dict[str, Any] = {**options, "output_attentions": True}
+    return [
+        Case("forward", "forward", "sdpa", lambda: model(**options)),
+        Case("trace_attention", "forward", "sdpa", lambda: trace_attention(model, prompt)),
+        Case("output_attentions", "forward", "eager", lambda: model(**every)),
+    ]

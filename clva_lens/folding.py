@@ -1,0 +1,166 @@
+"""How a bias on keys reaches the attention kernel: as a mask, for the edited rows only, or folded.
+
+A bias that is the same for every edited row, as that of Eq. 10 of arXiv:2603.25088v1 is for the
+rows of a prompt, can be applied in three forms, which give the same attention up to rounding:
+
+- **masked**: added to the mask of all rows. One operation more; kernels without masks
+  (FlashAttention) cannot be used, and the mask takes query × key numbers.
+- **split**: the rows before the first edited one are left to the plain, causal kernel, and only the
+  others get a mask, of their rows × key numbers.
+- **folded**: (q·k + 1·h + 1·l)·s = s·q·k + b where h + l = b / s. The queries get two more columns,
+  1 in edited rows and 0 in others, and the keys hold h and l there; no mask is needed. In half
+  precision h and l are the high and the low part of b / s, so b is exact to 2⁻¹⁶ of itself in
+  bfloat16 and to 2⁻²² in float16, where a mask of that type holds 2⁻⁹ and 2⁻¹². Heads become wider
+  by 8, since kernels want widths that are multiples of 8; FlashAttention takes at most 256.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+Form = Literal["masked", "split", "folded"]
+"""A way to apply a bias on keys."""
+
+# Up to this many (row, key) pairs a mask costs less than anything that replaces it.
+SMALL = 2**20
+# The widest heads that FlashAttention takes, the columns that folding adds, and its most negative
+# log-weight: exp(−1000) is 0 in float32 beside any score within 890 of it.
+WIDEST, COLUMNS, LOWEST = 256, 8, -1000.0
+
+_forced: list[Form] = []
+
+
+@dataclass(frozen=True, eq=False)
+class KeyBias:
+    """Log-weights of keys, the same for all edited rows; other rows are left alone.
+
+    ``keys`` are in nats, float32, −inf for a weight of 0; ``rows`` marks the edited rows of this
+    pass, none of which comes before row ``first``. The row of a pass that has only one is edited.
+    """
+
+    keys: Float[Tensor, "batch key"]
+    rows: Bool[Tensor, "batch query"]
+    first: int
+
+    @cached_property
+    def dense(self) -> Float[Tensor, "batch 1 query key"]:
+        """The same as summands of the scores of all rows."""
+        return self.part(0, self.rows.shape[1])
+
+    def part(self, start: int, stop: int) -> Float[Tensor, "batch 1 row key"]:
+        """Return the summands of rows ``start`` to ``stop``."""
+        keys = rearrange(self.keys, "b k -> b 1 1 k")
+        if self.rows.shape[1] == 1:
+            return keys
+        return keys.where(rearrange(self.rows[:, start:stop], "b q -> b 1 q 1"), 0.0)
+
+    def columns(
+        self, scaling: float, kind: torch.dtype
+    ) -> tuple[Float[Tensor, "batch 1 query _"], Float[Tensor, "batch 1 key _"]]:
+        """Return what folding adds to the queries and to the keys; made once for all layers."""
+        made = self.__dict__.setdefault("_columns", {})
+        if (scaling, kind) not in made:
+            summand = (self.keys / scaling).clamp_min(LOWEST / scaling)
+            high = summand.to(kind)
+            keys = torch.stack([high, (summand - high).to(kind)], dim=2)
+            keys = functional.pad(keys, (0, COLUMNS - 2))
+            ones = rearrange(self.rows, "b q -> b 1 q 1").to(kind).expand(-1, -1, -1, COLUMNS)
+            made[scaling, kind] = ones, rearrange(keys, "b k c -> b 1 k c")
+        return made[scaling, kind]
+
+
+Bias = KeyBias | Tensor
+
+
+def add(one: Bias | None, other: Bias) -> Bias:
+    """Return the sum of two biases; it stays one on keys if both are, for the same rows."""
+    if one is None:
+        return other
+    if isinstance(one, KeyBias) and isinstance(other, KeyBias):
+        same = one.rows is other.rows or one.rows.shape[1] == 1
+        if same:
+            return KeyBias(one.keys + other.keys, one.rows, one.first)
+    return dense(one) + dense(other)
+
+
+def dense(bias: Bias) -> Float[Tensor, "batch _ query key"]:
+    """Return a bias as summands of the scores of all rows."""
+    return bias.dense if isinstance(bias, KeyBias) else bias
+
+
+def part(bias: Bias, start: int, stop: int) -> Float[Tensor, "batch _ row key"]:
+    """Return a bias as summands of the scores of rows ``start`` to ``stop``."""
+    return bias.part(start, stop) if isinstance(bias, KeyBias) else bias[:, :, start:stop]
+
+
+def choose_form(
+    bias: Bias, query: Tensor, key: Tensor, mask: Tensor | None, *, from_start: bool
+) -> Form:
+    """Return the form that costs least on this device, of those that are possible.
+
+    ``from_start``: the attention is causal and its rows are all there are so far.
+    """
+    count, keys = query.shape[2], key.shape[2]
+    if not isinstance(bias, KeyBias) or not from_start or count == 1 or count != keys:
+        return "masked"
+    possible: dict[Form, bool] = {
+        "masked": True,
+        "split": 0 < bias.first < count,
+        "folded": mask is None and query.shape[3] + COLUMNS <= WIDEST,
+    }
+    if _forced:
+        return _forced[-1] if possible[_forced[-1]] else "masked"
+    if count * keys <= SMALL:
+        return "masked"
+    if possible["split"] and 2 * bias.first >= count:
+        return "split"
+    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    return "folded" if half and possible["folded"] else "masked"
+
+
+@contextmanager
+def forced(form: Form) -> Iterator[None]:
+    """Use a form wherever it is possible, for measurements and tests."""
+    _forced.append(form)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def fold(
+    bias: KeyBias,
+    query: Float[Tensor, "batch head query width"],
+    key: Float[Tensor, "batch kv_head key width"],
+    value: Float[Tensor, "batch kv_head key value_width"],
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values, 8 wider, whose plain attention is that under the bias.
+
+    The last columns of the result are zeros and to be cut off. Log-weights below −1000 count as
+    −1000.
+    """
+    ones, columns = bias.columns(scaling, query.dtype)
+    ones = ones.expand(-1, query.shape[1], -1, -1)
+    columns = columns.expand(-1, key.shape[1], -1, -1)
+    wider = key.shape[3] + COLUMNS - value.shape[3]
+    return (
+        torch.cat([query, ones], dim=3),
+        torch.cat([key, columns], dim=3),
+        functional.pad(value, (0, wider)),
+    )
+
+
+def aligned(mask: Tensor, kind: torch.dtype) -> Tensor:
+    """Return a mask in another type, its rows at multiples of 8: kernels would copy it else."""
+    width = mask.shape[-1]
+    rows = torch.zeros(*mask.shape[:-1], -(-width // 8) * 8, dtype=kind, device=mask.device)
+    return rows[..., :width].copy_(mask)
