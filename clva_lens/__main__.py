@@ -11,6 +11,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 
 from clva_lens.errors import ClvaLensError, ParameterError
 
@@ -255,24 +256,21 @@ def bench(
 @friendly
 def methods() -> None:
     """List the methods: where each comes from, its parameters, and what it costs."""
-    from rich.table import Column, Table
-
     import clva_lens as cl
     from clva_lens.methods.base import METHODS
 
-    table = Table("method", Column("parameters", no_wrap=True), show_lines=True)
-    for heading in ("attention", "forwards a token", "sites"):
-        table.add_column(heading)
-    table.add_column("paper", overflow="fold")
+    console = Console()
     for name in cl.methods():
         method = METHODS.get(name)
-        parameters = "\n".join(
+        parameters = ", ".join(
             field.name if field.default is MISSING else f"{field.name}={field.default!r}"
             for field in fields(method)  # pyright: ignore[reportArgumentType]
         )
-        facts = (method.kernel, f"{method.forwards:g}", " ".join(method.sites), method.paper)
-        table.add_row(*map(escape, (name, parameters, *facts)))
-    Console().print(table)
+        sites = " and ".join(method.sites) or "no site of its own"
+        facts = f"attention: {method.kernel} · forwards a token: {method.forwards:g} · {sites}"
+        console.print(f"[bold]{escape(name)}[/]  {escape(method.paper)}", highlight=False)
+        for line in (facts, parameters):
+            console.print(Padding(escape(line), (0, 0, 0, 2)), highlight=False)
 
 
 @app.command(name="check-model")

@@ -1,6 +1,7 @@
 """The command line: the demo from end to end, and errors that say what to do."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -143,14 +144,19 @@ def test_check_model_says_what_it_checked(random_llava):
 
 
 def test_methods_are_listed():
-    shown = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "300"}).output
+    shown = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "300"}).output.splitlines()
     for name in cl.methods():
-        row = next(line for line in shown.splitlines() if line.split()[1:2] == [name])
+        row = next(i for i, line in enumerate(shown) if line.split(" ")[0] == name)
         method = METHODS.get(name)
-        for fact in (method.kernel, method.paper, " ".join(method.sites)):
-            assert fact in row
+        assert method.paper in shown[row]
+        for fact in (method.kernel, f"{method.forwards:g}", *method.sites):
+            assert fact in shown[row + 1]
+        for field in fields(method):  # pyright: ignore[reportArgumentType]
+            assert field.name in shown[row + 2]
+    narrow = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "60"}).output
+    assert all(name in narrow for name in cl.methods())
     for parameter in ("alpha=14.0", "beta=0.9", "site=None", "mode='zero'"):
-        assert parameter in shown
+        assert parameter in narrow
 
 
 def test_help_names_every_command():

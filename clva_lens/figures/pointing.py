@@ -75,6 +75,6 @@ def pointing(
     ax.set_xticks(numbered[:: 1 if len(numbered) <= 16 else 4])
     ax.set_xlabel("layer (index, 0-based)")
     count = "" if objects is None else f" ({objects})"
-    ax.set_ylabel(f"objects{count}, or their share of the map (%)")
+    ax.set_ylabel(f"objects{count} / map (%)")
     fig.legend(loc="outside lower center", ncols=2)
     return fig
