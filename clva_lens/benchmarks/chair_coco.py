@@ -31,7 +31,7 @@ from clva_lens.benchmarks.chair_truth import (
     read_captions,
     read_image_ids,
 )
-from clva_lens.benchmarks.chair_vocabulary import vocabulary
+from clva_lens.benchmarks.chair_vocabulary import synonym_file, vocabulary
 from clva_lens.benchmarks.files import find_images, locate, read_object, read_rows, sha256
 from clva_lens.errors import BenchmarkError
 
@@ -56,7 +56,8 @@ class ChairCoco(Benchmark):
         seed: without ``ids``, the seed: images are sorted by number and then permuted by NumPy's
             default generator.
         lemmatiser: "builtin", "pattern" (as the original) or "nltk" (as OPERA).
-        synonyms: "builtin", or the path of a list such as the official data/synonyms.txt.
+        synonyms: "builtin", or a list such as the official data/synonyms.txt: its path, or
+            ``hf://datasets/OWNER/NAME@COMMIT/FILE``.
         prompt: the request.
         max_new_tokens: 128 in CLVA's paper (arXiv:2603.25088); it cuts the longer captions of
             LLaVA-1.5. 512 in OPERA.
@@ -141,7 +142,7 @@ class ChairCoco(Benchmark):
         """
         paths = [self._annotations("instances"), self._annotations("captions")]
         if self.synonyms != "builtin":
-            paths.append(Path(self.synonyms))
+            paths.append(synonym_file(self.synonyms))
         listed = "".join(f"{number}\n" for number in self._objects)
         images = {"image ids": hashlib.sha256(listed.encode()).hexdigest()}
         return {path.name: sha256(path) for path in paths} | images

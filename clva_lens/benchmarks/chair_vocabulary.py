@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clva_lens.benchmarks.chair_words import CATEGORIES
 from clva_lens.benchmarks.files import sha256
+from clva_lens.benchmarks.hub import download_file, is_hub
 from clva_lens.errors import BenchmarkError
 
 # data/synonyms.txt at commit 6e4d33c4.
@@ -54,7 +55,7 @@ def official_pairs() -> dict[str, str]:
 
 
 def vocabulary(synonyms: str | Path) -> Vocabulary:
-    """Return our own list ("builtin") or the one in a file.
+    """Return our own list ("builtin") or the one in a file (see ``synonym_file``).
 
     Under our own list every two-word synonym is read as one word; under a file the official pairs
     only, as the official evaluator does.
@@ -63,9 +64,18 @@ def vocabulary(synonyms: str | Path) -> Vocabulary:
         BenchmarkError: if there is no such file, or it is no list of synonyms.
     """
     if str(synonyms) != "builtin":
-        return read_synonyms(synonyms)
+        return read_synonyms(synonym_file(synonyms))
     nodes = _nodes(CATEGORIES.split("\n"), "the builtin list")
     return Vocabulary("builtin", nodes, {w: w for w in nodes if " " in w} | official_pairs())
+
+
+def synonym_file(synonyms: str | Path) -> Path:
+    """Return a list of synonyms on the disk; ``hf://datasets/OWNER/NAME@COMMIT/FILE`` is fetched.
+
+    Raises:
+        BenchmarkError: if the Hub does not have it.
+    """
+    return download_file(str(synonyms)) if is_hub(synonyms) else Path(synonyms)
 
 
 def read_synonyms(path: str | Path) -> Vocabulary:

@@ -11,12 +11,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from PIL import Image
 
 from clva_lens.errors import BenchmarkError
 
 _NAME = re.compile(r"hf://datasets/([\w.-]+)/([\w.-]+)(?:@(.+))?")
+_FILE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)@([^/]+)/(.+)")
 _RENAMED = {"lmms-lab": "lmms-lab-encoder", "lmms-lab-encoder": "lmms-lab"}
 
 
@@ -52,6 +53,29 @@ def download(data: str) -> Path:
         f"the data set could not be had from the Hub ({'; '.join(errors)}). Check its name and "
         "commit, or download it and pass its folder."
     )
+
+
+def download_file(data: str) -> Path:
+    """Return one file of a data set, downloaded if it is not in the cache.
+
+    Raises:
+        BenchmarkError: if the name is malformed or has no commit, or there is no such file.
+    """
+    found = _FILE.fullmatch(data)
+    if not found:
+        raise BenchmarkError(
+            f"'{data}' is not hf://datasets/OWNER/NAME@COMMIT/FILE. Write it in full: without the "
+            "commit the result could not be repeated."
+        )
+    name, revision, file = found.groups()
+    try:
+        return Path(hf_hub_download(name, file, repo_type="dataset", revision=revision))
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(
+            f"'{file}' could not be had from {name} on the Hub "
+            f"({str(error).strip().splitlines()[0]}). Check the name and the commit, or download "
+            "it and pass its path."
+        ) from error
 
 
 def has_parquet(folder: str | Path) -> bool:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from clva_lens.benchmarks import hub
 from clva_lens.benchmarks.base import BENCHMARKS, Answer
 from clva_lens.benchmarks.chair_coco import ChairCoco
 from clva_lens.benchmarks.chair_truth import image_id, read_captions, read_image_ids
+from clva_lens.benchmarks.chair_vocabulary import vocabulary
 from clva_lens.errors import BenchmarkError, UnknownName
 
 MINI = Path(__file__).parents[3] / "shared" / "data" / "coco_mini"
@@ -186,3 +188,26 @@ def test_the_photographs_of_coco_mini(tmp_path):
         Answer(a.id, b.text) for a, b in zip(answers, answers[1:] + answers[:1], strict=True)
     ]
     assert benchmark.score(samples, rotated).metrics["chair_i"] > 0.4
+
+
+def test_synonyms_of_the_hub(tmp_path, monkeypatch):
+    """A file of one commit is asked for; the list is the one that it holds."""
+    listed = tmp_path / "synonyms.txt"
+    listed.write_text("person, man\ndog, puppy")
+    asked = []
+
+    def fetch(name, file, *, repo_type, revision):
+        asked.append((name, file, repo_type, revision))
+        if file != "data/synonyms.txt":
+            raise OSError("404 Client Error")
+        return str(listed)
+
+    monkeypatch.setattr(hub, "hf_hub_download", fetch)
+    there = "hf://datasets/someone/chair@0123abc/data/synonyms.txt"
+    assert vocabulary(there).nodes == vocabulary(listed).nodes
+    assert vocabulary(there).nodes["puppy"] == "dog"
+    assert asked[0] == ("someone/chair", "data/synonyms.txt", "dataset", "0123abc")
+    with pytest.raises(BenchmarkError, match=r"other\.txt' could not be had from someone/chair"):
+        vocabulary("hf://datasets/someone/chair@0123abc/other.txt")
+    with pytest.raises(BenchmarkError, match="without the commit"):
+        vocabulary("hf://datasets/someone/chair/data/synonyms.txt")
