@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from clva_lens.attention import open_sessions, running
 from clva_lens.errors import InterventionError, ParameterError
 from clva_lens.figures import Drawing, head_attribution, patch_maps
+from clva_lens.figures.base import evenly
+from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.generate import answer_tokens
 from clva_lens.heads import HeadClasses
 from clva_lens.intervene import intervening
@@ -20,8 +22,6 @@ from clva_lens.models.lens import LensModel
 from clva_lens.models.prompt import Prompt
 from clva_lens.session import AttentionCall, Session
 from clva_lens.trace import Observer
-
-_MOST_MAPS = 12
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,8 +86,7 @@ class LogitAttribution:
         """
         self._single()
         maps = self.on_grid()
-        rows = torch.linspace(0, len(maps) - 1, min(_MOST_MAPS, len(maps)))
-        chosen = sorted({round(row) for row in rows.tolist()})
+        chosen = evenly(len(maps), MOST_MAPS)
         label = f"part of {self.label} (logits)"
         return patch_maps(maps[chosen].cpu().numpy(), layers=chosen, label=label)
 

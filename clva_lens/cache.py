@@ -21,7 +21,7 @@ from clva_lens.methods.base import Method
 from clva_lens.models.family import find_family
 from clva_lens.models.hooks import Place
 from clva_lens.models.prompt import Prompt
-from clva_lens.readout import CacheModel, per_head
+from clva_lens.readout import CacheModel, per_head, wide
 from clva_lens.session import AttentionCall, Session, as_additive, raw_scores
 from clva_lens.stream import Part, Stream, StreamCall
 from clva_lens.transformerlens import transformer_lens
@@ -214,7 +214,7 @@ class _Reader:
 
 def _normalise(norm: Any, value: Tensor, form: str) -> Tensor:
     """Return a norm's scale, or its output before its weight; in float32 or better."""
-    value = value if value.dtype == torch.float64 else value.float()
+    value = wide(value)
     if isinstance(norm, nn.LayerNorm):
         value, eps = value - value.mean(dim=-1, keepdim=True), norm.eps
     else:

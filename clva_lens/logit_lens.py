@@ -11,6 +11,8 @@ from torch import Tensor
 from clva_lens.errors import ParameterError
 from clva_lens.figures import Drawing, patch_maps
 from clva_lens.figures import logit_lens as draw_lens
+from clva_lens.figures.base import evenly
+from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.generate import answer_tokens
 from clva_lens.intervene import transformers_model
 from clva_lens.methods.base import Method, shape_of
@@ -23,7 +25,7 @@ from clva_lens.trace import chosen_layers
 # Logits are formed for at most this many entries at once (64 MiB of float32).
 LOGITS_AT_ONCE = 2**24
 MARGIN = "logit(yes) − logit(no)"
-_MOST_POSITIONS, _MOST_MAPS = 24, 12
+_MOST_POSITIONS = 24
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,8 +93,7 @@ class LogitLens:
         self._single()
         values, label = self._shown()
         if self.span == "image" and not isinstance(self.prompt.sites["decoder"].grid, str):
-            rows = torch.linspace(0, len(self.layers) - 1, min(_MOST_MAPS, len(self.layers)))
-            chosen = sorted({round(row) for row in rows.tolist()})
+            chosen = evenly(len(self.layers), MOST_MAPS)
             maps = self.on_grid(values[chosen]).cpu().numpy()
             numbered = [self.layers[row] for row in chosen]
             return patch_maps(maps, layers=numbered, label=label, sums=False)

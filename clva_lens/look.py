@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clva_lens.anchors import VisualAnchors
 from clva_lens.figures import SaliencyPicture
+from clva_lens.figures.base import evenly
 from clva_lens.generate import Greedy, generate
 from clva_lens.intervene import composed_saliency, intervening, trace_attention
 from clva_lens.methods.base import Method
@@ -55,8 +56,7 @@ def look_at(model: LensModel, prompt: Prompt) -> Look:
 
 def shown_layers(layers: Sequence[int]) -> list[int]:
     """Return up to seven layers, from the first to the last, evenly spaced."""
-    places = np.linspace(0, len(layers) - 1, min(SHOWN_LAYERS, len(layers)))
-    return [layers[i] for i in sorted({round(place) for place in places})]
+    return [layers[place] for place in evenly(len(layers), SHOWN_LAYERS)]
 
 
 def saliency_picture(

@@ -54,6 +54,10 @@ class Step(NamedTuple):
         """The number of the prompt's rows."""
         return self.text_rows.shape[1]
 
+    def old_rows(self, count: int) -> int:
+        """Return how many of this pass's ``count`` rows, at its beginning, are the prompt's."""
+        return max(0, min(count, self.prompt_rows - self.offset))
+
     @property
     def keys(self) -> int:
         """The number of keys that ``spans`` cover."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from clva_lens.errors import ParameterError
 from clva_lens.figures import Drawing, patch_maps
 from clva_lens.figures import patching as draw_patching
+from clva_lens.figures.base import evenly
+from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.generate import yes_margins
 from clva_lens.intervene import intervening
 from clva_lens.logit_lens import MARGIN
@@ -26,8 +28,6 @@ Metric = Callable[[Float[Tensor, "batch 1 vocabulary"]], Any]
 
 Each = Literal["position", "head"]
 """Whether every position of a span is patched on its own, or every head."""
-
-_MOST_MAPS = 12
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,8 +95,7 @@ class PatchingResult:
         gridded = not isinstance(self.prompt.sites["decoder"].grid, str)
         if (self.each, self.span) == ("position", "image") and gridded:
             maps = self.on_grid()
-            rows = torch.linspace(0, len(maps) - 1, min(_MOST_MAPS, len(maps)))
-            chosen = sorted({round(row) for row in rows.tolist()})
+            chosen = evenly(len(maps), MOST_MAPS)
             numbered = [self.layers[row] for row in chosen]
             label = f"effect of {self.part} (1: source)"
             return patch_maps(maps[chosen].cpu().numpy(), layers=numbered, label=label, sums=False)

@@ -28,11 +28,12 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress_bar(
-    what: str, total: int, *, done: int = 0, wanted: bool = True
+    what: str, total: int | None, *, done: int = 0, wanted: bool = True
 ) -> Iterator[Callable[[int], None]]:
     """Show a progress bar on standard error, with the rate and the time that is left.
 
-    It begins at ``done``; what is called with a number moves it on.
+    It begins at ``done``; what is called with a number moves it on. ``total`` is None where it is
+    not known.
     """
     if not wanted:
         yield lambda count: None

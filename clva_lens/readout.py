@@ -148,7 +148,12 @@ def read_out(
             residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps
         )
     else:
-        wide = residual if residual.dtype == torch.float64 else residual.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-        normal = norm.weight * wide.to(residual.dtype)
+        exact = wide(residual)
+        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        normal = norm.weight * exact.to(residual.dtype)
     return functional.linear(normal, unembed.weight, getattr(unembed, "bias", None))
+
+
+def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return a tensor in float32, or float64 if it is."""
+    return x if x.dtype == torch.float64 else x.float()

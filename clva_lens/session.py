@@ -37,7 +37,7 @@ class AttentionCall:
     def new_rows(self) -> int:
         """How many of this pass's query rows, at its end, are generated tokens."""
         count = self.query.shape[2]
-        return max(0, min(count, self.step.offset + count - self.step.prompt_rows))
+        return count - self.step.old_rows(count)
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
         """Return the pattern of query rows ``start`` to ``stop``; each row sums to 1.

@@ -1,12 +1,11 @@
 """What heads look at over a data set: means, covariances and drift curves; no map is kept."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
 
 from clva_lens.drift import AttentionDrift, attention_drift
@@ -15,6 +14,7 @@ from clva_lens.intervene import trace_attention
 from clva_lens.methods.base import Method
 from clva_lens.models.prompt import Prompt
 from clva_lens.moments import RunningMoments
+from clva_lens.progress import progress_bar
 
 CURVES = ("entropy", "entropy_normalised", "toward_positive", "toward_negative")
 
@@ -74,14 +74,17 @@ def trace_statistics(
     maps, intensity, curves = RunningMoments(), RunningMoments(), RunningMoments()
     layers: tuple[int, ...] = ()
     anchors = (0, 0)
-    for prompt in track(prompts, "prompts", transient=True, disable=not progress):
-        trace = trace_attention(model, prompt, method, site=site)
-        drift = attention_drift(trace)
-        layers, anchors = trace.layers, (drift.positive_layer, drift.negative_layer)
-        found = torch.stack([getattr(drift, name) for name in CURVES], dim=-2)
-        read = ((maps, trace.saliency()), (intensity, trace.intensity), (curves, found))
-        for moments, values in read:
-            moments.add(values if prompt.batched else values[None])
+    total = len(prompts) if isinstance(prompts, Sized) else None
+    with progress_bar("prompts", total, wanted=progress) as advance:
+        for prompt in prompts:
+            trace = trace_attention(model, prompt, method, site=site)
+            drift = attention_drift(trace)
+            layers, anchors = trace.layers, (drift.positive_layer, drift.negative_layer)
+            found = torch.stack([getattr(drift, name) for name in CURVES], dim=-2)
+            read = ((maps, trace.saliency()), (intensity, trace.intensity), (curves, found))
+            for moments, values in read:
+                moments.add(values if prompt.batched else values[None])
+            advance(1)
     if maps.count == 0:
         raise ParameterError("there are no prompts. Pass some.")
     return TraceStatistics(maps, intensity, curves, layers, anchors)

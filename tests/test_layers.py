@@ -73,7 +73,7 @@ ORDER = [
     {"record", "runs"},
     {"evaluate"},
     {"figures.base"},
-    {"figures.overlay"},
+    {"figures.overlay", "figures.layer_map"},
     {
         "figures.accuracy",
         "figures.attribution",

@@ -1,6 +1,7 @@
 """Figures: plain arrays and rows in, a drawing out; no model, no download, no global state.
 
-``base`` holds the look, the registry and ``save``; every other file is one figure.
+``base`` holds the look, the registry and ``save``, ``layer_map`` a heat map that figures share;
+every other file is one figure.
 """
 
 from clva_lens.figures.accuracy import method_comparison as method_comparison

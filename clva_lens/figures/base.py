@@ -193,6 +193,11 @@ def numbers(name: str, values: ArrayLike, axes: Sequence[str]) -> np.ndarray:
     return array
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """Return up to ``most`` of the places 0 to ``count`` − 1, the ends included, evenly spaced."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(most, count))})
+
+
 def layer_numbers(layers: Sequence[int] | None, count: int) -> list[int]:
     """Return the 0-based number of each of ``count`` layers; None numbers them from 0.
 

@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike
 from clva_lens.figures.base import PAGE, Drawing, figure, layer_numbers, numbers, plain
 
 _COLUMNS = 6
+# What fits a page; of more layers, evenly spaced ones are drawn.
+MOST_MAPS = 12
 
 
 @figure("patch_maps")

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-import seaborn as sns
 from numpy.typing import ArrayLike
 
-from clva_lens.errors import FigureError
-from clva_lens.figures.base import PAGE, Drawing, figure, layer_numbers, numbers, plain, verbatim
+from clva_lens.figures.base import Drawing, figure, layer_numbers, numbers, plain
+from clva_lens.figures.layer_map import column_names, layer_map
 
 
 @figure("patching")
@@ -34,38 +33,12 @@ def patching(
     array = numbers("values", values, ("layer", "column"))
     count, width = array.shape
     numbered = layer_numbers(layers, count)
-    names = [str(i) for i in range(width)] if columns is None else [plain(c, 16) for c in columns]
-    if len(names) != width:
-        raise FigureError(f"there are {len(names)} names, but {width} columns. Pass one each.")
+    names = column_names(columns, width, "names")
     rows = [
         {"layer": numbered[row], "column": names[column], "value": float(value)}
         for (row, column), value in np.ndenumerate(array)
     ]
-    wide = min(0.62, (PAGE - 1.8) / width)
-    fig = Drawing(max(3.35, width * wide + 1.8), max(1.4, count * 0.2) + 1.0, rows)
-    ax = fig.add_subplot()
-    top = float(np.abs(array).max()) or 1.0
-    bar = {"label": "\n".join(plain(line) for line in label.split("\n")), "pad": 0.02}
     written = np.vectorize(lambda value: f"{round(value, 2) + 0.0:.2f}".replace("-", "−"))(array)
-    sns.heatmap(
-        array,
-        ax=ax,
-        cmap="vlag",
-        vmin=-top,
-        vmax=top,
-        annot=written if wide > 0.3 else None,
-        fmt="",
-        annot_kws={"fontsize": 5},
-        cbar_kws=bar,
-    )
+    fig, ax = layer_map(array, names, numbered, written, rows, label)
     ax.set_xlabel(plain(across))
-    ax.set_ylabel("layer (index, 0-based)")
-    shown = list(range(0, count, 1 if count <= 16 else 4))
-    ax.set_yticks([row + 0.5 for row in shown], [str(numbered[row]) for row in shown])
-    named = list(range(0, width, 1 if width <= 32 else 8))
-    ax.set_xticks([at + 0.5 for at in named], [names[at] for at in named])
-    longest = max(len(name) for name in names)
-    ax.tick_params(axis="x", length=2, rotation=0 if longest * width < 60 else 90)
-    ax.tick_params(axis="y", length=2, rotation=0)
-    verbatim(*ax.get_xticklabels())
     return fig

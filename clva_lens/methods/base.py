@@ -30,6 +30,18 @@ it does is no bias, so the rows (or heads) in question are computed again, eager
 """
 
 
+Variant = Literal["released", "paper"]
+"""A method as its public code computes it, or as its paper says."""
+
+
+def check_variant(variant: str) -> None:
+    """Raise ParameterError unless ``variant`` is one."""
+    if variant not in get_args(Variant):
+        raise ParameterError(
+            f"variant must be 'released' or 'paper', but is {variant!r}. Pass variant='released'."
+        )
+
+
 class Shape(NamedTuple):
     """The size of a site that a method will act on.
 
@@ -250,7 +262,7 @@ def check_layers(name: str, layers: Sequence[int], shape: Shape) -> tuple[int, .
 def edited_rows(call: AttentionCall, rows: Rows) -> Bool[Tensor, "batch query"]:
     """Return which query rows of this pass an edit is for: ``rows``, and generated ones."""
     step, count = call.step, call.query.shape[2]
-    old = count - call.new_rows
+    old = step.old_rows(count)
     chosen = torch.ones(call.query.shape[0], count, dtype=torch.bool, device=call.query.device)
     is_text = step.text_rows[:, step.offset : step.offset + old]
     if rows == "last":

@@ -22,7 +22,7 @@ queries are edited and the system is the CLS token.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -34,16 +34,15 @@ from clva_lens.methods.base import (
     Kernel,
     Method,
     Shapes,
+    Variant,
     check_layers,
+    check_variant,
     edited_rows,
     register_method,
 )
 from clva_lens.methods.scores import released_layer, score_bias, span_keys
 from clva_lens.rows import read_prompt_rows
 from clva_lens.session import AttentionCall, Session
-
-Variant = Literal["released", "paper"]
-"""What the public code computes, or what the paper says."""
 
 
 @register_method
@@ -75,11 +74,7 @@ class ClearSight(Method):
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        if self.variant not in get_args(Variant):
-            raise ParameterError(
-                f"variant must be 'released' or 'paper', but is {self.variant!r}. Pass "
-                "variant='released'."
-            )
+        check_variant(self.variant)
         for name, factor in zip(("enhance", "suppress"), self.factors, strict=True):
             if not (math.isfinite(factor) and factor >= 0):
                 raise ParameterError(

@@ -30,6 +30,7 @@ from clva_lens.errors import InterventionError, ParameterError
 from clva_lens.models.family import Inputs, find_family, find_site
 from clva_lens.models.twin import twin
 from clva_lens.passes import DecoderPasses, Step
+from clva_lens.readout import wide
 from clva_lens.session import Session
 
 Form = Literal["difference", "subtraction", "guidance"]
@@ -79,7 +80,7 @@ class ContrastRule:
 
     def uncut(self, own: Logits, other: Logits) -> Logits:
         """Return the contrast before the cut-off, in float32 or better."""
-        own, other = (x if x.dtype == torch.float64 else x.float() for x in (own, other))
+        own, other = wide(own), wide(other)
         if self.form == "guidance":
             own, other = own.log_softmax(dim=-1), other.log_softmax(dim=-1)
             return other + self.strength * (own - other)

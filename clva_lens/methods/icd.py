@@ -16,9 +16,15 @@ from functools import partial
 from typing import ClassVar
 
 from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.methods.base import Kernel, Method, Shapes, register_method
+from clva_lens.methods.base import (
+    Kernel,
+    Method,
+    Shapes,
+    Variant,
+    check_variant,
+    register_method,
+)
 from clva_lens.methods.contrast import ContrastRule, ContrastSession
-from clva_lens.methods.vcd import Variant, check_variant
 from clva_lens.models.family import Inputs, find_family
 from clva_lens.session import Session
 

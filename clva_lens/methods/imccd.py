@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 from clva_lens.errors import ParameterError
 from clva_lens.methods.base import Kernel, Method, Shapes, edited_rows, register_method, shape_of
 from clva_lens.methods.contrast import ContrastRule, ContrastSession
-from clva_lens.models.family import Inputs, find_family
+from clva_lens.models.family import Inputs, find_family, find_site
 from clva_lens.session import AttentionCall, Session, raw_scores
 
 # (α, β, c) of the release's POPE scripts.
@@ -111,7 +111,8 @@ class _CompressedDistances(Session):
     """CDAR. Turning an image key by (1 − 1/c)(N − j) positions is the same as moving both ends."""
 
     def __init__(self, model: PreTrainedModel, compression: float | int) -> None:
-        decoder: Any = find_decoder(model)
+        language: Any = find_site(model, "decoder").passes().entry
+        decoder: Any = language.get_decoder()
         if not hasattr(decoder, "rotary_emb"):
             raise ParameterError(
                 f"compression={compression} compresses rotary positions, but a "
@@ -197,9 +198,3 @@ def _at_image(
     _, heads, _, width = values.shape
     where = rearrange(call.step.visual, "b v -> b 1 v 1").expand(-1, heads, -1, width)
     return values.gather(2, where)
-
-
-def find_decoder(model: PreTrainedModel) -> Any:
-    """Return the stack of layers of a model's language model."""
-    language: Any = getattr(model, "language_model", model)
-    return language.get_decoder()

@@ -31,12 +31,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.methods.base import Kernel, Method, Shapes, register_method
-from clva_lens.methods.vcd import Variant, check_variant
+from clva_lens.methods.base import (
+    Kernel,
+    Method,
+    Shapes,
+    Variant,
+    check_variant,
+    register_method,
+)
 from clva_lens.models.family import find_family
 from clva_lens.models.hooks import Readout
 from clva_lens.passes import Step
-from clva_lens.readout import read_out
+from clva_lens.readout import read_out, wide
 from clva_lens.session import Session
 from clva_lens.stream import Stream, StreamCall
 
@@ -158,7 +164,7 @@ class _Retracing(Session):
             )
 
     def _ask(self, step: Step, hidden: Stream) -> None:
-        old = prompt_rows(step, hidden)
+        old = step.old_rows(hidden.shape[1])
         asked = hidden[:, old:]
         if old:
             last = rearrange(step.last_text - step.offset, "b -> b 1 1").to(hidden.device)
@@ -170,7 +176,7 @@ class _Retracing(Session):
 
     def _retrace(self, step: Step, out: Stream) -> Stream:
         assert self._x is not None and self._now is not None and self.features is not None
-        old, now = prompt_rows(step, out), self._now.to(out.device)
+        old, now = step.old_rows(out.shape[1]), self._now.to(out.device)
         features = self.features.to(out.device)
         scores = wide(self._x) @ features.mT
         if self.method.variant == "paper":
@@ -189,16 +195,6 @@ class _Retracing(Session):
         mixed = (1 - ratio) * own + ratio * rearrange(scale, "b q -> b q 1") * found
         fires = torch.cat([now[:, :1].expand(-1, old), now[:, bool(old) :]], dim=1) & real
         return torch.where(rearrange(fires, "b q -> b q 1"), mixed.to(out.dtype), out)
-
-
-def prompt_rows(step: Step, hidden: Stream) -> int:
-    """Return how many of a pass's rows, at its beginning, are the prompt's."""
-    return max(0, min(hidden.shape[1], step.prompt_rows - step.offset))
-
-
-def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return a tensor in float32, or float64 if it is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def uncertainty(logits: Float[Tensor, "*rows vocabulary"]) -> Float[Tensor, "*rows"]:

@@ -15,20 +15,24 @@ nothing at all: the cut-off goes with the contrast. Exact under fused kernels; t
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from clva_lens.errors import ParameterError
-from clva_lens.methods.base import Kernel, Method, Shapes, register_method
+from clva_lens.methods.base import (
+    Kernel,
+    Method,
+    Shapes,
+    Variant,
+    check_variant,
+    register_method,
+)
 from clva_lens.methods.contrast import ContrastRule, ContrastSession
 from clva_lens.models.family import Inputs, find_family
 from clva_lens.session import Session
-
-Variant = Literal["released", "paper"]
-"""Defaults as the public code has them, or as the paper has."""
 
 STEPS = 1000
 # (α, β, t): of the released scripts by family, and of the paper.
@@ -90,14 +94,6 @@ class VCD(Method):
             return inputs | {"pixel_values": add_noise(inputs["pixel_values"], step, self.seed)}
 
         return [ContrastSession(shapes.model, second, rule)]
-
-
-def check_variant(variant: str) -> None:
-    """Raise ParameterError unless ``variant`` is one."""
-    if variant not in get_args(Variant):
-        raise ParameterError(
-            f"variant must be 'released' or 'paper', but is {variant!r}. Pass variant='released'."
-        )
 
 
 def noise_weights(step: int) -> tuple[float, float]:

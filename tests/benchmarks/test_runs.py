@@ -372,6 +372,19 @@ def test_missing_pictures_are_one_error(one, tmp_path):
     assert cl.score(tmp_path / "run").metrics == pytest.approx(report.metrics, nan_ok=True)
 
 
+def test_a_benchmark_that_names_missing_files_is_refused_before_the_model_runs(one, tmp_path):
+    class Named(Small):
+        def samples(self, limit=None, seed=0):
+            found = super().samples(limit, seed)
+            return [replace(s, image=tmp_path / f"{i}.png") for i, s in enumerate(found)]
+
+    count = len(Named().samples())
+    shown = rf"{count} of {count} pictures are missing: '.*0\.png'"
+    with pytest.raises(BenchmarkError, match=shown):
+        go(one, tmp_path / "run", Named())
+    assert not (tmp_path / "run").exists()
+
+
 # ── scoring again ──
 
 

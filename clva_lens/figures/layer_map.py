@@ -1,0 +1,60 @@
+"""A heat map with a row for each layer: what the logit lens and patching draw."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+
+from clva_lens.errors import FigureError
+from clva_lens.figures.base import PAGE, Drawing, Row, plain, verbatim
+
+
+def column_names(names: Sequence[str] | None, width: int, what: str) -> list[str]:
+    """Return the name of each column; None numbers them.
+
+    Raises:
+        FigureError: if there is another number of names.
+    """
+    if names is None:
+        return [str(column) for column in range(width)]
+    if len(names) != width:
+        raise FigureError(f"there are {len(names)} {what}, but {width} columns. Pass one each.")
+    return [plain(name, 16) for name in names]
+
+
+def layer_map(
+    array: np.ndarray,
+    columns: Sequence[str],
+    layers: Sequence[int],
+    written: np.ndarray,
+    rows: Sequence[Row],
+    label: str,
+) -> tuple[Drawing, Axes]:
+    """Return a heat map [layer, column] around 0, with ``written`` in the cells if it fits."""
+    count, width = array.shape
+    wide = min(0.62, (PAGE - 1.8) / width)
+    fig = Drawing(max(3.35, width * wide + 1.8), max(1.4, count * 0.2) + 1.0, rows)
+    ax = fig.add_subplot()
+    top = float(np.abs(array).max()) or 1.0
+    sns.heatmap(
+        array,
+        ax=ax,
+        cmap="vlag",
+        vmin=-top,
+        vmax=top,
+        annot=written if wide > 0.3 else None,
+        fmt="",
+        annot_kws={"fontsize": 5},
+        cbar_kws={"label": "\n".join(plain(line) for line in label.split("\n")), "pad": 0.02},
+    )
+    ax.set_ylabel("layer (index, 0-based)")
+    shown = list(range(0, count, 1 if count <= 16 else 4))
+    ax.set_yticks([row + 0.5 for row in shown], [str(layers[row]) for row in shown])
+    named = list(range(0, width, 1 if width <= 32 else 8))
+    ax.set_xticks([at + 0.5 for at in named], [columns[at] for at in named])
+    longest = max(len(name) for name in columns)
+    ax.tick_params(axis="x", length=2, rotation=0 if longest * width < 60 else 90)
+    ax.tick_params(axis="y", length=2, rotation=0)
+    verbatim(*ax.texts, *ax.get_xticklabels())
+    return fig, ax
