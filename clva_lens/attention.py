@@ -171,6 +171,7 @@ class Run:
         """Return the output of the layer that ``edit`` was for, as the sessions leave it."""
         call, self._call = self._call, None
         if call is not None:
+            call = replace(call, z=out)
             for session in self.sessions:
                 edited = session.output(call, out) if session.edits_output else None
                 out = out if edited is None else edited

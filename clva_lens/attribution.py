@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
-from einops import rearrange
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from clva_lens.attention import open_sessions, running
 from clva_lens.errors import InterventionError, ParameterError
@@ -16,11 +16,14 @@ from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.generate import answer_tokens
 from clva_lens.heads import HeadClasses
-from clva_lens.intervene import intervening
+from clva_lens.intervene import intervening, join_trace, refuse_in_trace
+from clva_lens.logit_parts import LogitParts
 from clva_lens.methods.base import Method, shape_of
+from clva_lens.models.family import find_family
 from clva_lens.models.lens import LensModel
-from clva_lens.models.prompt import Prompt
-from clva_lens.session import AttentionCall, Session
+from clva_lens.models.prompt import Prompt, VisualTokens, visual_tokens
+from clva_lens.readout import CacheModel
+from clva_lens.session import Session
 from clva_lens.trace import Observer
 
 
@@ -29,17 +32,22 @@ class LogitAttribution:
     """What each part of the model adds to a logit difference at the last position, in logits.
 
     The final norm's scale is that of the pass, frozen, so that parts add up: ``total`` is the sum
-    of ``embedding``, ``heads``, ``mlps`` and ``bias`` (all biases of attention, norm and
-    unembedding), and is the model's own ``difference``. ``image`` and ``elsewhere`` divide each
-    head's part among the image tokens and all other keys. A part that another one undoes later
-    still counts: this is what is written, not what is needed.
+    of ``embedding`` (what enters the first layer), ``heads``, ``mlps``, ``edits`` and ``bias`` (all
+    biases of attention, norm and unembedding), and is the model's own ``difference``. ``edits`` is
+    what the stream after each layer holds beyond the stream before it, its heads and its MLP: what
+    a patch or an edit by hand put there, 0 but for rounding without one. ``image`` and
+    ``elsewhere`` divide each head's part among the image tokens and all other keys; a head whose
+    output a method replaced (an ablation) has all of its part elsewhere. A part that another one
+    undoes later still counts: this is what is written, not what is needed.
 
-    ``label`` says which logits; ``classes`` are the heads' (Eqs. 2–3, arXiv:2603.25088v1).
+    ``label`` says which logits; ``classes`` are the heads' (Eqs. 2–3, arXiv:2603.25088v1);
+    ``visual`` are the image tokens; ``prompt`` is None where a trace was read.
     """
 
     embedding: Float[Tensor, "*batch"]
     heads: Float[Tensor, "*batch layer head"]
     mlps: Float[Tensor, "*batch layer"]
+    edits: Float[Tensor, "*batch layer"]
     bias: Float[Tensor, "*batch"]
     image: Float[Tensor, "*batch layer head visual"]
     elsewhere: Float[Tensor, "*batch layer head"]
@@ -47,12 +55,14 @@ class LogitAttribution:
     classes: HeadClasses
     label: str
     batched: bool
-    prompt: Prompt
+    visual: VisualTokens
+    prompt: Prompt | None
 
     @property
     def total(self) -> Float[Tensor, "*batch"]:
         """The sum of all parts, in logits."""
-        return self.embedding + self.heads.sum(dim=(-2, -1)) + self.mlps.sum(dim=-1) + self.bias
+        written = self.heads.sum(dim=(-2, -1)) + self.mlps.sum(dim=-1) + self.edits.sum(dim=-1)
+        return self.embedding + written + self.bias
 
     @property
     def image_tokens(self) -> Float[Tensor, "*batch layer visual"]:
@@ -65,7 +75,7 @@ class LogitAttribution:
         Raises:
             PromptError: if the image tokens lie on no grid.
         """
-        return self.image_tokens.unflatten(-1, self.prompt.grid_at("decoder"))
+        return self.image_tokens.unflatten(-1, self.visual.shape)
 
     def draw(self) -> Drawing:
         """Return the heat map of layers and heads, with the head classes marked.
@@ -109,137 +119,144 @@ class LogitAttribution:
         return (
             f"LogitAttribution({self.label} {mean(self.difference)} = embedding "
             f"{mean(self.embedding)}, heads {mean(self.heads.sum(dim=(-2, -1)))} (of it image "
-            f"{mean(self.image.sum(dim=(-3, -2, -1)))}), MLPs {mean(self.mlps.sum(dim=-1))}, bias "
-            f"{mean(self.bias)})"
+            f"{mean(self.image.sum(dim=(-3, -2, -1)))}), MLPs {mean(self.mlps.sum(dim=-1))}, edits "
+            f"{mean(self.edits.sum(dim=-1))}, bias {mean(self.bias)})"
         )
 
 
-@torch.no_grad()
+class Attributing:
+    """The attribution of a run that is traced; ``parts`` is there once the prompt was read."""
+
+    def __init__(self, reading: "_Reading") -> None:
+        """Keep what the run is read by."""
+        self._reading = reading
+
+    @property
+    def parts(self) -> LogitAttribution:
+        """What each part added to the logits, with a batch axis if the run was a batch.
+
+        Raises:
+            InterventionError: if no prompt was read yet.
+        """
+        return self._reading.attribution()
+
+
+@overload
 def direct_logit_attribution(
     model: LensModel,
     prompt: Prompt,
+    tokens: str | int | Sequence[str | int] = ...,
+    method: Method | None = ...,
+) -> LogitAttribution: ...
+
+
+@overload
+def direct_logit_attribution(*, tokens: str | int | Sequence[str | int] = ...) -> Attributing: ...
+
+
+def direct_logit_attribution(
+    model: LensModel | None = None,
+    prompt: Prompt | None = None,
     tokens: str | int | Sequence[str | int] = ("yes", "no"),
     method: Method | None = None,
-) -> LogitAttribution:
+) -> LogitAttribution | Attributing:
     """Return what each head, MLP and image token adds to a logit at the prompt's last position.
 
     ``tokens`` is a token (a text that is one, or an id), or two: the first's logit minus the
     second's. ("yes", "no") takes the likeliest spelling of each, as margins do. Interventions
-    that are open hold, and ``method`` beside them. One forward pass; only the last row of each
-    pattern is formed.
+    that are open hold, and ``method`` beside them. One forward pass; only the last row of a
+    layer's pattern is formed, and reduced to its parts at once.
+
+    In an nnsight trace, leave ``model`` and ``prompt`` out: the trace's own run is read, under the
+    methods opened before, and what is returned has the attribution as ``parts`` after the block.
+    Of a ``model.generate`` the prompt's pass is read. A bare nnsight handle has no tokenizer, so
+    ``tokens`` are ids there.
 
     Raises:
         ParameterError: if there are not one or two tokens, or one of them is none.
         ModelLoadError: if nobody wrote the names of this model down.
-        InterventionError: inside a trace, if the attention kernel cannot be intercepted, or if an
-            open method replaces the logits.
+        InterventionError: if the attention kernel cannot be intercepted, an open method edits the
+            logits, the prompt is padded on the right, or the arguments are those of the other
+            form: none in a trace, both outside.
     """
-    found = model.hf_model
-    real = prompt.spans.real
-    places = torch.where(real, torch.arange(real.shape[1], device=real.device), -1).amax(dim=1)
-    shape = shape_of(found, "decoder")
-    last, observer = _LastRow(places), Observer("all", shape)
-    layers = range(shape.depth)
-    wanted = {"hook_embed", "hook_pos_embed", "ln_final.hook_scale"}
-    for i in layers:
-        wanted |= {f"blocks.{i}.{one}" for one in ("attn.hook_z", "attn.hook_v", "hook_mlp_out")}
-    methods = () if method is None else (method,)
-    with intervening(model, *methods), running(found, [last, observer]):
-        if any(session.edits_logits for session in open_sessions(found)):
-            raise InterventionError(
-                "an open method replaces the model's logits (a contrast), so they are no sum over "
-                "its parts. Leave that method out."
-            )
-        logits, cache = model.run_with_cache(prompt, lambda name: name in wanted)
-    rows = torch.arange(len(places), device=places.device)
-    standing: Any = cache.model
-    scores = logits[rows, places].double()
-    ids, label = _chosen(standing, model.words, tokens, scores)
-    signs = [1, -1][: len(ids)]
-    pairs = list(zip(signs, ids, strict=True))
-    plain = torch.stack([s * standing.W_U.T[one].double() for s, one in pairs]).sum(dim=0)
-    difference = torch.stack([s * scores[rows, one] for s, one in pairs]).sum(dim=0)
-    norm: Any = standing.ln_final
-    direction = plain * norm.weight.detach().double()
-    bias = torch.stack([s * standing.b_U[one].double() for s, one in pairs]).sum(dim=0)
-    if isinstance(norm, nn.LayerNorm):
-        bias = bias + plain @ norm.bias.detach().double()
-        direction = direction - direction.mean(dim=1, keepdim=True)
-    direction = direction / cache["ln_final.hook_scale"][rows, places].double()
+    if model is None and prompt is None and method is None:
 
-    def part(name: str) -> Tensor:
-        return (cache[name][rows, places].double() * direction).sum(dim=1)
+        def make(root: Any, found: PreTrainedModel) -> tuple[list[Session], Attributing]:
+            reading = _Reading(found, getattr(root, "words", None), tokens)
+            return reading.sessions, Attributing(reading)
 
-    embedding = part("hook_embed")
-    if "hook_pos_embed" in cache:
-        embedding = embedding + part("hook_pos_embed")
-    heads, image, elsewhere = [], [], []
-    for i in layers:
-        attention = standing.blocks[i].attn
-        asked = torch.einsum("hdm,bm->bhd", attention.W_O.double(), direction)
-        bias = bias + direction @ attention.b_O.double()
-        z, v = (cache[f"blocks.{i}.attn.hook_{one}"].double() for one in "zv")
-        heads.append((z[rows, places] * asked).sum(dim=-1))
-        v = v.repeat_interleave(asked.shape[1] // v.shape[2], dim=2)
-        from_key = torch.einsum("bkhd,bhd,bhk->bhk", v, asked, last.rows[i].double())
-        visual = rearrange(prompt.spans.visual_index(), "b v -> b 1 v")
-        image.append(torch.take_along_dim(from_key, visual, dim=2))
-        elsewhere.append(from_key.sum(dim=-1) - image[-1].sum(dim=-1))
-
-    def field(value: Tensor | list[Tensor]) -> Tensor:
-        whole = torch.stack(value, dim=1) if isinstance(value, list) else value
-        return (whole if prompt.batched else whole[0]).float()
-
-    return LogitAttribution(
-        embedding=field(embedding),
-        heads=field(heads),
-        mlps=field([part(f"blocks.{i}.hook_mlp_out") for i in layers]),
-        bias=field(bias),
-        image=field(image),
-        elsewhere=field(elsewhere),
-        difference=field(difference),
-        classes=observer.trace(prompt.batched).heads(),
-        label=label,
-        batched=prompt.batched,
-        prompt=prompt,
+        outside = "cl.direct_logit_attribution(model, prompt)"
+        return join_trace("direct_logit_attribution", outside, make)
+    refuse_in_trace(
+        "direct_logit_attribution(model, prompt)",
+        ", or direct_logit_attribution() in it, after cl.intervene(method)",
     )
+    if model is None or prompt is None:
+        raise InterventionError(
+            "direct_logit_attribution was called outside a trace without a model and a prompt. "
+            "Pass both."
+        )
+    found = model.hf_model
+    methods = () if method is None else (method,)
+    with torch.no_grad(), intervening(model, *methods):
+        reading = _Reading(found, model.words, tokens)
+        with running(found, reading.sessions):
+            found(**prompt.inputs, logits_to_keep=1)
+    return reading.attribution(prompt)
 
 
-class _LastRow(Session):
-    """Edits nothing; keeps each layer's row of the pattern at one position of each sample."""
+class _Reading:
+    """The sessions that read a run which is open with its methods, and what they found."""
 
-    site = "decoder"
+    def __init__(self, model: PreTrainedModel, words: Any, tokens: Any) -> None:
+        for session in open_sessions(model):
+            if session.edits_logits and not isinstance(session, LogitParts):
+                raise InterventionError(
+                    "an open method replaces the model's logits (a contrast), so they are no sum "
+                    "over its parts. Leave that method out."
+                )
+        readout = find_family(model).activations(model).readout
+        standing = CacheModel(readout, words, model.config.get_text_config(), "")
+        groups, self.label = _chosen(standing, words, tokens)
+        self.model = model
+        self.parts = LogitParts(standing, groups)
+        self.observer = Observer("all", shape_of(model, "decoder"))
+        self.sessions: list[Session] = [self.parts, self.observer]
 
-    def __init__(self, places: Int[Tensor, " batch"]) -> None:
-        self._places = places
-        self.rows: dict[int, Float[Tensor, "batch head key"]] = {}
+    def attribution(self, prompt: Prompt | None = None) -> LogitAttribution:
+        parts, step = self.parts.parts(), self.parts.step
+        assert step is not None
+        batched = len(parts["difference"]) > 1 if prompt is None else prompt.batched
+        return LogitAttribution(
+            **{name: (one if batched else one[0]).float() for name, one in parts.items()},
+            classes=self.observer.trace(batched).heads(),
+            label=self.label,
+            batched=batched,
+            visual=visual_tokens(self.model, "decoder", step.spans),
+            prompt=prompt,
+        )
 
-    def attention(self, call: AttentionCall) -> None:
-        first = int(self._places.min())
-        pattern = call.rows(first, int(self._places.max()) + 1)
-        index = rearrange(self._places - first, "b -> b 1 1 1")
-        self.rows[call.layer] = torch.take_along_dim(pattern, index, dim=2)[:, :, 0]
 
-
-def _chosen(
-    standing: Any, words: Any, tokens: Any, scores: Float[Tensor, "batch vocabulary"]
-) -> tuple[list[Int[Tensor, " batch"]], str]:
-    """Return the ids of one or two tokens in each sample, and what is made of their logits."""
+def _chosen(standing: CacheModel, words: Any, tokens: Any) -> tuple[list[list[int]], str]:
+    """Return the ids of one or two tokens, in each of their spellings, and what is made of them."""
     wanted = [tokens] if isinstance(tokens, str | int) else list(tokens)
     if len(wanted) not in (1, 2):
         raise ParameterError(f"tokens are {wanted}, but 1 or 2 are needed. Pass ('yes', 'no').")
     label = " − ".join(f"logit({one})" for one in wanted)
+    if words is None and any(isinstance(one, str) for one in wanted):
+        raise ParameterError(
+            f"tokens are {wanted}, but the traced handle has no tokenizer. Pass token ids as "
+            "tokens=, or trace the model that cl.load() returned."
+        )
     if wanted == ["yes", "no"]:
         spelled = answer_tokens(words)
         if not all(spelled):
             raise ParameterError(
                 "the tokenizer has no single token for yes or no. Pass two token ids as tokens=."
             )
-        choices = [torch.tensor(one, device=scores.device) for one in spelled]
-        return [one[scores[:, one].argmax(dim=1)] for one in choices], label
+        return list(spelled), label
     ids = [standing.to_single_token(one) if isinstance(one, str) else one for one in wanted]
-    if any(not 0 <= one < scores.shape[1] for one in ids):
-        raise ParameterError(
-            f"tokens are {ids}, but ids are 0 to {scores.shape[1] - 1}. Pass ids like that."
-        )
-    return [torch.full((len(scores),), one, device=scores.device) for one in ids], label
+    size = standing.cfg.d_vocab
+    if any(not 0 <= one < size for one in ids):
+        raise ParameterError(f"tokens are {ids}, but ids are 0 to {size - 1}. Pass ids like that.")
+    return [[one] for one in ids], label

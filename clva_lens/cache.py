@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clva_lens.attention import edited_streams, running
-from clva_lens.errors import InterventionError, ParameterError, PromptError, UnknownName
-from clva_lens.intervene import in_trace, intervening
+from clva_lens.errors import ParameterError, PromptError, UnknownName
+from clva_lens.intervene import intervening, refuse_in_trace
 from clva_lens.methods.base import Method
 from clva_lens.models.family import find_family
 from clva_lens.models.hooks import Place
 from clva_lens.models.prompt import Prompt
-from clva_lens.readout import CacheModel, per_head, wide
+from clva_lens.readout import CacheModel, normalise, per_head
 from clva_lens.session import AttentionCall, Session, as_additive, raw_scores
 from clva_lens.stream import Part, Stream, StreamCall
 from clva_lens.transformerlens import transformer_lens
@@ -62,11 +62,7 @@ def run_with_cache(
             f"run_with_cache takes a prompt, but got {type(prompt).__name__}. Pass "
             "model.prompt(image, question)."
         )
-    if in_trace():
-        raise InterventionError(
-            "run_with_cache was called inside a trace, but it runs the model itself. Call it "
-            "before or after the block, or read activations in the block with .output.save()."
-        )
+    refuse_in_trace("run_with_cache", ", or read activations in it with .output.save()")
     model = lens.hf_model
     activations = find_family(model).activations(model)
     chosen = choose(activations.places, names_filter)
@@ -174,7 +170,7 @@ class _Reader:
         if value.ndim == 2:  # OPT flattens batch and position before its MLP
             value = value.unflatten(0, (self._batch, -1))
         if form in ("scale", "normalized"):
-            return _normalise(module, value, form)
+            return normalise(module, value, form)
         if form == "stream":
             return value
         if place.tap.part is not None:
@@ -210,17 +206,6 @@ class _Reader:
                 value = value[0]
             self._values[key] = value
         return self._values[key]
-
-
-def _normalise(norm: Any, value: Tensor, form: str) -> Tensor:
-    """Return a norm's scale, or its output before its weight; in float32 or better."""
-    value = wide(value)
-    if isinstance(norm, nn.LayerNorm):
-        value, eps = value - value.mean(dim=-1, keepdim=True), norm.eps
-    else:
-        eps = norm.variance_epsilon
-    scale = (value.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt()
-    return scale if form == "scale" else value / scale
 
 
 class _Attention(Session):

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from clva_lens.errors import InterventionError, ModelLoadError, ParameterError, PromptError
-from clva_lens.intervene import intervening
+from clva_lens.intervene import intervening, refuse_in_trace
 from clva_lens.methods.base import Method
 from clva_lens.models.lens import LensModel
 from clva_lens.models.prompt import ImageLike, Prompt
@@ -175,6 +175,7 @@ def generate(
     Raises:
         PromptError: if there are no prompts, or one is malformed.
         ParameterError: if the method or the batch size does not fit.
+        InterventionError: inside a trace; ``with model.generate(prompt):`` is one.
     """
     options = {"batch_size": batch_size, "progress": progress}
     with closing(generate_batches(model, prompts, method, decoding, **options)) as batches:
@@ -203,6 +204,7 @@ def generate_batches(
         PromptError: if there are no prompts, or one is malformed.
         ParameterError: if the method or the batch size does not fit.
     """
+    refuse_in_trace("generate", ", or trace with model.generate(prompt)")
     decoding = decoding or Greedy()
     if batch_size < 1:
         raise ParameterError(f"batch_size must be >= 1, but is {batch_size}. Pass batch_size=8.")

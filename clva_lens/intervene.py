@@ -1,9 +1,9 @@
 """Methods and observers in a run of a model: inside an nnsight trace, or around plain code."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import nnsight
 import torch
@@ -22,6 +22,8 @@ from clva_lens.models.family import FAMILIES, find_family
 from clva_lens.models.prompt import Prompt
 from clva_lens.session import Session
 from clva_lens.trace import AttentionTrace, HeadChoice, Observer, QueryObserver
+
+Handle = TypeVar("Handle")
 
 
 class Intervention:
@@ -112,11 +114,12 @@ def intervene(*methods: Method) -> Intervention:
             contains none that clva_lens knows.
         ParameterError: if a method does not fit the model.
     """
-    root, interleaver = _running("intervene", "cl.intervening(model, method)")
-    model = transformers_model(root)
-    sessions = _sessions(model, methods, getattr(root, "processor", None))
-    _attach(model, sessions, interleaver)
-    return nnsight.save(Intervention(sessions))
+
+    def make(root: Any, model: PreTrainedModel) -> tuple[list[Session], Intervention]:
+        sessions = _sessions(model, methods, getattr(root, "processor", None))
+        return sessions, Intervention(sessions)
+
+    return join_trace("intervene", "with cl.intervening(model, method):", make)
 
 
 def observe(layers: Sequence[int] | str = "all", site: str | None = None) -> Observation:
@@ -129,11 +132,12 @@ def observe(layers: Sequence[int] | str = "all", site: str | None = None) -> Obs
         InterventionError: outside a trace, after the model started, or on an unknown model.
         ParameterError: if the site or a layer does not exist.
     """
-    root, interleaver = _running("observe", "cl.observing(model)")
-    model = transformers_model(root)
-    observer = Observer(layers, shape_of(model, site))
-    _attach(model, [observer], interleaver)
-    return nnsight.save(Observation(observer))
+
+    def make(_: Any, model: PreTrainedModel) -> tuple[list[Session], Observation]:
+        observer = Observer(layers, shape_of(model, site))
+        return [observer], Observation(observer)
+
+    return join_trace("observe", "with cl.observing(model):", make)
 
 
 def transformers_model(model: Any) -> PreTrainedModel:
@@ -155,13 +159,40 @@ def transformers_model(model: Any) -> PreTrainedModel:
     raise AssertionError("find_family() accepted a module that no family matches")
 
 
-def in_trace() -> bool:
-    """Return whether this is called within an nnsight trace."""
+def join_trace(
+    name: str,
+    instead: str,
+    make: Callable[[Any, PreTrainedModel], tuple[Sequence[Session], Handle]],
+) -> Handle:
+    """Add sessions to the nnsight trace this is called in; return what outlives it.
+
+    ``make`` gets the traced handle and its transformers model, and returns the sessions and the
+    object that shows what they found. ``name`` is the public function's, ``instead`` what to write
+    outside a trace.
+
+    Raises:
+        InterventionError: outside a trace, after the model started, or on an unknown model.
+    """
+    root, interleaver = _running(name, instead)
+    model = transformers_model(root)
+    sessions, handle = make(root, model)
+    _attach(model, sessions, interleaver)
+    return nnsight.save(handle)
+
+
+def refuse_in_trace(name: str, instead: str) -> None:
+    """Raise InterventionError within an nnsight trace, whose model must not be run once more.
+
+    ``name`` is the function that runs it, ``instead`` a sentence that says what to do.
+    """
     try:
-        Mediator.current("run_with_cache")
+        Mediator.current(name)
     except ValueError:
-        return False
-    return True
+        return
+    raise InterventionError(
+        f"{name} was called inside a trace, but it runs the model itself. Call it before or after "
+        f"the block{instead}."
+    )
 
 
 def _sessions(model: PreTrainedModel, methods: Sequence[Method], processor: Any) -> list[Session]:
@@ -169,7 +200,8 @@ def _sessions(model: PreTrainedModel, methods: Sequence[Method], processor: Any)
     sessions = []
     for method in methods:
         for index, session in enumerate(method.sessions(Shapes(model, processor))):
-            session.again = partial(_again, method, processor, index)
+            if not session.prompt_only:
+                session.again = partial(_again, method, processor, index)
             sessions.append(session)
     return sessions
 
@@ -185,7 +217,7 @@ def _running(name: str, instead: str) -> tuple[nnsight.Envoy, Interleaver]:
     except ValueError:
         raise InterventionError(
             f"cl.{name}() was called outside a trace. Call it inside "
-            f"'with model.trace(prompt):', or use 'with {instead}:' around plain code."
+            f"'with model.trace(prompt):', or use '{instead}' around plain code."
         ) from None
     interleaver = mediator.interleaver
     started = dict(mediator.counts_at_start)
@@ -250,7 +282,9 @@ def trace_attention(
     Raises:
         ModelLoadError: if no family knows the model.
         ParameterError: if the site or a layer does not exist, or the method does not fit.
+        InterventionError: inside a trace; use ``observe`` there.
     """
+    refuse_in_trace("trace_attention", ", or cl.observe() in it")
     found = transformers_model(model)
     observer = Observer(layers, shape_of(found, site))
     methods = () if method is None else (method,)
@@ -277,7 +311,10 @@ def head_means(
     Raises:
         ModelLoadError: if no family knows the model.
         ParameterError: if the site does not exist, the method does not fit, or there is no prompt.
+        InterventionError: inside a trace: it reads prompts of its own, so make the means before,
+            and open ``AblateHeads(mode="mean", reference=means)`` there.
     """
+    refuse_in_trace("head_means", "")
     found = transformers_model(model)
     session = MeanSession(shape_of(found, site), rows)
     methods = () if method is None else (method,)
@@ -314,7 +351,9 @@ def composed_saliency(
     Raises:
         ModelLoadError: if no family knows the model.
         ParameterError: if a layer does not exist, or the method does not fit the model.
+        InterventionError: inside a trace; use ``observe`` of each site there.
     """
+    refuse_in_trace("composed_saliency", ", or cl.observe() in it")
     found = transformers_model(model)
     methods = () if method is None else (method,)
     shapes = Shapes(found)

@@ -14,7 +14,7 @@ from clva_lens.figures import logit_lens as draw_lens
 from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.generate import answer_tokens
-from clva_lens.intervene import transformers_model
+from clva_lens.intervene import refuse_in_trace, transformers_model
 from clva_lens.methods.base import Method, shape_of
 from clva_lens.models.family import find_family
 from clva_lens.models.lens import LensModel
@@ -179,8 +179,9 @@ def logit_lens(
     Raises:
         ParameterError: if the span, a layer, a token or ``k`` does not fit.
         ModelLoadError: if nobody wrote the names of this model down.
-        InterventionError: inside a trace; use ``lens_logits`` there.
+        InterventionError: inside a trace, whose layers' outputs ``lens_logits`` reads in the block.
     """
+    refuse_in_trace("logit_lens", ", or logit_lens.lens_logits(model, layer.output) in it")
     found = model.hf_model
     numbers = chosen_layers(layers, shape_of(found, "decoder"))
     positions = prompt.spans.places(span)

@@ -37,7 +37,10 @@ def watch_logits(entry: nn.Module, edit: Edit) -> list[RemovableHandle]:
     def replace(_: nn.Module, args: Any, out: Tensor) -> Tensor | None:
         if not ready or isinstance(out, FakeTensor):
             return None
-        last = edit(out[:, -1])
+        own = out[:, -1]
+        last = edit(own)
+        if last is own:
+            return None
         return torch.cat([out[:, :-1], last[:, None].to(out.dtype)], dim=1)
 
     return [

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -89,27 +89,70 @@ def patch_mask(
 
     ``mask`` has the object's pixels in the picture as it is before the processor; ``site`` is the
     attention site whose image tokens are meant, None the family's own. What the processor crops
-    away is on no patch; what it pads is no object.
+    away is on no patch; what it pads, in whatever colour, is no object.
 
     Raises:
         PromptError: if the site's image tokens lie on no grid.
-        BenchmarkError: if the processor does not make one picture of one picture.
+        BenchmarkError: if the processor does not make one picture of one picture, changes its
+            colours although asked for raw ones, or does more than scale, crop, turn and pad it
+            with a colour (repeats its edge, for example).
     """
     site = model.site.name if site is None else site
     rows, columns = model.family.grid(model.hf_model, site)
-    # Red is the object; green and blue, whose difference no padding has, say where the picture is.
-    painted = np.zeros((*mask.shape, 3), dtype=np.uint8)
-    painted[..., 0], painted[..., 1] = mask * 255, 255
-    raw = {"do_normalize": False, "do_rescale": False}
-    made = model.images(Image.fromarray(painted), return_tensors="pt", **raw)["pixel_values"]
-    if made.ndim != 4 or made.shape[:2] != (1, 3):
+    x, y = (np.linspace(0, 1, size, dtype=np.float32) for size in mask.shape[::-1])
+    painted = [mask.astype(np.float32), (x[None] + y[:, None]) / 2, np.ones_like(mask, np.float32)]
+    thing, ramp, picture = _followed(model, np.stack(painted, axis=2))
+    if not 0.8 < float(picture.max()) < 1.2:
         raise BenchmarkError(
-            f"the image processor makes {tuple(made.shape)} of a picture, so patches cannot be "
-            "told from its pixels. Make the mask of image tokens yourself."
+            "the image processor changes colours although do_normalize and do_rescale are off, so "
+            "an object cannot be followed through it. Make the mask of image tokens yourself."
         )
-    red, green, blue = made[0].double()
-    inside = (green - blue) > 127.5
-    share = torch.where(inside, red / 255, 0).clamp(0, 1)
+    _check_even(ramp, picture, 1 / max(1, min(mask.shape) - 1))
+    share = ((thing + picture) / 2).clamp(0, 1)
     high, wide = share.shape[0] // rows, share.shape[1] // columns
     share = share[: rows * high, : columns * wide].reshape(rows, high, columns, wide)
     return (share.mean(dim=(1, 3)) >= COVERED).flatten()
+
+
+def _followed(
+    model: LensModel, colours: Float[np.ndarray, "height width 3"]
+) -> Float[Tensor, "3 row column"]:
+    """Return colours, in [0, 1], as the processor leaves them, from −1 (for 0) to 1.
+
+    Half the difference of a painting and its negative, so 0 where the processor padded, whatever
+    its colour. Both keep away from black and white, so that sharpening by resizing is not cut off.
+    """
+    made = []
+    for sign in (1, -1):
+        painted = Image.fromarray((128 + sign * 63.5 * (2 * colours - 1)).astype(np.uint8))
+        raw = {"do_normalize": False, "do_rescale": False}
+        out = model.images(painted, return_tensors="pt", **raw)["pixel_values"]
+        if out.ndim != 4 or out.shape[:2] != (1, 3):
+            raise BenchmarkError(
+                f"the image processor makes {tuple(out.shape)} of a picture, so patches cannot be "
+                "told from its pixels. Make the mask of image tokens yourself."
+            )
+        made.append(out[0].double())
+    return (made[0] - made[1]) / 127
+
+
+def _check_even(
+    ramp: Float[Tensor, "row column"], picture: Float[Tensor, "row column"], pixel: float
+) -> None:
+    """Raise BenchmarkError unless an even ramp is still one where the picture is.
+
+    ``ramp`` is the mean of two, along the axes. ``pixel`` is the step of one from a pixel to the
+    next, which resizing may blur, in [0, 1].
+    """
+    inside = picture > 0.9
+    place = inside.nonzero().double()
+    place = torch.cat([place, torch.ones(len(place), 1, dtype=place.dtype)], dim=1)
+    values = (ramp / picture)[inside][:, None]
+    off = float((place @ torch.linalg.lstsq(place, values).solution - values).abs().max()) / 2
+    if off > pixel + 0.03:
+        raise BenchmarkError(
+            f"the image processor moves parts of a picture by at least {off:.0%} of its size "
+            "from where even scaling would put them (it may pad with the picture itself, or cut "
+            "and rearrange it), so an object cannot be followed. Make the mask of image tokens "
+            "yourself."
+        )

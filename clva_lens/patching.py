@@ -14,7 +14,7 @@ from clva_lens.figures import patching as draw_patching
 from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.generate import yes_margins
-from clva_lens.intervene import intervening
+from clva_lens.intervene import intervening, refuse_in_trace
 from clva_lens.logit_lens import MARGIN
 from clva_lens.methods.base import Method, Shape, shape_of
 from clva_lens.methods.patching import PatchActivations, PatchedPart
@@ -169,8 +169,11 @@ def patch_activations(
 
     Raises:
         ParameterError: if a layer, span, part or metric does not fit, or positions do not line up.
-        InterventionError: if the spans' positions, or the numbers of prompts, do not line up.
+        InterventionError: if the spans' positions, or the numbers of prompts, do not line up; or
+            inside a trace: this runs the model many times, and ``PatchActivations`` is one of
+            these patches in a run of your own.
     """
+    refuse_in_trace("patch_activations", ", or cl.intervene(cl.PatchActivations(...)) in it")
     found = model.hf_model
     shape = shape_of(found, "decoder")
     numbers = chosen_layers(layers, shape)

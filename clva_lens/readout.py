@@ -157,3 +157,14 @@ def read_out(
 def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Return a tensor in float32, or float64 if it is."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def normalise(norm: Any, value: Tensor, form: str) -> Tensor:
+    """Return a norm's scale, or its output before its weight; in float32 or better."""
+    value = wide(value)
+    if isinstance(norm, nn.LayerNorm):
+        value, eps = value - value.mean(dim=-1, keepdim=True), norm.eps
+    else:
+        eps = norm.variance_epsilon
+    scale = (value.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt()
+    return scale if form == "scale" else value / scale

@@ -22,6 +22,7 @@ class AttentionCall:
     """Queries, keys and values of one layer in one pass, and the bias that earlier sessions put.
 
     Queries and keys are as the kernel gets them: after the rotary embedding, with the whole cache.
+    ``z`` is what the heads put out before any session replaces it; None until they have.
     """
 
     layer: int
@@ -32,6 +33,7 @@ class AttentionCall:
     bias: Bias | None
     scaling: float
     value: Float[Tensor, "batch kv_head key width"] | None = None
+    z: Float[Tensor, "batch query head width"] | None = None
 
     @property
     def new_rows(self) -> int:
@@ -116,7 +118,7 @@ class Session:
     stack it wants ``stream`` called. They stay as they are during a run. ``cuts_off``: it makes
     tokens impossible, which only one session of a run may do; ``uncut`` are the prompt's logits as
     they were before that. ``again`` makes the same session for a second model, None if it only
-    looks.
+    looks, or is for the prompt alone and for no second input of a contrast (``prompt_only``).
     """
 
     site: str
@@ -125,6 +127,7 @@ class Session:
     streams: Collection[tuple[Part, int]] = ()
     edits_logits: bool = False
     cuts_off: bool = False
+    prompt_only: bool = False
     uncut: Float[Tensor, "batch vocabulary"] | None = None
     again: Callable[[PreTrainedModel], "Session"] | None = None
 

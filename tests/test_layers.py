@@ -18,7 +18,7 @@ ORDER = [
     {"stream"},
     {"session"},
     {"attention"},
-    {"rows"},
+    {"rows", "logit_parts"},
     {
         "methods.base",
         "methods.choosing",

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from clva_lens.anchors import default_positive_layer
 from clva_lens.errors import ParameterError
 from clva_lens.folding import Bias, KeyBias
-from clva_lens.models.family import find_site
+from clva_lens.models.family import find_family, find_site
+from clva_lens.models.hooks import Readout
 from clva_lens.registry import Registry
 from clva_lens.session import AttentionCall, Session
 
@@ -88,6 +89,14 @@ class Shapes:
             ParameterError: if the model has no such site.
         """
         return shape_of(self.model, site)
+
+    def readout(self) -> Readout:
+        """Return the modules that make logits of the language model's residual stream.
+
+        Raises:
+            ModelLoadError: if nobody wrote down where they are.
+        """
+        return find_family(self.model).activations(self.model).readout
 
 
 def shape_of(model: PreTrainedModel, site: str | None = None) -> Shape:

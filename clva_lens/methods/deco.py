@@ -24,7 +24,6 @@ from torch import Tensor
 
 from clva_lens.errors import ParameterError
 from clva_lens.methods.base import Kernel, Method, Shapes, check_layers, register_method
-from clva_lens.models.family import find_family
 from clva_lens.models.hooks import Readout
 from clva_lens.passes import Step
 from clva_lens.readout import read_out, wide
@@ -89,8 +88,7 @@ class DeCo(Method):
         layers = self.layers
         if layers is None:
             layers = range(FIRST * depth // DEPTH, LAST * depth // DEPTH + 1)
-        readout = find_family(shapes.model).activations(shapes.model).readout
-        return [_Correcting(self, check_layers("layers", layers, shape), readout)]
+        return [_Correcting(self, check_layers("layers", layers, shape), shapes.readout())]
 
 
 class _Correcting(Session):

@@ -19,6 +19,7 @@ from clva_lens.errors import InterventionError, ModelLoadError, ParameterError
 from clva_lens.folding import dense
 from clva_lens.methods.base import Hook, Method, MethodHooks, Shape, Shapes
 from clva_lens.models.family import FAMILIES
+from clva_lens.models.hooks import Readout
 from clva_lens.passes import DecoderPasses
 from clva_lens.session import AttentionCall, Session
 from clva_lens.stream import Part, StreamCall, stream_name
@@ -114,6 +115,14 @@ class _BridgeShapes(Shapes):
             )
         depth = self.bridge.cfg.n_layers
         return Shape("decoder", tuple(range(depth)), depth, self.bridge.cfg.n_heads)
+
+    def readout(self) -> Readout:
+        """Return the model's own norm and unembedding, which the bridge wraps."""
+        parts = [
+            getattr(one, "original_component", one)
+            for one in (self.bridge.ln_final, self.bridge.unembed)
+        ]
+        return Readout((), (), *parts, d_head=self.bridge.cfg.d_head)
 
 
 class _Watch:

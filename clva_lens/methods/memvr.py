@@ -14,10 +14,10 @@ over the whole pass. **Departs from the release**, which is for one sample and d
 batch: each sample decides for itself, over its own rows without padding. The prompt's rows are one
 group, which its last row decides for, and each generated row is its own, so that reading
 everything again without a key-value cache gives the same. Layers are 5 and 16 of 32 in the release,
-whatever the depth; here the same fraction of other depths. φ is the identity in the release for
-LLaVA; with ``variant="paper"`` it is SiLU, which the paper's φ stands for in the release for
-Qwen-VL. The retrieval is formed in float32. Attention is left alone; one pass, and a row of logits
-for each layer that is asked.
+whatever the depth; here the same fraction of other depths. φ is the identity as released for LLaVA
+and SiLU as released for Qwen-VL, which ``variant="paper"`` takes: that the paper has an activation
+φ is remembered, and which one was not checked against its text. The retrieval is formed in float32.
+Attention is left alone; one pass, and a row of logits for each layer that is asked.
 """
 
 import math
@@ -39,7 +39,6 @@ from clva_lens.methods.base import (
     check_variant,
     register_method,
 )
-from clva_lens.models.family import find_family
 from clva_lens.models.hooks import Readout
 from clva_lens.passes import Step
 from clva_lens.readout import read_out, wide
@@ -61,7 +60,8 @@ class MemVR(Method):
         gamma: γ, the uncertainty that must be exceeded, in [0, 1].
         start: layers after this one (0-based) are asked. None: 5 of 32, 5L/32 rounded down of L.
         end: layers before this one are asked. None: 16 of 32, L/2 rounded down of L.
-        variant: "released" retrieves linearly, "paper" with φ = SiLU.
+        variant: "released" retrieves linearly, as released for LLaVA; "paper" with φ = SiLU, as
+            released for Qwen-VL (the paper's own φ was not checked).
 
     Raises:
         ParameterError: if a parameter is out of range.
@@ -113,8 +113,7 @@ class MemVR(Method):
         if self.ratio == 0:
             return []
         layers = self.asked_layers(shapes.at("decoder").depth)
-        readout = find_family(shapes.model).activations(shapes.model).readout
-        return [_Retracing(self, layers, readout)]
+        return [_Retracing(self, layers, shapes.readout())]
 
 
 class _Retracing(Session):

@@ -36,7 +36,9 @@ class PatchActivations(Method):
     Positions are matched in the order of the span, which must have as many of them in both prompts.
     Generated rows are the model's own, but read what was patched. A patch comes after the edits of
     methods before it and is seen by those after it; attention that CLVA reads at layer l sees
-    "resid_pre" of layer l and everything of earlier layers.
+    "resid_pre" of layer l and everything of earlier layers. Beside a contrastive method (VCD, ICD,
+    IMCCD) the prompt's own pass is patched and the second input is not, as with edits by hand: the
+    cache is not of that input, and a patch in both would cancel where they are subtracted.
 
     Args:
         source: the other prompt; or a batch, sample by sample for the batch that is run (times
@@ -173,6 +175,8 @@ def span_places(
 
 
 class _PatchSession(Session):
+    prompt_only = True
+
     def __init__(
         self,
         method: PatchActivations,

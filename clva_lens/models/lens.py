@@ -18,7 +18,7 @@ from clva_lens.errors import ModelLoadError, PromptError
 from clva_lens.methods.base import Method
 from clva_lens.models.check import check_family
 from clva_lens.models.family import ModelFamily, Site, find_family
-from clva_lens.models.prompt import ImageLike, Prompt, VisualTokens, as_lists
+from clva_lens.models.prompt import ImageLike, Prompt, as_lists, visual_tokens
 from clva_lens.toy import pretrained
 
 
@@ -105,7 +105,10 @@ class LensModel(TransformersModel):
         for name, value in family.encode(model, processor, images, texts).items():
             dtype = model.dtype if value.is_floating_point() else value.dtype
             inputs[name] = value.to(model.device, dtype)
-        sites = {site.name: self._visual_tokens(site.name, inputs) for site in self.sites}
+        sites = {
+            site.name: visual_tokens(model, site.name, family.spans(model, site.name, inputs))
+            for site in self.sites
+        }
         return Prompt(inputs, sites, batched, tuple(images), tuple(questions), system)
 
     def run_with_cache(
@@ -139,21 +142,6 @@ class LensModel(TransformersModel):
                 be intercepted.
         """
         return run_with_cache(self, prompt, names_filter, method)
-
-    def _visual_tokens(self, site: str, inputs: dict[str, torch.Tensor]) -> VisualTokens:
-        spans = self.family.spans(self.hf_model, site, inputs)
-        try:
-            grid = self.family.grid(self.hf_model, site)
-        except PromptError as error:
-            return VisualTokens(spans, str(error))
-        if spans.visual_count != grid[0] * grid[1]:
-            return VisualTokens(
-                spans,
-                f"the prompt has {spans.visual_count} image tokens, but the vision tower has a "
-                f"grid of {grid[0]} × {grid[1]}, so they lie on no grid. Check the processor's "
-                "patch_size, vision_feature_select_strategy and num_additional_image_tokens.",
-            )
-        return VisualTokens(spans, grid)
 
 
 def load(

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from clva_lens.axes import TokenSpans
 from clva_lens.errors import PromptError
+from clva_lens.models.family import find_family
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -23,6 +25,33 @@ class VisualTokens(NamedTuple):
 
     spans: TokenSpans
     grid: tuple[int, int] | str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The grid.
+
+        Raises:
+            PromptError: if there is none.
+        """
+        if isinstance(self.grid, str):
+            raise PromptError(self.grid)
+        return self.grid
+
+
+def visual_tokens(model: PreTrainedModel, site: str, spans: TokenSpans) -> VisualTokens:
+    """Return the image tokens of a site with their grid, or the reason why they lie on none."""
+    try:
+        grid = find_family(model).grid(model, site)
+    except PromptError as error:
+        return VisualTokens(spans, str(error))
+    if spans.visual_count != grid[0] * grid[1]:
+        return VisualTokens(
+            spans,
+            f"the prompt has {spans.visual_count} image tokens, but the vision tower has a "
+            f"grid of {grid[0]} × {grid[1]}, so they lie on no grid. Check the processor's "
+            "patch_size, vision_feature_select_strategy and num_additional_image_tokens.",
+        )
+    return VisualTokens(spans, grid)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,10 +112,7 @@ class Prompt(Mapping[str, Tensor]):
         Raises:
             PromptError: if there is no such site, or its image tokens lie on no grid.
         """
-        grid = self._at(site).grid
-        if isinstance(grid, str):
-            raise PromptError(grid)
-        return grid
+        return self._at(site).shape
 
     def _at(self, site: str) -> VisualTokens:
         if site not in self.sites:

@@ -79,6 +79,24 @@ def test_same_edit_same_logits(lens, bridge_of, ask, name, batch):
         torch.testing.assert_close(found.positive_map, run.anchors.positive_map)
 
 
+@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize("heads", ["full", "grouped"])
+def test_memvr(heads, variant, batch, ask):
+    """What an FFN reads and puts out, and the picture's features, through a bridge's hooks."""
+    lens = lens_of(heads, "sdpa", 8.0)
+    bridge, prompt = cl.to_transformer_lens(lens), ask(lens, batch)
+    method = cl.MemVR(ratio=0.3, gamma=0.6, variant=variant)
+    error, effect, _, hooks = both_backends(lens, bridge, prompt, method)
+    print(f"error {error:.1e}, effect {effect:.3f}")
+    assert error < 1e-4
+    assert effect > max(0.05, 500 * error)
+    assert {name.partition(".")[0] for name, _ in hooks} == {"embed", "blocks"}
+    assert {name for name, _ in hooks} >= {"blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"}
+    both = cl.compose(method, cl.CLVA(tau=1.0))
+    assert both_backends(lens, bridge, prompt, both)[0] < 1e-4
+
+
 def test_lists_of_hooks_add_up(one, bridge_of, ask):
     """Hooks of two methods in one list are their composition, in that order."""
     bridge, prompt = bridge_of(one), ask(one, 3)
@@ -263,3 +281,9 @@ def test_refused(one, bridge_of, ask, untyped):
     bare = {"input_ids": torch.tensor([[1, 8, 9]])}
     with pytest.raises(InterventionError, match="no image tokens"):
         bridge.run_with_hooks(bare["input_ids"], fwd_hooks=cl.CLVA().as_hooks(bridge, bare))
+
+
+@pytest.mark.parametrize("method", [cl.DeCo(), cl.VCD(noise_step=400)])
+def test_methods_that_edit_logits_are_refused(one, bridge_of, ask, method):
+    with pytest.raises(InterventionError, match=r"edits logits.*cl\.intervening"):
+        method.as_hooks(bridge_of(one), ask(one))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import lens_of, make_processor
 from PIL import Image
-from transformers import BlipImageProcessorPil, CLIPImageProcessorPil
+from transformers import BlipImageProcessorPil, CLIPImageProcessorPil, LlavaImageProcessorPil
 
 import clva_lens as cl
 from clva_lens.errors import BenchmarkError
@@ -159,6 +159,76 @@ def test_patches_follow_the_processor(kind, size):
         seen += int(found.sum())
     assert seen > 12
     assert cl.patch_mask(lens, np.ones(size, dtype=bool)).all()
+
+
+def with_images(images):
+    """The tiny model behind another image processor."""
+    processor = make_processor()
+    processor.image_processor = images
+    return cl.load((lens_of("full", "sdpa").hf_model, processor), check=False)
+
+
+class Padding(CLIPImageProcessorPil):
+    """Pads every picture to a square with ``fill``, a colour or a way of np.pad, before CLIP's."""
+
+    fill = (0, 255, 0)
+
+    def __call__(self, images, **options):
+        picture = np.asarray(images)
+        spare = [max(picture.shape[:2]) - side for side in picture.shape[:2]]
+        around = [(one // 2, one - one // 2) for one in spare] + [(0, 0)]
+        if isinstance(self.fill, str):
+            padded = np.pad(picture, around, mode=self.fill)
+        else:
+            padded = np.empty((max(picture.shape[:2]),) * 2 + (3,), dtype=np.uint8)
+            padded[:] = self.fill
+            (top, _), (left, _), _ = around
+            padded[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+        return super().__call__(Image.fromarray(padded), **options)
+
+
+SQUARE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+
+
+@pytest.mark.parametrize("fill", ["llava", (0, 255, 0), (255, 0, 0), (0, 0, 255), (255, 255, 255)])
+def test_padding_is_no_object_and_moves_the_rest(fill):
+    """128 × 64 pixels, padded to 128 × 128: the picture is on the middle two columns of patches.
+
+    Rows of patches are 32 pixels high, columns 32 wide, the first of the picture's at column 1.
+    """
+    if fill == "llava":
+        images = LlavaImageProcessorPil(do_pad=True, **SQUARE)
+    else:
+        images = Padding(**SQUARE)
+        images.fill = fill
+    lens = with_images(images)
+    whole = np.ones((128, 64), dtype=bool)
+    assert cl.patch_mask(lens, whole).reshape(4, 4).tolist() == [[False, True, True, False]] * 4
+    found = cl.patch_mask(lens, pixel_mask((128, 64), box=(32, 64, 32, 64))).reshape(4, 4)
+    assert found.nonzero().tolist() == [[2, 2], [3, 2]]
+    # The same object would be elsewhere if the picture were cropped.
+    cropped = cl.patch_mask(with_images(CLIPImageProcessorPil(**SQUARE)), whole)
+    assert cropped.all()
+
+
+@pytest.mark.parametrize("fill", ["edge", "reflect", "wrap"])
+def test_padding_with_the_picture_itself_is_refused(fill):
+    images = Padding(**SQUARE)
+    images.fill = fill
+    lens = with_images(images)
+    with pytest.raises(BenchmarkError, match=r"pad with the picture itself.*yourself"):
+        cl.patch_mask(lens, np.ones((64, 128), dtype=bool))
+    # A square picture is not padded.
+    assert cl.patch_mask(lens, np.ones((64, 64), dtype=bool)).all()
+
+
+def test_other_colours_are_refused():
+    class Normalising(CLIPImageProcessorPil):
+        def __call__(self, images, **options):
+            return super().__call__(images, **(options | {"do_normalize": True}))
+
+    with pytest.raises(BenchmarkError, match="changes colours although do_normalize"):
+        cl.patch_mask(with_images(Normalising(**SQUARE)), np.ones((64, 64), dtype=bool))
 
 
 def test_what_is_cropped_away_is_on_no_patch(one):
