@@ -47,6 +47,7 @@ from clva_lens.methods.icd import ICD as ICD
 from clva_lens.methods.imccd import IMCCD as IMCCD
 from clva_lens.methods.knockout import KnockOut as KnockOut
 from clva_lens.methods.memvr import MemVR as MemVR
+from clva_lens.methods.opera import OPERA as OPERA
 from clva_lens.methods.pai import PAI as PAI
 from clva_lens.methods.patching import PatchActivations as PatchActivations
 from clva_lens.methods.vcd import VCD as VCD
@@ -82,6 +83,7 @@ __all__ = [
     "CLVA",
     "ICD",
     "IMCCD",
+    "OPERA",
     "PAI",
     "VCD",
     "AblateHeads",

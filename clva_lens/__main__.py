@@ -143,6 +143,7 @@ def run(
 ) -> None:
     """Run a benchmark and keep every answer; a run that was killed goes on with --resume."""
     from clva_lens.evaluate import check_images, evaluate
+    from clva_lens.generate import check_decoding
     from clva_lens.models.lens import load
     from clva_lens.runs import check_folder
 
@@ -150,6 +151,7 @@ def run(
     chosen = _benchmark(benchmark, settings)
     acting = _method(method, parameter)
     how = _decoding(decoding, decoding_parameter, max_new_tokens or chosen.max_new_tokens)
+    check_decoding(acting, how)
     check_folder(out, resume)
     check_images(chosen.samples(limit, seed))
     try:
@@ -255,7 +257,7 @@ def bench(
 @app.command()
 @friendly
 def methods() -> None:
-    """List the methods: where each comes from, its parameters, and what it costs."""
+    """List the methods: their papers, cost, decodings (ours: an extension) and parameters."""
     import clva_lens as cl
     from clva_lens.methods.base import METHODS
 
@@ -269,7 +271,10 @@ def methods() -> None:
         sites = " and ".join(method.sites) or "no site of its own"
         facts = f"attention: {method.kernel} · forwards a token: {method.forwards:g} · {sites}"
         console.print(f"[bold]{escape(name)}[/]  {escape(method.paper)}", highlight=False)
-        for line in (facts, parameters):
+        decodings = ", ".join(
+            f"{one} (ours)" if one in method.extended else one for one in method.decodings
+        )
+        for line in (facts, f"decoding: {decodings}", parameters):
             console.print(Padding(escape(line), (0, 0, 0, 2)), highlight=False)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Score, judge
 from clva_lens.errors import BenchmarkError, ParameterError
-from clva_lens.generate import Decoding, Greedy, generate_batches
+from clva_lens.generate import Decoding, Greedy, check_decoding, generate_batches
 from clva_lens.methods.base import Method, Shapes
 from clva_lens.models.lens import LensModel
 from clva_lens.record import describe, identity, machine, origin
@@ -53,6 +53,7 @@ def evaluate(
     decoding = decoding or Greedy(max_new_tokens=chosen.max_new_tokens)
     if batch_size < 1:
         raise ParameterError(f"batch_size must be >= 1, but is {batch_size}. Pass batch_size=16.")
+    check_decoding(method, decoding)
     if method is not None:
         method.sessions(
             Shapes(model.hf_model, model.processor)

@@ -158,6 +158,16 @@ Triple = tuple[Any, str, str | None]
 """Image, question and system message of a prompt."""
 
 
+def check_decoding(method: Method | None, decoding: Decoding) -> None:
+    """Raise ParameterError unless the method works with the decoding.
+
+    A decoding that is not registered is the caller's own, and is let through.
+    """
+    for name, kind in DECODINGS.items():
+        if method is not None and type(decoding) is kind:
+            method.check_decoding(name)
+
+
 def generate(
     model: LensModel,
     prompts: Prompt | Sequence[Prompt] | Sequence[Asked],
@@ -174,7 +184,7 @@ def generate(
 
     Raises:
         PromptError: if there are no prompts, or one is malformed.
-        ParameterError: if the method or the batch size does not fit.
+        ParameterError: if the method, with this decoding too, or the batch size does not fit.
         InterventionError: inside a trace; ``with model.generate(prompt):`` is one.
     """
     options = {"batch_size": batch_size, "progress": progress}
@@ -208,6 +218,7 @@ def generate_batches(
     decoding = decoding or Greedy()
     if batch_size < 1:
         raise ParameterError(f"batch_size must be >= 1, but is {batch_size}. Pass batch_size=8.")
+    check_decoding(method, decoding)
     pairs = list(_pairs(prompts))
     if not pairs:
         raise PromptError("there are 0 prompts to answer. Pass at least one.")
@@ -241,7 +252,10 @@ def _answer(
             f"the prompt has {length} tokens, but the model has {longest} positions. Shorten it."
         )
     began = time.perf_counter()
-    ids, margins = _generate_batch(model, prompt, method, decoding)
+    generated = _generate_batch(model, prompt, method, decoding)
+    if generated is None:
+        return _joined([_answer(model, [one], method, decoding, longest) for one in batch])
+    ids, margins = generated
     seconds = time.perf_counter() - began
     texts = model.words.batch_decode(ids, skip_special_tokens=True)
     return Generation([t.strip() for t in texts], ids, margins, seconds, [None] * len(ids))
@@ -295,7 +309,8 @@ def _pairs(
 
 def _generate_batch(
     model: LensModel, prompt: Prompt, method: Method | None, decoding: Decoding
-) -> tuple[list[Tensor], list[float | None]]:
+) -> tuple[list[Tensor], list[float | None]] | None:
+    """Return ids and margins, or None if the method searches for one prompt at a time."""
     hf_model, tokenizer = model.hf_model, model.words
     own = hf_model.generation_config
     eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
@@ -310,11 +325,17 @@ def _generate_batch(
     methods = () if method is None else (method,)
     devices = [hf_model.device] if hf_model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), intervening(model, *methods) as run:
+        searches = [session.decode for session in run.sessions if session.decode is not None]
+        if searches and prompt["input_ids"].shape[0] > 1:
+            return None
         if isinstance(decoding, Sampling):
             torch.manual_seed(decoding.seed)
         answer: Any = hf_model.generate  # transformers declares it on a mixin that hides the call
         out = answer(
-            **prompt.inputs, generation_config=config, logits_processor=LogitsProcessorList([first])
+            **prompt.inputs,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([first]),
+            **({"custom_generate": searches[0]} if searches else {}),
         )
     assert isinstance(out, Tensor) and first.scores is not None
     ends = set(eos if isinstance(eos, list) else [eos]) | {pad}

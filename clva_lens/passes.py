@@ -219,13 +219,13 @@ class DecoderPasses(_TokenPasses):
             return
         known = self._next(ids, offset)
         spans, keys = known.spans, offset + ids.shape[1]
-        if keys > known.keys:
-            spans = self._longer(spans, keys)
+        if keys != known.keys:
+            spans = self._reaching(spans, keys)
         number = known.number + 1
         self.step = known._replace(number=number, offset=offset, spans=spans, ids=ids)
 
-    def _longer(self, spans: TokenSpans, keys: int) -> TokenSpans:
-        """Return spans to which generated positions were added, as views of ones with more room."""
+    def _reaching(self, spans: TokenSpans, keys: int) -> TokenSpans:
+        """Return spans of so many keys, the last ones generated: views of ones with more room."""
         if self._room is None or self._room.image.shape[1] < keys:
             self._room = _with_room(spans, keys - spans.image.shape[1] + ROOM)
         room = self._room

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -119,6 +120,7 @@ class Session:
     tokens impossible, which only one session of a run may do; ``uncut`` are the prompt's logits as
     they were before that. ``again`` makes the same session for a second model, None if it only
     looks, or is for the prompt alone and for no second input of a contrast (``prompt_only``).
+    ``decode``: it decides the tokens itself, as ``generate(custom_generate=...)`` wants it.
     """
 
     site: str
@@ -130,6 +132,7 @@ class Session:
     prompt_only: bool = False
     uncut: Float[Tensor, "batch vocabulary"] | None = None
     again: Callable[[PreTrainedModel], "Session"] | None = None
+    decode: Callable[..., Any] | None = None
 
     def begin(self) -> None:
         """Start watching what else is needed of the model; the session is in its run now."""

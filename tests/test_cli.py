@@ -151,8 +151,11 @@ def test_methods_are_listed():
         assert method.paper in shown[row]
         for fact in (method.kernel, f"{method.forwards:g}", *method.sites):
             assert fact in shown[row + 1]
+        for decoding in method.decodings:
+            assert f"{decoding} (ours)" * (decoding in method.extended) in shown[row + 2]
+            assert decoding in shown[row + 2]
         for field in fields(method):  # pyright: ignore[reportArgumentType]
-            assert field.name in shown[row + 2]
+            assert field.name in shown[row + 3]
     narrow = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "60"}).output
     assert all(name in narrow for name in cl.methods())
     for parameter in ("alpha=14.0", "beta=0.9", "site=None", "mode='zero'"):

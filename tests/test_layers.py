@@ -21,6 +21,7 @@ ORDER = [
     {"rows", "logit_parts"},
     {
         "methods.base",
+        "methods.beams",
         "methods.choosing",
         "methods.ablation",
         "methods.clearsight",
@@ -32,6 +33,7 @@ ORDER = [
         "methods.controls",
         "methods.knockout",
         "methods.memvr",
+        "methods.opera",
         "methods.patching",
         "methods.vcd",
         "methods.hooks",

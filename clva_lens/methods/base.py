@@ -149,7 +149,8 @@ class Method(ABC):
     ``name`` is its registered name, ``paper`` where it comes from, ``kernel`` how it meets the
     attention kernel, ``forwards`` how many forward passes of the language model a generated token
     costs (1 for the model alone), ``sites`` the attention sites it can act at; none for a method
-    that leaves attention alone.
+    that leaves attention alone. ``decodings`` are the names of those it works with, ``extended``
+    those among them that neither its paper nor its release has.
     """
 
     name: ClassVar[str]
@@ -157,6 +158,8 @@ class Method(ABC):
     kernel: ClassVar[Kernel] = "fused"
     forwards: ClassVar[float | int] = 1
     sites: ClassVar[tuple[str, ...]] = ("decoder", "qformer")
+    decodings: ClassVar[tuple[str, ...]] = ("greedy", "beam", "sampling")
+    extended: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def sessions(self, shapes: Shapes) -> list[Session]:
@@ -165,6 +168,14 @@ class Method(ABC):
         Raises:
             ParameterError: if a parameter does not fit (an unknown layer, for example).
         """
+
+    def check_decoding(self, decoding: str) -> None:
+        """Raise ParameterError unless the method works with a decoding, named as registered."""
+        if decoding not in self.decodings:
+            raise ParameterError(
+                f"the method '{self.name}' decodes with {' or '.join(self.decodings)} only, but "
+                f"was asked to with {decoding}. Pass decoding=cl.{self.decodings[0].title()}()."
+            )
 
     def as_hooks(self, bridge: Any, prompt: Mapping[str, Tensor]) -> MethodHooks:
         """Return the method as hooks for ``bridge.run_with_hooks(..., fwd_hooks=...)``.
@@ -227,6 +238,11 @@ class Composed(Method):
     def sessions(self, shapes: Shapes) -> list[Session]:
         """Return the sessions of all methods in order."""
         return [session for method in self.methods for session in method.sessions(shapes)]
+
+    def check_decoding(self, decoding: str) -> None:
+        """Raise ParameterError unless each method works with the decoding."""
+        for method in self.methods:
+            method.check_decoding(decoding)
 
 
 def compose(*methods: Method) -> Method:

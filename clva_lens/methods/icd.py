@@ -53,6 +53,7 @@ class ICD(Method):
     kernel: ClassVar[Kernel] = "none"
     forwards: ClassVar[float | int] = 2
     sites: ClassVar[tuple[str, ...]] = ()
+    extended: ClassVar[tuple[str, ...]] = ("greedy", "beam")
     instruction: str = CONFUSED
     alpha: float | int = 1.0
     beta: float | int = 0.1

@@ -63,6 +63,7 @@ class VCD(Method):
     kernel: ClassVar[Kernel] = "none"
     forwards: ClassVar[float | int] = 2
     sites: ClassVar[tuple[str, ...]] = ()
+    extended: ClassVar[tuple[str, ...]] = ("greedy", "beam")
     alpha: float | int | None = None
     beta: float | int | None = None
     noise_step: int | None = None
