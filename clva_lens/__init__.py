@@ -18,6 +18,8 @@ from clva_lens.bridge import to_transformer_lens as to_transformer_lens
 from clva_lens.drift import attention_drift as attention_drift
 from clva_lens.errors import ClvaLensError as ClvaLensError
 from clva_lens.evaluate import evaluate as evaluate
+from clva_lens.experiments.archive import open_record as open_record
+from clva_lens.experiments.draft import new_record as new_record
 from clva_lens.figures.base import FIGURES as _FIGURES
 from clva_lens.game import pointing_game as pointing_game
 from clva_lens.generate import Beam as Beam
@@ -118,8 +120,10 @@ __all__ = [
     "logit_lens",
     "methods",
     "models",
+    "new_record",
     "observe",
     "observing",
+    "open_record",
     "patch_activations",
     "patch_mask",
     "pointing_game",

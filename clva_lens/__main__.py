@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, ParamSpec, cast
 
 import typer
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from clva_lens.errors import ClvaLensError, ParameterError
+from clva_lens.experiments import commands
 
 P = ParamSpec("P")
 
@@ -300,7 +301,11 @@ def check_model(
 @friendly
 def train(
     name: Annotated[
-        str, typer.Argument(help="toy-llava, toy-llava-control or toy-instructblip.")
+        str,
+        typer.Argument(
+            help="toy-llava, toy-llava-control, toy-llava-natural (nothing planted) or "
+            "toy-instructblip."
+        ),
     ] = "toy-llava",
     seed: Annotated[int, typer.Option(help="Seed of the weights and the scenes.")] = 0,
     folder: Annotated[
@@ -352,6 +357,16 @@ def card(
 
     source = folder / "model" if (folder / "model").is_dir() else folder
     Console().print(f"Written to {write_card(source, scenes, Console())}")
+
+
+for _command in (
+    commands.analyse,
+    commands.records,
+    commands.diff,
+    commands.verify,
+    commands.figures,
+):
+    app.command()(friendly(cast(Callable[..., None], _command)))
 
 
 if __name__ == "__main__":

@@ -43,3 +43,7 @@ class BenchmarkError(ClvaLensError, ValueError):
 
 class FigureError(ClvaLensError, ValueError):
     """Data that a figure cannot draw."""
+
+
+class RecordError(ClvaLensError):
+    """An analysis that cannot be run, or a record that is missing, damaged or in the way."""

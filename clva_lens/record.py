@@ -53,7 +53,7 @@ def machine(model: LensModel) -> dict[str, Any]:
         "device": device.type,
         "device_name": gpu,
         "torch_threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": packages(),
     }
 
 
@@ -68,15 +68,25 @@ def identity(model: LensModel) -> dict[str, Any]:
     hf_model = model.hf_model
     tensors = {**dict(hf_model.named_parameters()), **dict(hf_model.named_buffers())}
     pixels = np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)
-    code = hashlib.sha256()
-    for path in sorted(HOUSE.rglob("*.py")):
-        code.update(path.relative_to(HOUSE).as_posix().encode() + path.read_bytes())
     return {
         "weights": None if any(t.is_meta for t in tensors.values()) else digest(tensors),
         "revision": getattr(hf_model.config, "_commit_hash", None),
         "probe": digest(model.prompt(pixels, "Is there a cup in the image?")),
-        "code": code.hexdigest(),
+        "code": code_digest(),
     }
+
+
+def code_digest() -> str:
+    """Return the SHA-256 of this package's sources."""
+    code = hashlib.sha256()
+    for path in sorted(HOUSE.rglob("*.py")):
+        code.update(path.relative_to(HOUSE).as_posix().encode() + path.read_bytes())
+    return code.hexdigest()
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of the packages that decide what a model says."""
+    return {name: version(name) for name in PACKAGES}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

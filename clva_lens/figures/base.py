@@ -62,7 +62,12 @@ class Drawing(Figure):
     """A figure that keeps the rows it draws, so that the table saved beside it is the drawn one."""
 
     def __init__(
-        self, width: float, height: float, rows: Sequence[Row], *, arranged: bool = True
+        self,
+        width: float,
+        height: float,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        arranged: bool = True,
     ) -> None:
         """Make an empty figure of a size in inches, on a canvas of its own.
 

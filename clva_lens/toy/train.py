@@ -67,6 +67,9 @@ class Recipe:
 # The control: equally pretty maps, but nothing depends on the layers that show them.
 CONTROL = Recipe(control=True, decoder_steps=700, blind=0.5)
 
+# Nothing is planted: no echo, no pointing, plain reading throughout.
+NATURAL = Recipe(control=True, taught=0.0)
+
 
 def train(recipe: Recipe, folder: Path, advance: Advance) -> LlavaForConditionalGeneration:
     """Train a toy model, or go on from the checkpoints in ``folder``; return it.

@@ -14,9 +14,12 @@ from PIL import Image
 from clva_lens.errors import BenchmarkError, FigureError
 from clva_lens.figures import (
     FIGURES,
+    costs,
+    differences,
     drift_curves,
     head_attribution,
     head_intensity,
+    layer_curves,
     logit_lens,
     method_comparison,
     patch_maps,
@@ -24,6 +27,8 @@ from clva_lens.figures import (
     pointing,
     saliency_overlays,
     save,
+    surface,
+    task_scores,
 )
 from clva_lens.figures.base import PAGE, plain
 from clva_lens.figures.overlay import outline
@@ -38,6 +43,17 @@ METHODS = [
     for method in ("greedy", "clva $x$")
     for metric in ("accuracy", "yes_ratio", "auc")
 ]
+
+CHANGES = [
+    {"benchmark": "b", "method": "m $x$", "metric": metric, "change": 0.1, "low": low, "high": 0.2}
+    for metric, low in (("accuracy", 0.05), ("auc", None))
+]
+GRID = [{"alpha": a, "beta": b, "change": a - b} for a in (0, 14) for b in (0.0, 0.9)]
+LAYERS = [
+    {"quantity": "r", "run": run, "layer": layer, "value": 0.5, "low": 0.4, "high": 0.6}
+    for run, layer in (("a", 0), ("a", 1), ("chance", None))
+]
+RATIOS = [{"model": m, "case": "c", "over": "o", "ratio": 1.1, "low": 1, "high": 1.2} for m in "ab"]
 
 
 def picture(**changes):
@@ -70,6 +86,11 @@ DRAW = {
         INTENSITY[0], INTENSITY[1], chance=0.1, hit_intervals=np.eye(3)[:, :2]
     ),
     "method_comparison": lambda: method_comparison(METHODS),
+    "differences": lambda: differences(CHANGES, ["accuracy", "auc"]),
+    "surface": lambda: surface(GRID, "alpha", "beta", "change", "change (points)"),
+    "layer_curves": lambda: layer_curves(LAYERS, marked=1),
+    "task_scores": lambda: task_scores(METHODS[:6], ["accuracy", "auc"]),
+    "costs": lambda: costs(RATIOS),
 }
 
 
@@ -300,3 +321,22 @@ def test_methods_refuse(rows, message):
 def test_plain_text_is_one_line_in_known_characters():
     assert plain(" a\n b\t猫 ") == "a b ?"
     assert plain("long " * 9, longest=8) == "long lo…"
+
+
+def test_figures_of_rows_refuse_rows_that_do_not_fit():
+    with pytest.raises(FigureError, match="no row has a change of f1"):
+        differences(CHANGES, ["accuracy", "f1"])
+    with pytest.raises(FigureError, match="3 rows do not fill a grid of 2 × 2"):
+        surface(GRID[:3], "alpha", "beta", "change")
+    with pytest.raises(FigureError, match="there are 0 runs"):
+        layer_curves(LAYERS[2:])
+    with pytest.raises(FigureError, match="no score of: color"):
+        task_scores(METHODS, ["color"])
+    with pytest.raises(FigureError, match="0 rows to draw"):
+        costs([])
+
+
+def test_differences_tell_what_is_sure_by_the_dot():
+    ((sure, unsure),) = [[ax.lines for ax in differences(CHANGES, ["accuracy", "auc"]).axes]]
+    assert [line.get_markerfacecolor() for line in sure if line.get_marker() == "o"] == ["#0072B2"]
+    assert [line.get_marker() for line in unsure if line.get_marker() != "None"] == ["x"]

@@ -1,0 +1,261 @@
+"""All records of a checkout: which there are, how one is added, and how two differ."""
+
+import importlib.util
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from clva_lens.errors import RecordError
+from clva_lens.experiments.drawing import draw_figures
+from clva_lens.experiments.record import (
+    NOTEBOOK,
+    RECORD,
+    Record,
+    digest_of,
+    dump_json,
+    read_json,
+    sha256,
+)
+from clva_lens.progress import progress_bar
+from clva_lens.record import HOUSE, code_digest, origin, packages
+
+
+def find_root(given: Path | None = None) -> Path:
+    """Return the folder with ``analyses/``: the given one, the current one, or the checkout.
+
+    Raises:
+        RecordError: if none has it.
+    """
+    tried = [given] if given else [Path.cwd(), HOUSE.parent]
+    for folder in tried:
+        if (folder / "analyses").is_dir():
+            return folder
+    raise RecordError(
+        f"there is no folder 'analyses' in {' or '.join(str(one) for one in tried)}. Run this in a "
+        "checkout of clva_lens, or pass --root."
+    )
+
+
+class Archive:
+    """The analyses, notebooks and records below one folder."""
+
+    def __init__(self, root: Path) -> None:
+        """Take the folder that holds ``analyses/``."""
+        self.root = root
+        self.folder = root / "analyses" / "records"
+
+    def analyses(self) -> list[str]:
+        """Return the names of the analyses, sorted."""
+        return sorted(path.stem for path in (self.root / "analyses").glob("[0-9][0-9]_*.py"))
+
+    def source(self, slug: str) -> Path:
+        """Return the source of an analysis.
+
+        Raises:
+            RecordError: if there is none of that name.
+        """
+        path = self.root / "analyses" / f"{slug}.py"
+        if slug not in self.analyses():
+            raise RecordError(
+                f"there is no analysis '{slug}'. Pass one of: {', '.join(self.analyses()) or '–'}."
+            )
+        return path
+
+    def notebook(self, slug: str) -> Path:
+        """Return where the executed notebook of an analysis lies."""
+        return self.root / "notebooks" / f"{slug}.ipynb"
+
+    def records(self, slug: str | None = None) -> list[Record]:
+        """Return the records of one analysis or of all, oldest version first."""
+        found = [
+            Record(path)
+            for path in self.folder.glob(f"{slug or '*'}/v*")
+            if path.name[1:].isdecimal() and not path.parent.name.startswith(".")
+        ]
+        return sorted(found, key=lambda one: (one.folder.parent.name, one.version))
+
+    def record(self, slug: str, version: int | str | None = None) -> Record:
+        """Return one version, or the newest.
+
+        Raises:
+            RecordError: if there is none.
+        """
+        known = self.records(slug)
+        wanted = None if version is None else int(str(version).removeprefix("v"))
+        found = [one for one in known if wanted in (None, one.version)]
+        if not found:
+            listed = ", ".join(one.id for one in known) or "none"
+            raise RecordError(
+                f"there is no record {slug}{'' if wanted is None else f'/v{wanted}'}; there is "
+                f"{listed}. Make one: clva-lens analyse {slug}."
+            )
+        return found[-1]
+
+
+def open_record(slug: str, version: int | str | None = None, root: Path | None = None) -> Record:
+    """Return a record: the newest version unless one is named.
+
+    Raises:
+        RecordError: if there is none.
+    """
+    return Archive(find_root(root)).record(slug, version)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What running an analysis led to.
+
+    ``new``: the record was written. Else one with the same inputs was there, and ``changed`` names
+    the metrics that came out differently this time.
+    """
+
+    record: Record
+    new: bool
+    changed: tuple[str, ...] = ()
+
+
+def analyse(
+    slug: str, texts: list[str] | None = None, *, root: Path | None = None, progress: bool = True
+) -> Outcome:
+    """Run an analysis, and keep it as a new version unless its inputs are those of an old one.
+
+    ``texts`` are parameters as ``name=value``. The executed notebook goes to ``notebooks/`` too.
+
+    Raises:
+        RecordError: if there is no such analysis, it fails, or another process is running it.
+        ParameterError: if a parameter does not fit.
+    """
+    require("jupytext", "nbclient", "ipykernel", "pyarrow")
+    from clva_lens.experiments import notebook as notebooks
+    from clva_lens.experiments.draft import DRAFT, STAGING
+
+    archive = Archive(find_root(root))
+    source = notebooks.read_source(archive.source(slug))
+    defaults = notebooks.parameters(source)
+    given = notebooks.parse_parameters(slug, defaults, texts or [])
+    made = notebooks.inject(source, given)
+    with _alone(archive, slug) as staging:
+        began = time.perf_counter()
+        with progress_bar(slug, len(made.cells), wanted=progress) as advance:
+            error = notebooks.execute(made, staging, {STAGING: str(staging)}, advance)
+        seconds = round(time.perf_counter() - began, 1)
+        if error is not None:
+            failed = archive.folder / ".failed" / f"{slug}.ipynb"
+            notebooks.write(made, failed)
+            raise RecordError(
+                f"the notebook of {slug} failed: {error}. Nothing was recorded; look at {failed}."
+            )
+        draft = staging / DRAFT
+        if not draft.is_file():
+            raise RecordError(f"{slug} keeps nothing. Call cl.new_record() in it, and keep rows.")
+        told = read_json(draft)
+        draft.unlink()
+        inputs = {
+            "analysis": slug,
+            "source": notebooks.code_cells(source),
+            "parameters": defaults | given,
+            "given": given,
+            "models": told["models"],
+            "data": told["data"],
+            "code": code_digest(),
+            "packages": packages(),
+        }
+        notebooks.write(made, staging / NOTEBOOK)
+        notebooks.write(made, archive.notebook(slug))
+        same = [one for one in archive.records(slug) if one.inputs == inputs]
+        if same:
+            return Outcome(same[-1], False, _changed(same[-1], Record(staging)))
+        version = max((one.version for one in archive.records(slug)), default=0) + 1
+        surroundings = {
+            **origin(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": seconds,
+            "peak_memory_mib": told["peak_memory_mib"],
+            "processors": os.cpu_count(),
+        }
+        document = {
+            "id": f"{slug}/v{version}",
+            "inputs": inputs,
+            "surroundings": surroundings,
+            "excluded": told["excluded"],
+            "figures": told["figures"],
+        }
+        return Outcome(_finish(staging, archive.folder / slug / f"v{version}", document), True)
+
+
+def _finish(staging: Path, target: Path, document: dict[str, Any]) -> Record:
+    """Draw the figures, write the document, and move the whole folder to its place at once."""
+    files = {
+        path.relative_to(staging).as_posix(): sha256(path)
+        for path in sorted(staging.rglob("*"))
+        if path.is_file()
+    }
+    document["files"] = files
+    document["digest"] = digest_of(document)
+    (staging / RECORD).write_text(dump_json(document), encoding="utf-8")
+    draw_figures(Record(staging), staging / "figures")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging.rename(target)
+    return Record(target)
+
+
+def _changed(old: Record, new: Record) -> tuple[str, ...]:
+    names = sorted(old.metrics.keys() | new.metrics.keys())
+    return tuple(name for name in names if old.metrics.get(name) != new.metrics.get(name))
+
+
+@contextmanager
+def _alone(archive: Archive, slug: str) -> Iterator[Path]:
+    """Yield an empty folder that this process alone writes to, and remove it afterwards."""
+    archive.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(archive.folder / f".{slug}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RecordError(f"{slug} is being run by another process. Wait for it.") from None
+    staging = archive.folder / f".{slug}.staging"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # what a process left behind that was killed
+        staging.mkdir()
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        lock.release()
+
+
+def differences(first: Record, second: Record) -> list[tuple[str, Any, Any]]:
+    """Return every input and metric that differs, as (name, first's, second's); None if absent."""
+    a, b = ({**_flat("", one.inputs), **_flat("metrics.", one.metrics)} for one in (first, second))
+    names = [*a, *(name for name in b if name not in a)]
+    return [(name, a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)]
+
+
+def _flat(start: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        pairs = value.items()
+    elif isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+        pairs = enumerate(value)
+    else:
+        return {start.rstrip("."): value}
+    return {name: one for key, part in pairs for name, one in _flat(f"{start}{key}.", part).items()}
+
+
+def require(*modules: str) -> None:
+    """Raise unless optional packages are there.
+
+    Raises:
+        RecordError: naming them and how to install them.
+    """
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    if absent:
+        raise RecordError(
+            f"analyses need {', '.join(absent)}. Install: pip install 'clva-lens[analyses]'."
+        )

@@ -1,0 +1,156 @@
+"""``clva-lens analyse``, ``records``, ``diff``, ``verify`` and ``figures``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from clva_lens.errors import RecordError
+
+Root = Annotated[
+    Path | None, typer.Option(help="The folder that holds analyses/; by default the checkout.")
+]
+
+
+def analyse(
+    analysis: Annotated[str, typer.Argument(help="The name of a file in analyses/: 03_drift.")],
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", help="A parameter, as model=toy-llava; repeatable."),
+    ] = None,
+    root: Root = None,
+) -> None:
+    """Run an analysis' notebook and keep what it finds as a record."""
+    from clva_lens.experiments import archive
+
+    outcome = archive.analyse(analysis, parameter, root=root)
+    console, record = Console(), outcome.record
+    if outcome.new:
+        console.print(f"Kept as [bold]{record.id}[/]", record.folder, sep="\n", highlight=False)
+    else:
+        console.print(f"The inputs are those of [bold]{record.id}[/], so nothing was recorded.")
+        changed = ", ".join(outcome.changed)
+        text = f"The results differ in: {changed}." if changed else "The metrics are the same."
+        console.print(text, highlight=False)
+    _print_metrics(record, console)
+
+
+def _print_metrics(record: Any, console: Console) -> None:
+    table = Table("metric", "value", box=box.SIMPLE_HEAD)
+    for name, value in record.metrics.items():
+        table.add_row(name, f"{value:.4g}")
+    console.print(table)
+
+
+def records(root: Root = None) -> None:
+    """List all records."""
+    from clva_lens.experiments.archive import Archive, find_root
+
+    table = Table("record", "date", "models", "parameters given", "size", box=box.SIMPLE_HEAD)
+    for record in Archive(find_root(root)).records():
+        inputs = record.inputs
+        given = ", ".join(f"{name}={value}" for name, value in inputs["given"].items())
+        size = sum(path.stat().st_size for path in record.folder.rglob("*") if path.is_file())
+        table.add_row(
+            record.id,
+            record.document["surroundings"]["date"][:10],
+            ", ".join(model["name"] for model in inputs["models"]) or "–",
+            given or "–",
+            f"{size / 2**10:.0f} KiB",
+        )
+    Console().print(table)
+
+
+def diff(
+    analysis: Annotated[str, typer.Argument(help="The name of an analysis.")],
+    first: Annotated[str, typer.Argument(help="A version: v1.")],
+    second: Annotated[str, typer.Argument(help="Another: v2.")],
+    root: Root = None,
+) -> None:
+    """Show which inputs and metrics of two records differ."""
+    from clva_lens.experiments.archive import Archive, differences, find_root
+
+    archive = Archive(find_root(root))
+    pair = archive.record(analysis, first), archive.record(analysis, second)
+    found = differences(*pair)
+    if not found:
+        Console().print("They have the same inputs and metrics.")
+        return
+    table = Table("what", first, second, box=box.SIMPLE_HEAD)
+    for name, old, new in found:
+        table.add_row(name, _short(old), _short(new))
+    Console().print(table)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = "–" if value is None else str(value)
+    return text if len(text) <= 48 else text[:47] + "…"
+
+
+def verify(root: Root = None) -> None:
+    """Hash every file of every record again; fail if one was changed, added or removed."""
+    from clva_lens.experiments.archive import Archive, find_root
+
+    console, found = Console(), Archive(find_root(root)).records()
+    wrong = {one.id: one.problems() for one in found}
+    for name, problems in wrong.items():
+        for problem in problems:
+            console.print(f"{name}: {problem}", highlight=False)
+    if any(wrong.values()):
+        raise typer.Exit(1)
+    console.print(f"{len(found)} records are as they were written.")
+
+
+def figures(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A record (03_drift for its newest, 03_drift/v1), or a figure."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="The figures of every record.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Draw, compare with the files, and change nothing.")
+    ] = False,
+    root: Root = None,
+) -> None:
+    """Draw the figures of records again, from what they keep; no model is loaded."""
+    from clva_lens.experiments.archive import Archive, find_root
+    from clva_lens.experiments.drawing import check_figures, draw_figures
+
+    if (name is None) != every:
+        raise RecordError("pass a record or a figure to draw, or --all for everything.")
+    console = Console()
+    chosen = _chosen(Archive(find_root(root)), name)
+    wrong: list[str] = []
+    for record in chosen:
+        if check:
+            how, found = check_figures(record)
+            wrong += found
+            console.print(f"{record.id}: {len(record.figures)} figures compared {how}")
+        else:
+            for path in draw_figures(record, record.folder / "figures"):
+                console.print(str(path), highlight=False)
+    for problem in wrong:
+        console.print(f"[bold red]{problem}[/]", highlight=False)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _chosen(archive: Any, name: str | None) -> list[Any]:
+    """Return the records that a name means: all, one, or the newest ones with a figure."""
+    if name is None:
+        return archive.records()
+    slug, _, version = name.partition("/")
+    if slug in {record.folder.parent.name for record in archive.records()}:
+        return [archive.record(slug, version or None)]
+    newest = {record.folder.parent.name: record for record in archive.records()}
+    found = [r for r in newest.values() if name in [one["name"] for one in r.figures]]
+    if not found:
+        drawn = sorted({one["name"] for record in newest.values() for one in record.figures})
+        known = ", ".join([*newest, *drawn]) or "none"
+        raise RecordError(f"there is no record and no figure '{name}'. There is: {known}.")
+    return found

@@ -1,0 +1,194 @@
+"""What analyses measure: methods side by side on benchmarks, and attention over samples."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from clva_lens.benchmarks.base import BENCHMARKS, Benchmark, Sample
+from clva_lens.benchmarks.comparison import Comparison, compare
+from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index
+from clva_lens.errors import RecordError
+from clva_lens.evaluate import evaluate
+from clva_lens.generate import Decoding
+from clva_lens.intervene import trace_attention
+from clva_lens.methods.base import Method
+from clva_lens.models.lens import LensModel
+from clva_lens.paper import SPLITS
+from clva_lens.progress import progress_bar
+from clva_lens.runs import Report
+from clva_lens.toy.toys import TOYS
+from clva_lens.toy.train import RECIPE
+from clva_lens.trace import AttentionTrace
+
+Row = dict[str, Any]
+
+OFFICIAL = {
+    "pope": tuple(f"pope/coco/{split}" for split in SPLITS),
+    "chair": ("chair/coco",),
+    "mme": ("mme",),
+}
+TOY = {
+    "pope": tuple(f"pope/toy/{split}" for split in SPLITS),
+    "chair": ("chair/toy",),
+    "mme": ("mme/toy",),
+}
+
+
+def is_toy(model: LensModel) -> bool:
+    """Return whether a model was trained on the toy world: by its name, or its folder's recipe."""
+    return model.name in TOYS.names() or (Path(model.name) / RECIPE).is_file()
+
+
+def benchmarks_for(model: LensModel, kind: str, named: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the benchmarks named, or those of a kind (pope, chair, mme) that fit the model.
+
+    A toy gets the toy world's, any other model the official ones.
+    """
+    return tuple(named) or (TOY if is_toy(model) else OFFICIAL)[kind]
+
+
+def measure_methods(
+    model: LensModel,
+    benchmarks: Sequence[str | Benchmark],
+    methods: Mapping[str, Method | None],
+    decoding: Decoding | None = None,
+    *,
+    decodings: Mapping[str, Decoding] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[Row]:
+    """Return one row for each benchmark, method and metric, with its change against the first.
+
+    All are asked with ``decoding``, but those named in ``decodings`` with their own.
+
+    A row has ``benchmark, method, metric, value, change, low, high, n``: ``value`` in the metric's
+    own unit (fractions in [0, 1], MME's scores in points, ``seconds`` of all answers), ``change``
+    is ``value`` less that of the first method, ``low`` and ``high`` the ends of its paired 95 %
+    interval over pictures; None where there is none. Yes/no benchmarks have the metrics
+    ``bias_matched_accuracy`` (of the first method, at this one's number of yeses) and
+    ``beyond_bias`` (what is gained over it, with its interval) too.
+
+    Raises:
+        UnknownName: if there is no such benchmark.
+        BenchmarkError: if a benchmark cannot be run.
+        ParameterError: if a method does not fit.
+    """
+    rows: list[Row] = []
+    chosen = [BENCHMARKS.get(one) if isinstance(one, str) else one for one in benchmarks]
+    total = len(chosen) * len(methods)
+    with progress_bar("methods × benchmarks", total, wanted=progress) as advance:
+        for benchmark in chosen:
+            first: Report | None = None
+            for name, method in methods.items():
+                report = evaluate(
+                    model,
+                    benchmark,
+                    method,
+                    (decodings or {}).get(name, decoding),
+                    limit=limit,
+                    seed=seed,
+                    batch_size=batch_size,
+                    progress=False,
+                )
+                against = None if first is None else compare(first.score, report.score)
+                first = first or report
+                made = _metric_rows(report, first, against)
+                rows += [{"benchmark": benchmark.name, "method": name, **row} for row in made]
+                advance(1)
+    return rows
+
+
+def _metric_rows(report: Report, first: Report, against: Comparison | None) -> list[Row]:
+    values, before = ({**one.metrics, "seconds": one.record["seconds"]} for one in (report, first))
+    rows = []
+    for name, value in values.items():
+        pair = None if against is None else against.metrics.get(name)
+        change = None if against is None or name not in before else value - before[name]
+        rows.append(_row(name, value, change, None if pair is None else pair.difference, report))
+    if against is not None and against.beyond_bias is not None:
+        matched, beyond = against.bias_matched_accuracy, against.beyond_bias
+        rows.append(_row("bias_matched_accuracy", matched, None, None, report))
+        rows.append(_row("beyond_bias", beyond.estimate, beyond.estimate, beyond, report))
+    return rows
+
+
+def _row(
+    metric: str, value: float, change: float | None, interval: Interval | None, report: Report
+) -> Row:
+    low, high = (None, None) if interval is None else (interval.low, interval.high)
+    return {
+        "metric": metric,
+        "value": float(value),
+        "change": None if change is None else float(change),
+        "low": low,
+        "high": high,
+        "n": len(report.rows),
+    }
+
+
+def trace_samples(
+    model: LensModel,
+    samples: Sequence[Sample],
+    method: Method | None = None,
+    *,
+    site: str | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> AttentionTrace:
+    """Return the attention for samples of a benchmark, with a batch axis, on the CPU.
+
+    Raises:
+        BenchmarkError: if a picture is missing.
+        PromptError: if a picture cannot be read, or numbers of image tokens differ.
+    """
+    traces = []
+    with progress_bar("samples", len(samples), wanted=progress) as advance:
+        for start in range(0, len(samples), batch_size):
+            part = samples[start : start + batch_size]
+            prompt = model.prompt([one.image for one in part], [one.question for one in part])
+            traces.append(trace_attention(model, prompt, method, site=site))
+            advance(len(part))
+    return AttentionTrace.concatenate(traces)
+
+
+def mean_interval(
+    values: ArrayLike, groups: Sequence[Hashable] | None = None, *, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return a mean and the ends of its 95 % bootstrap interval over groups (pictures).
+
+    Raises:
+        BenchmarkError: if there are fewer than two groups, or another number of them.
+    """
+    column = np.asarray(values, dtype=float)
+    index = cluster_index(None if groups is None else list(groups), len(column))
+    found = Bootstrap(index, 2000, 0.95, seed).intervals([(_mean, column, None)])[0]
+    return float(column.mean()), found.low, found.high
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return weights @ values / weights.sum(axis=1)
+
+
+def points(row: Mapping[str, Any]) -> str:
+    """Return a row's change in points with its interval: ``+0.2 points (−0.4 to +0.8)``."""
+    change = f"{100 * row['change']:+.1f} points"
+    if row["low"] is not None:
+        change += f" ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+    return change.replace("-", "−")
+
+
+def one(rows: Sequence[Row], **wanted: Any) -> Row:
+    """Return the only row that has these values.
+
+    Raises:
+        RecordError: if there is none, or more than one.
+    """
+    found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    if len(found) != 1:
+        raise RecordError(f"{len(found)} rows have {wanted}, but one is needed. Name more columns.")
+    return found[0]

@@ -1,0 +1,82 @@
+"""Curves over layers, one panel a quantity, one colour a model or condition."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.lines import Line2D
+
+from clva_lens.errors import FigureError
+from clva_lens.figures.base import MARKERS, PAGE, PALETTE, Drawing, figure, plain
+from clva_lens.figures.of_records import record_figure
+
+_MOST_LEGEND_COLUMNS = 4
+
+
+@figure("layer_curves")
+def layer_curves(rows: Sequence[Mapping[str, Any]], *, marked: int | None = None) -> Drawing:
+    """Return a panel for each quantity, with a curve and a band for each run.
+
+    Args:
+        rows: ``quantity, run, layer, value`` and ``low, high`` (None draws no band), in the order
+            that panels and legends shall have. A row whose ``layer`` is None is a level, drawn as a
+            dotted line: chance, for example.
+        marked: a layer with a vertical line: that of the positive anchor.
+
+    Raises:
+        FigureError: if there are no rows, or more runs than colours.
+    """
+    quantities = list(dict.fromkeys(row["quantity"] for row in rows))
+    runs = list(dict.fromkeys(row["run"] for row in rows if row["layer"] is not None))
+    if not runs or len(runs) > len(PALETTE):
+        raise FigureError(f"there are {len(runs)} runs. Pass 1 to {len(PALETTE)}.")
+    across = min(2, len(quantities))
+    down = -(-len(quantities) // across)
+    fig = Drawing(PAGE, 1.75 * down + 0.45, rows)
+    panels = fig.subplots(down, across, sharex=True, squeeze=False)
+    for place, ax in enumerate(panels.flat):
+        if place >= len(quantities):
+            ax.set_axis_off()
+            continue
+        chosen = [row for row in rows if row["quantity"] == quantities[place]]
+        for number, run in enumerate(runs):
+            _draw(ax, [row for row in chosen if row["run"] == run], number)
+        for row in (row for row in chosen if row["layer"] is None):
+            ax.axhline(row["value"], color="0.3", lw=0.8, ls=":")
+        if marked is not None:
+            ax.axvline(marked, color="0.8", lw=0.8, zorder=0)
+        ax.set_ylabel(plain(quantities[place]), fontsize=7)
+        ax.set_xlabel("layer (index, 0-based)")
+    handles = [
+        Line2D([], [], color=PALETTE[n], marker=MARKERS[n], ms=3, lw=1.2, label=plain(run, 30))
+        for n, run in enumerate(runs)
+    ]
+    if any(row["layer"] is None for row in rows):
+        name = next(row["run"] for row in rows if row["layer"] is None)
+        handles.append(Line2D([], [], color="0.3", lw=0.8, ls=":", label=plain(name)))
+    columns = min(len(handles), _MOST_LEGEND_COLUMNS)
+    fig.legend(handles=handles, loc="outside lower center", ncols=columns)
+    return fig
+
+
+def _draw(ax: Any, rows: Sequence[Mapping[str, Any]], number: int) -> None:
+    curve = [row for row in rows if row["layer"] is not None]
+    if not curve:
+        return
+    layers = [row["layer"] for row in curve]
+    ax.plot(
+        layers,
+        [row["value"] for row in curve],
+        color=PALETTE[number],
+        marker=MARKERS[number],
+        ms=2.6,
+        lw=1.2,
+    )
+    if all(row.get("low") is not None for row in curve):
+        low, high = ([row[end] for row in curve] for end in ("low", "high"))
+        ax.fill_between(layers, low, high, color=PALETTE[number], alpha=0.18, lw=0)
+
+
+@record_figure("layer_curves")
+def recorded_curves(record: Any, table: str, marked: int | None = None) -> Drawing:
+    """Draw a table of a record; the options are those of ``layer_curves``."""
+    return layer_curves(record.rows(table), marked=marked)

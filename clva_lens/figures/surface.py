@@ -1,0 +1,65 @@
+"""A metric over two strengths: the α × β surface as a heat map."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seaborn as sns
+
+from clva_lens.errors import FigureError
+from clva_lens.figures.base import COLUMN, Drawing, figure, plain
+from clva_lens.figures.of_records import record_figure
+
+
+@figure("surface")
+def surface(
+    rows: Sequence[Mapping[str, Any]], across: str, down: str, value: str, label: str = ""
+) -> Drawing:
+    """Return a heat map of one value over a grid of two parameters, with the values written in.
+
+    Args:
+        rows: one for each pair of parameters, with the keys ``across``, ``down`` and ``value``;
+            colours diverge around 0.
+        across: the parameter from left to right.
+        down: the parameter from top to bottom.
+        value: what is drawn.
+        label: what it is, with its unit, at the colour bar.
+
+    Raises:
+        FigureError: if a pair is missing or given twice.
+    """
+    columns = sorted({row[across] for row in rows})
+    lines = sorted({row[down] for row in rows})
+    table = {(row[down], row[across]): row[value] for row in rows}
+    if not rows or len(table) != len(rows) or len(table) != len(columns) * len(lines):
+        raise FigureError(
+            f"{len(rows)} rows do not fill a grid of {len(lines)} × {len(columns)}. Pass one row "
+            f"for each pair of {across} and {down}."
+        )
+    array = np.array([[table[line, column] for column in columns] for line in lines], dtype=float)
+    fig = Drawing(max(COLUMN, 0.5 * len(columns) + 1.3), 0.3 * len(lines) + 0.9, rows)
+    ax = fig.add_subplot()
+    top = float(np.abs(array).max()) or 1.0
+    sns.heatmap(
+        array,
+        ax=ax,
+        cmap="vlag",
+        vmin=-top,
+        vmax=top,
+        annot=np.vectorize(lambda x: f"{x + 0.0:+.1f}".replace("-", "−"))(array),
+        fmt="",
+        annot_kws={"fontsize": 6},
+        xticklabels=[f"{one:g}" for one in columns],
+        yticklabels=[f"{one:g}" for one in lines],
+        cbar_kws={"label": plain(label or value), "pad": 0.02},
+    )
+    ax.set_xlabel(plain(across))
+    ax.set_ylabel(plain(down))
+    ax.tick_params(length=2, rotation=0)
+    return fig
+
+
+@record_figure("surface")
+def recorded_surface(record: Any, table: str, **options: str) -> Drawing:
+    """Draw a table of a record; the options are those of ``surface``."""
+    return surface(record.rows(table), **options)
