@@ -98,7 +98,7 @@ def run(
         attention = layer.self_attn
         normed = _rms_norm(hidden, layer.input_layernorm.weight, config.rms_norm_eps)
         query, key, value = (
-            (normed @ projection.weight.T).reshape(length, -1, width).transpose(0, 1)
+            _linear(normed, projection).reshape(length, -1, width).transpose(0, 1)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         query, key = _rotary(query, *rotate), _rotary(key, *rotate)
@@ -250,6 +250,11 @@ def _features(model: torch.nn.Module, pixels: Tensor) -> Tensor:
     seen = tower(pixels[None], output_hidden_states=True).hidden_states
     patches = seen[model.config.vision_feature_layer][0, 1:]
     return projector.linear_2(torch.nn.functional.gelu(projector.linear_1(patches)))
+
+
+def _linear(x: Tensor, projection: torch.nn.Module) -> Tensor:
+    bias = 0.0 if projection.bias is None else projection.bias
+    return x @ projection.weight.T + bias
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

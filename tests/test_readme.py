@@ -68,9 +68,9 @@ def test_the_tree_names_every_module():
     tree = next(block for block in blocks("") if block.startswith("clva_lens/"))
     for path in (ROOT / "clva_lens").glob("*.py"):
         assert path.name in tree, f"{path.name} is missing from the README's tree"
-    for folder in ("models", "methods", "benchmarks", "figures", "toy"):
+    for folder in ("models", "qwen_vl", "methods", "benchmarks", "figures", "toy"):
         assert f"{folder}/" in tree
-    for folder in ("models", "methods", "benchmarks"):
+    for folder in ("models", "qwen_vl", "methods", "benchmarks"):
         for path in (ROOT / "clva_lens" / folder).glob("[!_]*.py"):
             assert path.name in tree, f"{folder}/{path.name} is missing from the README's tree"
 

@@ -2,3 +2,4 @@
 
 from clva_lens.models import instructblip as instructblip
 from clva_lens.models import llava as llava
+from clva_lens.models import qwen_vl as qwen_vl

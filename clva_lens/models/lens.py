@@ -19,6 +19,7 @@ from clva_lens.methods.base import Method
 from clva_lens.models.check import check_family
 from clva_lens.models.family import ModelFamily, Site, find_family
 from clva_lens.models.prompt import ImageLike, Prompt, as_lists, visual_tokens
+from clva_lens.qwen_vl.convert import published_folder, read_published
 from clva_lens.toy import pretrained
 
 
@@ -157,8 +158,9 @@ def load(
     """Load a vision-language model: a toy name, a Hub id, a folder, or (hf_model, processor).
 
     ``dtype``, ``device_map``, ``attn_implementation`` and ``options`` go to ``from_pretrained``;
-    toys are float32 unless ``dtype`` says otherwise. Only safetensors are read. ``check`` runs one
-    short forward pass that proves that attention can be read and edited (``check_family``).
+    toys are float32 unless ``dtype`` says otherwise. Only safetensors are read, but for Qwen-VL,
+    which is published as pickles and converted here (``clva_lens.qwen_vl.convert``). ``check`` runs
+    one short forward pass that proves that attention can be read and edited (``check_family``).
 
     Raises:
         ModelLoadError: if there is no such model, it has no safetensors weights or no processor,
@@ -188,7 +190,8 @@ def load(
             )
     else:
         name = str(model)
-        source = _source(name)
+        published = published_folder(name, **options)  # Qwen-VL has a reader of its own
+        source = _source(name) if published is None else published
         if source.parent == pretrained.FOLDER and dtype is None:
             dtype = torch.float32
         if attn_implementation is not None:
@@ -196,8 +199,11 @@ def load(
         if device_map is not None:
             options["device_map"] = device_map
         with _quiet(source.parent == pretrained.FOLDER):
-            hf_model = _from_pretrained(name, source, dtype=dtype or "auto", **options)
-        processor = _processor(name, source)
+            if published is None:
+                hf_model = _from_pretrained(name, source, dtype=dtype or "auto", **options)
+                processor = _processor(name, source)
+            else:
+                hf_model, processor = read_published(published, dtype=dtype or "auto", **options)
     find_family(hf_model)
     if not hasattr(processor, "image_processor"):
         raise ModelLoadError(
