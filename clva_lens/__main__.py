@@ -284,17 +284,24 @@ def methods() -> None:
 def check_model(
     model: Annotated[str, typer.Argument(help="A toy name, a Hub id or a folder.")],
 ) -> None:
-    """Check that a model's attention is where its family says, and that editing it moves logits."""
-    from clva_lens.models.check import check_family
+    """Say what a model is to clva_lens, check its attention, and which methods apply to it."""
+    from clva_lens.model_facts import check, facts, refusals, sample_prompt
     from clva_lens.models.lens import load
 
+    console = Console()
+
+    def say(text: str, indent: int = 0) -> None:
+        console.print(Padding(escape(text), (0, 0, 0, indent)), highlight=False)
+
     lens = load(model, check=False)
-    moved = check_family(lens.hf_model, lens.prompt)
-    sites = ", ".join(f"{len(site.layers)} layers of the {site.name}" for site in lens.sites)
-    Console().print(
-        f"{model}: family {lens.family.name}, {sites}; rows of every layer sum to 1, and hiding "
-        f"the image moves the logits by {moved:.3g} or more."
-    )
+    prompt = sample_prompt(lens)
+    say(model)
+    for fact in facts(lens, prompt):
+        say(fact, 2)
+    say(f"check: {check(lens)}", 2)
+    say("methods, with their default parameters:")
+    for name, reason in refusals(lens, prompt):
+        say(f"{name}: applies" if reason is None else f"{name}: refused. {reason}", 2)
 
 
 @toy.command()

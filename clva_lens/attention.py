@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from clva_lens import folding
+from clva_lens import folding, windows
 from clva_lens.errors import InterventionError
 from clva_lens.folding import Bias, KeyBias
 from clva_lens.logits import watch_logits
@@ -136,13 +136,24 @@ class Run:
         value: Tensor,
         mask: Tensor | None,
         scaling: float,
+        window: int | None = None,
     ) -> AttentionCall | None:
-        """Show one layer to the sessions; return it with their biases, None without any."""
+        """Show one layer to the sessions; return it with their biases, None without any.
+
+        Raises:
+            InterventionError: if the layer got other rows than the model read.
+        """
         step, self._call = self.passes.step, None
         if step is None or isinstance(query, FakeTensor):
             return None
         layer = self._layers[id(module)]
-        call = AttentionCall(layer, step, query, key, mask, None, scaling, value)
+        if step.ids is not None and step.ids.shape[1] != query.shape[2]:
+            raise InterventionError(
+                f"the model reads {step.ids.shape[1]} positions, but layer {layer} got "
+                f"{query.shape[2]} of them, so they cannot be told apart. Call the model without "
+                "logits_to_keep, or with use_cache=False."
+            )
+        call = AttentionCall(layer, step, query, key, mask, None, scaling, value, window=window)
         for session in self.sessions:
             bias = session.attention(call)
             if bias is not None:
@@ -156,6 +167,8 @@ class Run:
         assert bias is not None and value is not None
         starts = call.step.causal and call.step.offset == 0 and self.kernel == "sdpa"
         form = folding.choose_form(bias, query, key, mask, from_start=starts)
+        if form == "split" and _looks_ahead(mask, call.bias):
+            form = "masked"
         if form == "masked" or not isinstance(bias, KeyBias):
             return kernel(query, key, value, self.merge(call))
         if form == "folded":
@@ -207,8 +220,9 @@ class Run:
             lowest = max(torch.finfo(call.query.dtype).min, torch.finfo(merged.dtype).min)
             if additive is not None:
                 merged = (merged + additive).clamp_min(lowest)
-            # CUDA kernels take a mask of the queries' type only; CPU kernels take float32 too.
-            if merged.device.type != "cpu":
+            # CUDA kernels take a mask of the queries' type only; CPU kernels take float32 too, but
+            # read it wrongly beside float64 queries.
+            if merged.device.type != "cpu" or call.query.dtype == torch.float64:
                 merged = folding.aligned(merged, call.query.dtype)
             self._merged = known = (mask, bias, first, merged)
         return known[3]
@@ -303,6 +317,26 @@ KERNELS: dict[str, Callable[[nn.Module], Callable[..., tuple[Tensor, Tensor | No
 }
 
 
+def _looks_ahead(mask: Tensor | None, bias: Bias | None) -> bool:
+    """Whether a row before the first edited one sees a key from there on (a prefix model's)."""
+    if mask is None or not isinstance(bias, KeyBias):
+        return False
+    ahead = mask[:, :, : bias.first, bias.first :]
+    allowed = ahead if ahead.dtype == torch.bool else ahead > torch.finfo(ahead.dtype).min
+    return bool(allowed.any())
+
+
+def _check_formula(site: str, kwargs: dict[str, Any]) -> None:
+    """Refuse attention that is no softmax of scaled products under a mask."""
+    odd = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if odd:
+        raise InterventionError(
+            f"the {site}'s attention has more in it than queries, keys and a mask ({odd[0]}: "
+            "capped scores, or sinks), so its rows cannot be formed from these. Use a model "
+            "without."
+        )
+
+
 def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def attend(
         module: nn.Module,
@@ -318,11 +352,15 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         run, call, values = _ACTIVE.get(id(module)), None, value
         if run is not None:
-            count, step, seen = query.shape[2], run.passes.step, key
+            _check_formula(run.site.name, kwargs)
+            count, step, seen, mask = query.shape[2], run.passes.step, key, attention_mask
             # A static cache hands over its empty end too: leave it out, as the kernel would.
             if attention_mask is None and step is not None and step.causal and count > 1:
                 seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
-            call = run.edit(module, query, seen, values, attention_mask, scale)
+            if step is not None and step.causal:
+                seen, values, mask = windows.widen(seen, values, mask, step.offset + count, count)
+            window = kwargs.get("sliding_window")
+            call = run.edit(module, query, seen, values, mask, scale, window)
         if run is None or call is None:
             out, weights = base(query, key, value, attention_mask, scaling=scaling)
         else:

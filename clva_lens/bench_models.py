@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from clva_lens.errors import ParameterError
+from clva_lens.errors import ModelLoadError, ParameterError
 from clva_lens.models.family import find_family
 from clva_lens.models.prompt import Prompt, VisualTokens
 from clva_lens.toy import build, build_instructblip
@@ -223,7 +223,13 @@ def random_prompt(
     image = family.image_token_id(model)
     lowest = image + 1 if image < 10 else 10
     words = torch.arange(lowest, lowest + system + text)
-    images = torch.full((family.visual_count(model, "decoder"),), image)
+    count = family.visual_count(model, "decoder")
+    if count is None:
+        raise ModelLoadError(
+            f"the pictures of {type(model).__name__} have different numbers of image tokens, so "
+            "there is no random prompt for it. Pass a model with a fixed number, such as LLaVA-1.5."
+        )
+    images = torch.full((count,), image)
     ids = torch.cat([words[:system], images, words[system:]]).repeat(batch, 1)
     size = int(model.config.vision_config.image_size)
     pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))

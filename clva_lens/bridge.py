@@ -17,7 +17,7 @@ from clva_lens.axes import TokenSpans
 from clva_lens.errors import InterventionError, ModelLoadError
 from clva_lens.intervene import transformers_model
 from clva_lens.methods.hooks import image_token_id, prompt_spans
-from clva_lens.models.family import FAMILIES
+from clva_lens.models.family import matching_family
 from clva_lens.transformerlens import transformer_lens
 
 
@@ -44,8 +44,8 @@ def to_transformer_lens(model: Any, *, processor: Any = None) -> Any:
     architecture = type(found).__name__
     lens = transformer_lens()
     if architecture not in lens.adapters:
-        family = next((name for name, f in FAMILIES.items() if f.matches(found)), None)
-        known = f" (model family '{family}')" if family else ""
+        family = matching_family(found)
+        known = f" (model family '{family.name}')" if family else ""
         suffix = "ForConditionalGeneration"
         has = sorted(name.removesuffix(suffix) for name in lens.multimodal & lens.adapters)
         raise ModelLoadError(

@@ -18,7 +18,7 @@ from clva_lens.errors import InterventionError, ModelLoadError
 from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
 from clva_lens.methods.base import Method, Shapes, shape_of
 from clva_lens.methods.clva import ClvaSession
-from clva_lens.models.family import FAMILIES, find_family
+from clva_lens.models.family import find_family, matching_family
 from clva_lens.models.prompt import Prompt
 from clva_lens.session import Session
 from clva_lens.trace import AttentionTrace, HeadChoice, Observer, QueryObserver
@@ -153,7 +153,7 @@ def transformers_model(model: Any) -> PreTrainedModel:
             f"{type(model).__name__}. Pass the object that cl.load() or from_pretrained() returned."
         )
     for part in module.modules():
-        if isinstance(part, PreTrainedModel) and any(f.matches(part) for _, f in FAMILIES.items()):
+        if isinstance(part, PreTrainedModel) and matching_family(part) is not None:
             return part
     find_family(module)
     raise AssertionError("find_family() accepted a module that no family matches")

@@ -37,7 +37,8 @@ class Step(NamedTuple):
     ``text_rows`` marks the rows of the prompt that are text. ``causal``: keys are the positions of
     the rows, which do not see later ones. ``ordered``: the rows have a last one, which makes the
     maps of Eq. 4; otherwise all of them do, averaged. ``ids`` are the token ids of this
-    pass's rows, None where rows are no tokens.
+    pass's rows, None where rows are no tokens. ``image_start`` is the position of the first image
+    token in any sample.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Step(NamedTuple):
     causal: bool
     ordered: bool
     ids: Int[Tensor, "batch row"] | None = None
+    image_start: int = 0
 
     @property
     def prompt_rows(self) -> int:
@@ -215,7 +217,17 @@ class DecoderPasses(_TokenPasses):
                     "no text row to read anchors from. Put the question after the image, and leave "
                     "prefill_chunk_size unset."
                 )
-            self.step = Step(0, 0, spans.text, spans, visual, causal=True, ordered=True, ids=ids)
+            self.step = Step(
+                0,
+                0,
+                spans.text,
+                spans,
+                visual,
+                causal=True,
+                ordered=True,
+                ids=ids,
+                image_start=int(visual.min()),
+            )
             return
         known = self._next(ids, offset)
         spans, keys = known.spans, offset + ids.shape[1]
@@ -346,7 +358,9 @@ def _cached(kwargs: dict[str, Any]) -> int:
 
 
 def _padding(mask: Any, ids: Tensor) -> Tensor | None:
-    """Return the prompt's padding mask, from the 4-D mask of a static cache too."""
+    """Return the prompt's padding mask, from the 4-D masks of a static cache too."""
+    if isinstance(mask, dict):  # one for each kind of layer
+        mask = next((one for one in mask.values() if isinstance(one, Tensor)), None)
     if not isinstance(mask, Tensor) or mask.ndim == 2:
         return mask if isinstance(mask, Tensor) else None
     last = mask[:, 0, -1, : ids.shape[1]]

@@ -24,6 +24,7 @@ class AttentionCall:
 
     Queries and keys are as the kernel gets them: after the rotary embedding, with the whole cache.
     ``z`` is what the heads put out before any session replaces it; None until they have.
+    ``window`` is how many positions a row of this layer looks back, itself included; None is all.
     """
 
     layer: int
@@ -35,6 +36,13 @@ class AttentionCall:
     scaling: float
     value: Float[Tensor, "batch kv_head key width"] | None = None
     z: Float[Tensor, "batch query head width"] | None = None
+    window: int | None = None
+
+    @property
+    def sees_image(self) -> bool:
+        """Whether the last row of this pass looks back to the first image token."""
+        last = self.step.offset + self.query.shape[2] - 1
+        return self.window is None or self.step.image_start > last - self.window
 
     @property
     def new_rows(self) -> int:

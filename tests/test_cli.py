@@ -140,7 +140,18 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
 def test_check_model_says_what_it_checked(random_llava):
     result = run("check-model", random_llava)
     assert result.exit_code == 0
-    assert "12 layers of the decoder" in " ".join(result.output.split())
+    shown = " ".join(result.stdout.split())
+    for fact in (
+        "LlavaForConditionalGeneration, model type 'llava', family 'llava'",
+        "site 'decoder': 12 layers, 8 heads, kernel 'sdpa'",
+        "64 at positions",
+        "grid at the decoder: 8 × 8",
+        "check: rows of every layer sum to 1",
+        "clva: applies",
+        "opera: refused.",
+    ):
+        assert fact in shown, fact
+    assert all(f" {name}: " in shown for name in cl.methods())
 
 
 def test_methods_are_listed():

@@ -77,7 +77,7 @@ def test_what_is_registered():
         "vcd",
         "visflow",
     )
-    assert cl.models() == ("instructblip", "llava", "qwen-vl")
+    assert cl.models() == ("generic", "instructblip", "llava", "qwen-vl")
     assert set(cl.benchmarks()) >= {
         "chair/coco",
         "chair/toy",

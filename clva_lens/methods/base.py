@@ -61,10 +61,17 @@ class Shape(NamedTuple):
         """The layer of the positive anchor: L/2 − 2, or the last one before that is in the site.
 
         Raises:
-            ParameterError: if the stack has fewer than 4 layers.
+            ParameterError: if the stack has fewer than 4 layers, or the site none before that one.
         """
         wanted = default_positive_layer(self.depth)
-        return max(layer for layer in self.layers if layer <= wanted)
+        earlier = [layer for layer in self.layers if layer <= wanted]
+        if not earlier:
+            raise ParameterError(
+                f"the default positive layer, {wanted} or one before it, is not in the "
+                f"{self.site}, which has layers {', '.join(map(str, self.layers))} (0-based). Pass "
+                "positive_layer= and negative_layer= from these."
+            )
+        return max(earlier)
 
     def row(self, layer: int, rows: int) -> int:
         """Return a layer's row in a table of ``rows`` rows: of the whole stack, or of the site."""

@@ -183,8 +183,24 @@ class ClvaSession(Session):
             self._bias = (call.step, self._make_bias(call))
         return self._bias[1]
 
+    def _check_sight(self, call: AttentionCall) -> None:
+        """Refuse an anchor layer whose window leaves image tokens out."""
+        if call.sees_image:
+            return
+        word = "negative" if call.layer == self.method.negative_layer else "positive"
+        remedy = f"Pass {word}_layer= a layer with full attention"
+        if call.step.number:
+            remedy += ", or refresh='prompt'"
+        raise InterventionError(
+            f"layer {call.layer} looks {call.window} positions back, so its last row does not see "
+            f"the whole image, and no {word} anchor can be read there. {remedy} (clva-lens "
+            "check-model lists the windows)."
+        )
+
     def _read_layer(self, call: AttentionCall) -> None:
         step = call.step
+        if step.number == 0 or (self.method.refresh == "step" and call.new_rows):
+            self._check_sight(call)
         if step.number == 0:
             self._check_tau(step.visual.shape[1])
             rows = read_prompt_rows(call)

@@ -18,7 +18,7 @@ from clva_lens.axes import TokenSpans
 from clva_lens.errors import InterventionError, ModelLoadError, ParameterError
 from clva_lens.folding import dense
 from clva_lens.methods.base import Hook, Method, MethodHooks, Shape, Shapes
-from clva_lens.models.family import FAMILIES
+from clva_lens.models.family import matching_family
 from clva_lens.models.hooks import Readout
 from clva_lens.passes import DecoderPasses
 from clva_lens.session import AttentionCall, Session
@@ -32,9 +32,9 @@ def image_token_id(model: Any) -> int:
     Raises:
         ModelLoadError: if the configuration names none.
     """
-    for _, family in FAMILIES.items():
-        if family.matches(model):
-            return family.image_token_id(model)
+    family = matching_family(model)
+    if family is not None:
+        return family.image_token_id(model)
     image = getattr(model.config, "image_token_id", None)
     if image is None:
         raise ModelLoadError(

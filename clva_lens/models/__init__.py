@@ -1,5 +1,6 @@
 """The models: families are facts; importing this room registers them."""
 
+from clva_lens.models import generic as generic
 from clva_lens.models import instructblip as instructblip
 from clva_lens.models import llava as llava
 from clva_lens.models import qwen_vl as qwen_vl

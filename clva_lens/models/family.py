@@ -57,11 +57,12 @@ class ModelFamily(ABC):
     """One architecture: where its attention is, what its image tokens are, how it is asked.
 
     ``chats``: its prompts are conversations with a place for a system message. Benchmarks give
-    theirs to such models only.
+    theirs to such models only. ``fallback``: it takes models that no other family matches.
     """
 
     name: str
     chats: bool = True
+    fallback: bool = False
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -80,8 +81,8 @@ class ModelFamily(ABC):
         """Return the token id that stands for one image feature in ``input_ids``."""
 
     @abstractmethod
-    def visual_count(self, model: PreTrainedModel, site: str) -> int:
-        """Return how many image tokens a prompt has at a site."""
+    def visual_count(self, model: PreTrainedModel, site: str) -> int | None:
+        """Return how many image tokens a prompt has at a site; None if that is the picture's."""
 
     @abstractmethod
     def grid(self, model: PreTrainedModel, site: str) -> tuple[int, int]:
@@ -90,6 +91,24 @@ class ModelFamily(ABC):
         Raises:
             PromptError: if they lie on no grid, saying why.
         """
+
+    def prompt_grid(
+        self, model: PreTrainedModel, site: str, inputs: Mapping[str, Tensor]
+    ) -> tuple[int, int]:
+        """Return (rows, columns) of the image tokens of this prompt's picture at a site.
+
+        Raises:
+            PromptError: if they lie on no grid, saying why.
+        """
+        return self.grid(model, site)
+
+    def picture_size(self, model: PreTrainedModel) -> int | None:
+        """Return the side of the square pictures that the model takes; None if they may differ."""
+        return model.config.vision_config.image_size
+
+    def notes(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """Return what else there is to know of a model, in sentences."""
+        return ()
 
     def spans(self, model: PreTrainedModel, site: str, inputs: Mapping[str, Tensor]) -> TokenSpans:
         """Return the spans of the keys at a site: by default, of the prompt's tokens."""
@@ -166,6 +185,27 @@ class ModelFamily(ABC):
         """Return a small model with random weights: 12 layers, 4 heads, 16 image tokens."""
 
 
+def ask_by_template(processor: Any, question: str, system: str | None) -> str:
+    """Return the prompt that a processor's chat template makes of a picture and a question.
+
+    Raises:
+        PromptError: if there is a system message and the template drops it.
+    """
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system is None:
+        return processor.apply_chat_template(messages, add_generation_prompt=True)
+    # Some templates take a system message as text, llava-hf's drop that and take typed parts.
+    for lead in (system, [{"type": "text", "text": system}]):
+        led: list[dict[str, Any]] = [{"role": "system", "content": lead}, *messages]
+        text = processor.apply_chat_template(led, add_generation_prompt=True)
+        if system in text:
+            return text
+    raise PromptError(
+        "the model's chat template has no place for a system message. Leave system= out."
+    )
+
+
 def note_inputs(
     module: nn.Module, read: Callable[[dict[str, Any]], Inputs], seen: dict[str, Tensor]
 ) -> RemovableHandle:
@@ -191,15 +231,21 @@ def pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 FAMILIES = Registry[ModelFamily]("model family")
 
 
+def matching_family(model: nn.Module) -> ModelFamily | None:
+    """Return the family of a model, a fallback only if no other matches; None if none does."""
+    families = sorted((family for _, family in FAMILIES.items()), key=lambda one: one.fallback)
+    return next((family for family in families if family.matches(model)), None)
+
+
 def find_family(model: nn.Module) -> ModelFamily:
     """Return the family of a transformers model.
 
     Raises:
         ModelLoadError: if no registered family knows the model.
     """
-    for _, family in FAMILIES.items():
-        if family.matches(model):
-            return family
+    family = matching_family(model)
+    if family is not None:
+        return family
     raise ModelLoadError(
         f"{type(model).__name__} belongs to no model family that clva_lens knows "
         f"({', '.join(FAMILIES.names())}). Load one of these, or register a ModelFamily for it "

@@ -107,7 +107,9 @@ class LensModel(TransformersModel):
             dtype = model.dtype if value.is_floating_point() else value.dtype
             inputs[name] = value.to(model.device, dtype)
         sites = {
-            site.name: visual_tokens(model, site.name, family.spans(model, site.name, inputs))
+            site.name: visual_tokens(
+                model, site.name, family.spans(model, site.name, inputs), inputs
+            )
             for site in self.sites
         }
         return Prompt(inputs, sites, batched, tuple(images), tuple(questions), system)

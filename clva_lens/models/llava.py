@@ -22,10 +22,13 @@ from clva_lens.models.family import (
     Inputs,
     ModelFamily,
     Site,
+    ask_by_template,
     note_inputs,
     pad_left,
 )
 from clva_lens.passes import DecoderPasses
+
+PIXTRAL = "pixtral"  # its pictures differ in size, and their rows end in a token
 
 
 class Llava(ModelFamily):
@@ -34,8 +37,11 @@ class Llava(ModelFamily):
     name = "llava"
 
     def matches(self, model: nn.Module) -> bool:
-        """Return whether ``model`` is transformers' LLaVA (not LLaVA-NeXT or OneVision)."""
-        return isinstance(model, LlavaForConditionalGeneration)
+        """Return whether ``model`` is transformers' LLaVA (not LLaVA-NeXT, OneVision, Pixtral)."""
+        if not isinstance(model, LlavaForConditionalGeneration):
+            return False
+        vision: Any = model.config.vision_config
+        return vision.model_type != PIXTRAL
 
     def sites(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """Return the decoder's self-attention."""
@@ -97,19 +103,7 @@ class Llava(ModelFamily):
         if getattr(processor, "chat_template", None) is None:
             lead = f"{system} " if system else ""
             return f"{lead}USER: <image>\n{question} ASSISTANT:"
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if system is None:
-            return processor.apply_chat_template(messages, add_generation_prompt=True)
-        # Some templates take a system message as text, llava-hf's drop that and take typed parts.
-        for lead in (system, [{"type": "text", "text": system}]):
-            led: list[dict[str, Any]] = [{"role": "system", "content": lead}, *messages]
-            text = processor.apply_chat_template(led, add_generation_prompt=True)
-            if system in text:
-                return text
-        raise PromptError(
-            "the model's chat template has no place for a system message. Leave system= out."
-        )
+        return ask_by_template(processor, question, system)
 
     def watch(self, model: PreTrainedModel, seen: dict[str, Tensor]) -> list[RemovableHandle]:
         """Keep the pixels that the vision tower is given."""

@@ -38,10 +38,22 @@ class VisualTokens(NamedTuple):
         return self.grid
 
 
-def visual_tokens(model: PreTrainedModel, site: str, spans: TokenSpans) -> VisualTokens:
-    """Return the image tokens of a site with their grid, or the reason why they lie on none."""
+def visual_tokens(
+    model: PreTrainedModel,
+    site: str,
+    spans: TokenSpans,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> VisualTokens:
+    """Return the image tokens of a site with their grid, or the reason why they lie on none.
+
+    Where the grid depends on the picture, it is known from the prompt's ``inputs`` only.
+    """
+    family = find_family(model)
     try:
-        grid = find_family(model).grid(model, site)
+        if inputs is None:
+            grid = family.grid(model, site)
+        else:
+            grid = family.prompt_grid(model, site, inputs)
     except PromptError as error:
         return VisualTokens(spans, str(error))
     if spans.visual_count != grid[0] * grid[1]:
