@@ -4,8 +4,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import QUESTIONS, blip_of, lens_of, picture
 from test_state import state
+from tiny_models import QUESTIONS, blip_of, lens_of, picture
 
 import clva_lens as cl
 from clva_lens.errors import InterventionError, ParameterError

@@ -8,7 +8,7 @@ import pytest
 import reference
 import rewrites
 import torch
-from conftest import QUESTIONS, lens_of, picture
+from tiny_models import QUESTIONS, lens_of, picture
 
 import clva_lens as cl
 

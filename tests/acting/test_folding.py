@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import reference
 import torch
-from conftest import QUESTIONS, lens_of, picture
+from tiny_models import QUESTIONS, lens_of, picture
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import clva_lens as cl

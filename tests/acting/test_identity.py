@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from conftest import HEADS, KERNELS, SITES, blip_of, lens_of
 from test_state import state
+from tiny_models import HEADS, KERNELS, SITES, blip_of, lens_of
 
 import clva_lens as cl
 from clva_lens.methods.base import METHODS, Method, Shapes

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import QUESTIONS, lens_of, picture
+from tiny_models import QUESTIONS, lens_of, picture
 
 import clva_lens as cl
 from clva_lens.errors import ParameterError

@@ -3,7 +3,7 @@
 import nnsight
 import pytest
 import torch
-from conftest import picture, tiny_model
+from tiny_models import picture, tiny_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -13,8 +13,8 @@ from functools import cache, partial
 import nnsight
 import pytest
 import torch
-from conftest import QUESTIONS, blip_of, lens_of, picture, tiny_model
 from test_identity import state
+from tiny_models import QUESTIONS, blip_of, lens_of, picture, tiny_model
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
 import clva_lens as cl

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import QUESTIONS, picture
 from test_state import state
+from tiny_models import QUESTIONS, picture
 from transformer_lens.patching import layer_pos_patch_setter
 
 import clva_lens as cl

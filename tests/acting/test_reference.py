@@ -10,7 +10,7 @@ import pytest
 import reference
 import rewrites
 import torch
-from conftest import make_processor, tiny_model
+from tiny_models import make_processor, tiny_model
 
 import clva_lens as cl
 

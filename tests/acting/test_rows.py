@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from conftest import lens_of
+from tiny_models import lens_of
 
 import clva_lens as cl
 

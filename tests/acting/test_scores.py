@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import lens_of
 from test_reference import compare
+from tiny_models import lens_of
 
 import clva_lens as cl
 from clva_lens.methods.base import Shape, Shapes

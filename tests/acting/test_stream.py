@@ -3,8 +3,8 @@
 import nnsight
 import pytest
 import torch
-from conftest import blip_of, tiny_blip
 from test_state import state
+from tiny_models import blip_of, tiny_blip
 
 import clva_lens as cl
 from clva_lens.attention import running

@@ -4,8 +4,8 @@ import nnsight
 import pytest
 import reference
 import torch
-from conftest import make_processor, tiny_model
 from nnsight.modeling.transformers import TransformersModel
+from tiny_models import make_processor, tiny_model
 
 import clva_lens as cl
 

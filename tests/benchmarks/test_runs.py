@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import picture
 from PIL import Image
+from tiny_models import picture
 
 import clva_lens as cl
 from clva_lens.benchmarks.base import Benchmark, Sample, choose, judge, read_answers

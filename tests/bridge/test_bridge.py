@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import QUESTIONS, lens_of, make_processor, picture, tiny_model
+from tiny_models import QUESTIONS, lens_of, make_processor, picture, tiny_model
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import lens_of
+from tiny_models import lens_of
 
 import clva_lens as cl
 from clva_lens.anchors import anchor_mask, reanchor, reanchor_weights, saliency_map

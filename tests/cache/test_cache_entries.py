@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import watching
-from conftest import KERNELS, blip_of, lens_of, tiny_blip, tiny_model
+from tiny_models import KERNELS, blip_of, lens_of, tiny_blip, tiny_model
 
 import clva_lens as cl
 

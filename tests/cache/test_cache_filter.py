@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 import watching
-from conftest import blip_of, lens_of, tiny_model
+from tiny_models import blip_of, lens_of, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clva_lens as cl

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import blip_of, lens_of
+from tiny_models import blip_of, lens_of
 
 from clva_lens.errors import ParameterError
 from clva_lens.models.lens import LensModel

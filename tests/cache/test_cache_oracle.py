@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import HEADS, lens_of
+from tiny_models import HEADS, lens_of
 
 ERROR = 1e-4
 

@@ -11,7 +11,7 @@ import numpy as np
 import queries
 import reference
 import torch
-from conftest import QUESTIONS, double_of, exact_blip, picture, tokenizer
+from tiny_models import QUESTIONS, double_of, exact_blip, picture, tokenizer
 from torch import Tensor
 
 DISTURBING = "you are near a book"

@@ -3,8 +3,8 @@
 import contrasting
 import pytest
 import torch
-from conftest import QUESTIONS, lens_of, picture
 from test_contrast_reference import TextGuidance, decode, lens_for, lens_inputs
+from tiny_models import QUESTIONS, lens_of, picture
 
 import clva_lens as cl
 from clva_lens.attention import _ACTIVE

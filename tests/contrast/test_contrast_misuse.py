@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import QUESTIONS, blip_of, lens_of, picture, tiny_model
 from test_contrast_reference import TextGuidance, lens_for, lens_inputs
+from tiny_models import QUESTIONS, blip_of, lens_of, picture, tiny_model
 
 import clva_lens as cl
 from clva_lens.attention import _ACTIVE

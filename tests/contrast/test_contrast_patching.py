@@ -5,7 +5,7 @@ from dataclasses import replace
 import contrasting
 import pytest
 import torch
-from conftest import QUESTIONS, blip_of, lens_of, picture
+from tiny_models import QUESTIONS, blip_of, lens_of, picture
 
 import clva_lens as cl
 

@@ -8,7 +8,7 @@ import contrasting
 import pytest
 import reference
 import torch
-from conftest import QUESTIONS, blip_of, lens_of, picture
+from tiny_models import QUESTIONS, blip_of, lens_of, picture
 
 import clva_lens as cl
 from clva_lens.methods.base import Method

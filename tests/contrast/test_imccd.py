@@ -6,8 +6,8 @@ import pytest
 import queries
 import reference
 import torch
-from conftest import blip_of, double_of, exact_blip, lens_of
 from test_contrast_reference import decode, lens_inputs
+from tiny_models import blip_of, double_of, exact_blip, lens_of
 
 import clva_lens as cl
 from clva_lens.errors import ParameterError

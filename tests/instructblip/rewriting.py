@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import queries
 import reference
 import torch
-from conftest import tiny_blip
+from tiny_models import tiny_blip
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask

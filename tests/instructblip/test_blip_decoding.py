@@ -9,7 +9,7 @@ import queries
 import reference
 import rewrites
 import torch
-from conftest import QUESTIONS, blip_of, exact_blip, picture
+from tiny_models import QUESTIONS, blip_of, exact_blip, picture
 
 import clva_lens as cl
 from clva_lens.errors import InterventionError

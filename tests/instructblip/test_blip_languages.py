@@ -8,7 +8,7 @@ import queries
 import reference
 import rewriting
 import torch
-from conftest import KERNELS, LANGUAGES, blip_of
+from tiny_models import KERNELS, LANGUAGES, blip_of
 
 import clva_lens as cl
 from clva_lens.errors import InterventionError

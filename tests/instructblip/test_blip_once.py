@@ -3,7 +3,7 @@
 import nnsight
 import pytest
 import torch
-from conftest import LANGUAGES, QUESTIONS, blip_of, picture
+from tiny_models import LANGUAGES, QUESTIONS, blip_of, picture
 
 import clva_lens as cl
 

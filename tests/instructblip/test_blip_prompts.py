@@ -3,8 +3,8 @@
 import pytest
 import queries
 import torch
-from conftest import QUESTIONS, blip_of, blip_processor, picture, tiny_blip
 from PIL import Image
+from tiny_models import QUESTIONS, blip_of, blip_processor, picture, tiny_blip
 
 import clva_lens as cl
 from clva_lens.errors import PromptError

@@ -11,7 +11,7 @@ import queries
 import reference
 import rewrites
 import torch
-from conftest import blip_of, exact_blip
+from tiny_models import blip_of, exact_blip
 
 import clva_lens as cl
 

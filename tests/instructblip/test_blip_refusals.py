@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (
+from tiny_models import (
     QUESTIONS,
     blip_processor,
     lens_of,

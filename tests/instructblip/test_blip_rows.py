@@ -4,7 +4,7 @@ import pytest
 import queries
 import reference
 import torch
-from conftest import LANGUAGES, blip_of, exact_blip, picture
+from tiny_models import LANGUAGES, blip_of, exact_blip, picture
 
 import clva_lens as cl
 from clva_lens.errors import ParameterError

@@ -3,7 +3,7 @@
 import nnsight
 import pytest
 import torch
-from conftest import LANGUAGES, blip_of
+from tiny_models import LANGUAGES, blip_of
 
 import clva_lens as cl
 from clva_lens.attention import _ACTIVE

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import QUESTIONS, make_processor, picture, tiny_model
+from tiny_models import QUESTIONS, make_processor, picture, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clva_lens as cl

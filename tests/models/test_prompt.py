@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import QUESTIONS, make_processor, picture
 from PIL import Image
+from tiny_models import QUESTIONS, make_processor, picture
 
 import clva_lens as cl
 from clva_lens.errors import PromptError

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import lens_of, make_processor
 from PIL import Image
+from tiny_models import lens_of, make_processor
 from transformers import BlipImageProcessorPil, CLIPImageProcessorPil, LlavaImageProcessorPil
 
 import clva_lens as cl

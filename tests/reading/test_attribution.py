@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import blip_of
+from tiny_models import blip_of
 
 import clva_lens as cl
 from clva_lens.errors import ParameterError, PromptError

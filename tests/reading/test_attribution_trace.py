@@ -6,7 +6,7 @@ import nnsight
 import numpy as np
 import pytest
 import torch
-from conftest import QUESTIONS, blip_of, lens_of, picture
+from tiny_models import QUESTIONS, blip_of, lens_of, picture
 
 import clva_lens as cl
 from clva_lens.attribution import Attributing

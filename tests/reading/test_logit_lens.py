@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import blip_of
+from tiny_models import blip_of
 
 import clva_lens as cl
 from clva_lens.errors import InterventionError, ParameterError, PromptError

@@ -12,7 +12,7 @@ import pytest
 import queries
 import reference
 import torch
-from conftest import QUESTIONS, blip_of, double_of, exact_blip, lens_of, picture
+from tiny_models import QUESTIONS, blip_of, double_of, exact_blip, lens_of, picture
 from torch import Tensor
 
 import clva_lens as cl
