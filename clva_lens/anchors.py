@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -100,10 +100,20 @@ def saliency_map(
     tensor([0.1000, 0.3000])
     """
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    heads = heads.to(rows.device)
-    chosen = rows.where(rearrange(heads, "... head -> ... head 1"), 0.0)
-    total = reduce(chosen, "... head visual -> ... visual", "sum")
-    return total / heads.sum(dim=-1, keepdim=True).clamp(min=1)
+    chosen = rows.where(rearrange(heads.to(rows.device), "... head -> ... head 1"), 0.0)
+    return mean_of_heads(chosen, head_shares(heads).to(rows))
+
+
+def head_shares(heads: Bool[Tensor, "*batch head"]) -> Float[Tensor, "*batch head"]:
+    """Return what each head counts in the mean over a set: 1/|H| in it, 0 outside; float32."""
+    return heads / heads.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def mean_of_heads(
+    rows: Float[Tensor, "*batch head visual"], shares: Float[Tensor, "*#batch head"]
+) -> Float[Tensor, "*batch visual"]:
+    """Return Eq. 4 from ``head_shares``, for code that makes these once for many rows."""
+    return (rearrange(shares, "... head -> ... 1 head") @ rows).squeeze(-2)
 
 
 def z_scores(
@@ -123,8 +133,8 @@ def z_scores(
             f"epsilon must be finite and > 0, but is {epsilon}. Pass epsilon=1e-6."
         )
     saliency = saliency.to(torch.promote_types(saliency.dtype, torch.float32))
-    deviation = saliency - saliency.mean(dim=-1, keepdim=True)
-    return deviation / (saliency.std(dim=-1, correction=0, keepdim=True) + epsilon)
+    std, mean = torch.std_mean(saliency, dim=-1, correction=0, keepdim=True)
+    return (saliency - mean) / (std + epsilon)
 
 
 def anchor_mask(
@@ -247,5 +257,5 @@ def _by_mask(
     """Return a value per token: in neither mask, in the positive, in the negative, in both."""
     in_neither, in_positive, in_negative, in_both = values
     chosen = torch.full_like(positive, in_neither, dtype=torch.float32)
-    chosen = chosen.masked_fill(positive, in_positive).masked_fill(negative, in_negative)
-    return chosen.masked_fill(positive & negative, in_both)
+    chosen.masked_fill_(positive, in_positive).masked_fill_(negative, in_negative)
+    return chosen.masked_fill_(positive & negative, in_both)

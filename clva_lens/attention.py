@@ -15,11 +15,9 @@ of no run are passed through. Nothing is stored on any module, and ``remove`` re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
@@ -29,14 +27,11 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from clva_lens import folding, windows
 from clva_lens.errors import InterventionError
-from clva_lens.folding import Bias, KeyBias
 from clva_lens.logits import watch_logits
+from clva_lens.merging import Acting, Merging
 from clva_lens.models.family import Site, find_family, find_site
 from clva_lens.session import AttentionCall, Session
 from clva_lens.stream import Part, StreamCall, stream_hooks, stream_name
-
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-"""An attention kernel: queries, keys, values and a mask to outputs by row, and weights if any."""
 
 
 class Run:
@@ -65,11 +60,12 @@ class Run:
                 "attn_implementation='sdpa'."
             )
         self._layers = dict(zip(map(id, site.modules), site.layers, strict=True))
+        self._acting: dict[int, Acting] = {}
+        self.merging = Merging(fused=self.kernel == "sdpa")
         self._hooks: list[RemovableHandle] = []
         self._streams: dict[tuple[Part, int], RemovableHandle] = {}
         self._watches_logits = False
         self._call: AttentionCall | None = None
-        self._merged: tuple[Tensor | None, Bias, int, Tensor] | None = None
 
     def install(self) -> None:
         """Route the site's attention through this run, and watch the model's inputs."""
@@ -118,6 +114,22 @@ class Run:
             self._hooks += watch_logits(self.passes.entry, self.logits)
             self._watches_logits = True
         self.sessions.append(session)
+        self._arrange()
+
+    def drop(self, session: Session) -> None:
+        """Let a session see nothing any more."""
+        self.sessions.remove(session)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Note which modules' attention sessions act on; the others cost nothing."""
+        self.merging = Merging(self.merging.fused)
+        layers = {module: Acting.at(i, self.sessions) for module, i in self._layers.items()}
+        self._acting = {module: one for module, one in layers.items() if one is not None}
+
+    def acting(self, module: nn.Module) -> Acting | None:
+        """Return the sessions that read or edit the module's attention, None if none does."""
+        return self._acting.get(id(module))
 
     def logits(self, last: Tensor) -> Tensor:
         """Return the logits of a pass's last position as the sessions leave them."""
@@ -130,7 +142,7 @@ class Run:
 
     def edit(
         self,
-        module: nn.Module,
+        acting: Acting,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -146,7 +158,7 @@ class Run:
         step, self._call = self.passes.step, None
         if step is None or isinstance(query, FakeTensor):
             return None
-        layer = self._layers[id(module)]
+        layer = acting.layer
         if step.ids is not None and step.ids.shape[1] != query.shape[2]:
             raise InterventionError(
                 f"the model reads {step.ids.shape[1]} positions, but layer {layer} got "
@@ -154,39 +166,21 @@ class Run:
                 "logits_to_keep, or with use_cache=False."
             )
         call = AttentionCall(layer, step, query, key, mask, None, scaling, value, window=window)
-        for session in self.sessions:
+        for session in acting.sessions:
             bias = session.attention(call)
             if bias is not None:
-                call = replace(call, bias=folding.add(call.bias, bias))
-        self._call = call if any(session.edits_output for session in self.sessions) else None
+                call.bias = folding.add(call.bias, bias)
+        self._call = call if acting.output else None
         return None if call.bias is None else call
-
-    def attend(self, kernel: Kernel, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Run the base kernel under the bias of a call, in the form that fits it best."""
-        query, key, value, mask, bias = call.query, call.key, call.value, call.mask, call.bias
-        assert bias is not None and value is not None
-        starts = call.step.causal and call.step.offset == 0 and self.kernel == "sdpa"
-        form = folding.choose_form(bias, query, key, mask, from_start=starts)
-        if form == "split" and _looks_ahead(mask, call.bias):
-            form = "masked"
-        if form == "masked" or not isinstance(bias, KeyBias):
-            return kernel(query, key, value, self.merge(call))
-        if form == "folded":
-            out, weights = kernel(*folding.fold(bias, query, key, value, call.scaling), mask)
-            return out[..., : value.shape[3]], weights
-        first = bias.first
-        before = None if mask is None else mask[:, :, :first, :first]
-        out, _ = kernel(query[:, :, :first], key[:, :, :first], value[:, :, :first], before)
-        edited, weights = kernel(query[:, :, first:], key, value, self.merge(call, first))
-        return torch.cat([out, edited], dim=1), weights
 
     def output(self, out: Tensor) -> Tensor:
         """Return the output of the layer that ``edit`` was for, as the sessions leave it."""
         call, self._call = self._call, None
         if call is not None:
-            call = replace(call, z=out)
+            call.z = out
             for session in self.sessions:
-                edited = session.output(call, out) if session.edits_output else None
+                acts = session.edits_output and call.layer in session.layers
+                edited = session.output(call, out) if acts else None
                 out = out if edited is None else edited
         return out
 
@@ -204,28 +198,6 @@ class Run:
                 edited = session.stream(call, found)
                 found = found if edited is None else edited
         return None if found is hidden else found.reshape(value.shape)
-
-    def merge(self, call: AttentionCall, first: int = 0) -> Tensor:
-        """Return mask and bias of the rows from ``first`` on as one additive mask.
-
-        The last one is kept for the next layer.
-        """
-        mask, bias, count = call.mask, call.bias, call.query.shape[2]
-        assert bias is not None
-        known = self._merged
-        if known is None or known[0] is not mask or known[1] is not bias or known[2] != first:
-            additive, merged = call.additive_mask(first, count), folding.part(bias, first, count)
-            # Finite in the queries' type: a row of padding that sees nothing must not become NaN.
-            # The bias is float32, which the lowest float64 does not fit.
-            lowest = max(torch.finfo(call.query.dtype).min, torch.finfo(merged.dtype).min)
-            if additive is not None:
-                merged = (merged + additive).clamp_min(lowest)
-            # CUDA kernels take a mask of the queries' type only; CPU kernels take float32 too, but
-            # read it wrongly beside float64 queries.
-            if merged.device.type != "cpu" or call.query.dtype == torch.float64:
-                merged = folding.aligned(merged, call.query.dtype)
-            self._merged = known = (mask, bias, first, merged)
-        return known[3]
 
 
 _ACTIVE: dict[int, Run] = {}
@@ -256,7 +228,7 @@ def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[]
     def close() -> None:
         for run, session in joined:
             if session in run.sessions:
-                run.sessions.remove(session)
+                run.drop(session)
                 session.end()
         for run in {id(run): run for run, _ in joined}.values():
             if run.sessions:
@@ -317,15 +289,6 @@ KERNELS: dict[str, Callable[[nn.Module], Callable[..., tuple[Tensor, Tensor | No
 }
 
 
-def _looks_ahead(mask: Tensor | None, bias: Bias | None) -> bool:
-    """Whether a row before the first edited one sees a key from there on (a prefix model's)."""
-    if mask is None or not isinstance(bias, KeyBias):
-        return False
-    ahead = mask[:, :, : bias.first, bias.first :]
-    allowed = ahead if ahead.dtype == torch.bool else ahead > torch.finfo(ahead.dtype).min
-    return bool(allowed.any())
-
-
 def _check_formula(site: str, kwargs: dict[str, Any]) -> None:
     """Refuse attention that is no softmax of scaled products under a mask."""
     odd = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
@@ -348,24 +311,32 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the base kernel, under the bias of the run that the module belongs to."""
-        base = partial(KERNELS[kernel](module), module, **kwargs)
+        base, run = KERNELS[kernel](module), _ACTIVE.get(id(module))
+        acting = None if run is None else run.acting(module)
+        if run is None or acting is None:
+            return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        ready = run.merging.ready(acting, run.passes.step, key, attention_mask)
+        if ready is not None:
+            return base(module, query, key, value, ready, scaling=scaling, **kwargs)
+        _check_formula(run.site.name, kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        run, call, values = _ACTIVE.get(id(module)), None, value
-        if run is not None:
-            _check_formula(run.site.name, kwargs)
-            count, step, seen, mask = query.shape[2], run.passes.step, key, attention_mask
-            # A static cache hands over its empty end too: leave it out, as the kernel would.
-            if attention_mask is None and step is not None and step.causal and count > 1:
-                seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
-            if step is not None and step.causal:
-                seen, values, mask = windows.widen(seen, values, mask, step.offset + count, count)
-            window = kwargs.get("sliding_window")
-            call = run.edit(module, query, seen, values, mask, scale, window)
-        if run is None or call is None:
-            out, weights = base(query, key, value, attention_mask, scaling=scaling)
+        count, step, mask, values = query.shape[2], run.passes.step, attention_mask, value
+        seen = key
+        # A static cache hands over its empty end too: leave it out, as the kernel would.
+        if attention_mask is None and step is not None and step.causal and count > 1:
+            seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
+        if step is not None and step.causal:
+            seen, values, mask = windows.widen(seen, values, mask, step.offset + count, count)
+        window = kwargs.get("sliding_window")
+        call = run.edit(acting, query, seen, values, mask, scale, window)
+        if call is None:
+            out, weights = base(
+                module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            )
         else:
-            out, weights = run.attend(partial(base, scaling=scale), call)
-        return (out if run is None else run.output(out)), weights
+            bound = partial(base, module, scaling=scale, **kwargs)
+            out, weights = run.merging.attend(bound, call, acting)
+        return run.output(out), weights
 
     return attend
 

@@ -153,6 +153,11 @@ class TokenSpans:
             )
         return mask.nonzero()[:, 1].reshape(len(mask), -1)
 
+    def to(self, device: torch.device | str) -> "TokenSpans":
+        """Return the spans on another device, moved as one piece."""
+        spans = (self.system, self.image, self.text, self.generated)
+        return TokenSpans(*torch.stack(spans).to(device).unbind())
+
     def first(self, length: int) -> "TokenSpans":
         """Return the spans of the first ``length`` positions."""
         spans = (self.system, self.image, self.text, self.generated)

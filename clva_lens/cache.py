@@ -218,6 +218,7 @@ class _Attention(Session):
         for place in chosen:
             if place.site == site:
                 self._wanted.setdefault(place.layer, []).append(place)
+        self.layers = tuple(self._wanted)
 
     def attention(self, call: AttentionCall) -> None:
         for place in self._wanted.get(call.layer, ()):

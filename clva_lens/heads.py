@@ -144,13 +144,16 @@ def classify_heads(
     intensity: Float[Tensor, "*batch layer head"],
     threshold: float | int = 1.0,
     empty: EmptyPolicy = "tail",
+    *,
+    check: bool = True,
 ) -> HeadClasses:
     """Return the heads that look at the image far more, and far less, than their layer's mean.
 
     Eqs. 2-3, arXiv:2603.25088v1: sensitive where Φ > μ + λσ, insensitive where Φ < μ − λσ, both
     strict; Φ is ``intensity``, λ_vis is ``threshold``, μ and σ (population, ddof 0) are taken over
-    the heads of one layer of one sample. Computed in float64 on the CPU, so that heads that are
-    equal in float32 have σ = 0 exactly; the masks are returned on the device of ``intensity``.
+    the heads of one layer of one sample. Computed in float64, so that heads that are equal in
+    float32 have σ = 0 exactly. Nothing is read back from the device, except to see that all is
+    finite; ``check=False`` leaves that out, and heads that are not are in no class.
 
     **Departs from the paper:** on skewed layers μ − λσ is often below 0, and a set is empty. With
     ``empty="tail"`` it is then made of the ⌈(1 − N(λ))·H⌉ lowest (or highest) of the H heads, N
@@ -179,7 +182,12 @@ def classify_heads(
         raise ParameterError(
             f"empty must be 'tail' or 'skip', but is {empty!r}. Pass empty='tail'."
         )
-    phi = _relative_to_first(intensity)
+    if check:
+        _require_finite(intensity)
+    # Less the first head's: of equal heads, μ and σ are exactly 0.
+    phi = intensity.detach()
+    phi = (phi.cpu() if phi.device.type == "mps" else phi).double()
+    phi = phi - phi[..., :1]
     deviation = phi - phi.mean(dim=-1, keepdim=True)
     limit = threshold * phi.std(dim=-1, correction=0, keepdim=True)
     sensitive, insensitive = deviation > limit, deviation < -limit
@@ -200,18 +208,15 @@ def classify_heads(
     )
 
 
-def _relative_to_first(
-    intensity: Float[Tensor, "*batch layer head"],
-) -> Float[Tensor, "*batch layer head"]:
-    """Return Φ less that of the first head, in float64: of equal heads, μ and σ are exactly 0."""
-    phi = intensity.detach().cpu().double()
-    if not bool(phi.isfinite().all()):
-        *_, layer, head = (~phi.isfinite()).nonzero()[0].tolist()
+def _require_finite(intensity: Float[Tensor, "*batch layer head"]) -> None:
+    """Raise ParameterError, naming the first one, unless every head's intensity is finite."""
+    finite = intensity.isfinite()
+    if not bool(finite.all()):
+        *_, layer, head = (~finite).nonzero()[0].tolist()
         raise ParameterError(
             f"intensity must be finite, but layer {layer}, head {head} is "
-            f"{float(phi[~phi.isfinite()][0])}. Check the model's dtype and the padding mask."
+            f"{float(intensity[~finite][0])}. Check the model's dtype and the padding mask."
         )
-    return phi - phi[..., :1]
 
 
 def _require_some(mask: Bool[Tensor, "*batch position"], what: str, remedy: str) -> None:

@@ -7,10 +7,12 @@ module where the pass begins and takes away when it ends.
 
 import weakref
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
@@ -28,8 +30,11 @@ NO_IMAGE = (
 # Spans are lengthened by this many positions at a time.
 ROOM = 256
 
+Value = TypeVar("Value")
 
-class Step(NamedTuple):
+
+@dataclass(frozen=True, eq=False)
+class Step:
     """One forward pass of a run: step 0 reads the prompt, later ones the generated tokens.
 
     ``spans`` cover the keys up to the last one of this pass, ``visual`` are the positions of the
@@ -38,7 +43,9 @@ class Step(NamedTuple):
     the rows, which do not see later ones. ``ordered``: the rows have a last one, which makes the
     maps of Eq. 4; otherwise all of them do, averaged. ``ids`` are the token ids of this
     pass's rows, None where rows are no tokens. ``image_start`` is the position of the first image
-    token in any sample.
+    token in any sample. ``block`` is where the image tokens lie if that is one piece, the same in
+    all samples; else None. ``of_prompt`` keeps what is worked out once for all passes of a prompt,
+    ``of_pass`` what is once for all layers of this pass.
     """
 
     number: int
@@ -50,6 +57,9 @@ class Step(NamedTuple):
     ordered: bool
     ids: Int[Tensor, "batch row"] | None = None
     image_start: int = 0
+    block: tuple[int, int] | None = None
+    of_prompt: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    of_pass: dict[Hashable, Any] = field(default_factory=dict, repr=False, init=False)
 
     @property
     def prompt_rows(self) -> int:
@@ -68,13 +78,33 @@ class Step(NamedTuple):
     @property
     def first_text(self) -> int:
         """The first row that is text in any sample."""
-        return int(self.text_rows.any(dim=0).nonzero()[0])
+        return once(self.of_prompt, "first", lambda: int(self.text_rows.any(dim=0).nonzero()[0]))
 
     @property
     def last_text(self) -> Int[Tensor, " batch"]:
         """The position of each sample's last prompt row: the "last query row" of Eq. 4."""
-        position = torch.arange(self.prompt_rows, device=self.text_rows.device)
-        return torch.where(self.text_rows, position, -1).amax(dim=1)
+        return once(self.of_prompt, "last", lambda: last_true(self.text_rows))
+
+    def on_image(
+        self, values: Float[Tensor, "batch *axes key"]
+    ) -> Float[Tensor, "batch *axes visual"]:
+        """Return what stands at the image keys, in their order; a view where they are a block."""
+        if self.block is not None:
+            return values[..., slice(*self.block)]
+        visual = self.visual[(slice(None), *[None] * (values.ndim - 2))]
+        return torch.take_along_dim(values, visual, dim=-1)
+
+
+def once(known: dict[Hashable, Any], key: Hashable, make: Callable[[], Value]) -> Value:
+    """Return what ``known`` has under a key, made if it is not there."""
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
+def last_true(rows: Bool[Tensor, "batch row"]) -> Int[Tensor, " batch"]:
+    """Return the index of each sample's last True, −1 if there is none."""
+    return torch.where(rows, torch.arange(rows.shape[1], device=rows.device), -1).amax(dim=1)
 
 
 class Passes(ABC):
@@ -165,8 +195,13 @@ class _TokenPasses(Passes):
         )
 
     def _begin(self, rows: Tensor, ids: Tensor, mask: Tensor | None) -> TokenSpans:
-        """Take a new prompt; return the spans of its tokens."""
-        spans = TokenSpans.from_ids(ids, self.image_token_id, _padding(mask, ids))
+        """Take a new prompt; return the spans of its tokens, on the CPU.
+
+        The ids are fetched once, so that what is asked of them does not wait for a GPU each time.
+        """
+        padding = _padding(mask, ids)
+        padding = None if padding is None else padding.cpu()
+        spans = TokenSpans.from_ids(ids.cpu(), self.image_token_id, padding)
         if not spans.image.any():
             raise InterventionError(NO_IMAGE)
         self._prompt = rows
@@ -217,16 +252,21 @@ class DecoderPasses(_TokenPasses):
                     "no text row to read anchors from. Put the question after the image, and leave "
                     "prefill_chunk_size unset."
                 )
+            start, stop = int(visual.min()), int(visual.max()) + 1
+            first = int(spans.text.any(dim=0).nonzero()[0])
+            spans = spans.to(ids.device)
             self.step = Step(
                 0,
                 0,
                 spans.text,
                 spans,
-                visual,
+                visual.to(ids.device),
                 causal=True,
                 ordered=True,
                 ids=ids,
-                image_start=int(visual.min()),
+                image_start=start,
+                block=(start, stop) if stop - start == visual.shape[1] else None,
+                of_prompt={"first": first},
             )
             return
         known = self._next(ids, offset)
@@ -234,7 +274,7 @@ class DecoderPasses(_TokenPasses):
         if keys != known.keys:
             spans = self._reaching(spans, keys)
         number = known.number + 1
-        self.step = known._replace(number=number, offset=offset, spans=spans, ids=ids)
+        self.step = replace(known, number=number, offset=offset, spans=spans, ids=ids)
 
     def _reaching(self, spans: TokenSpans, keys: int) -> TokenSpans:
         """Return spans of so many keys, the last ones generated: views of ones with more room."""
@@ -287,11 +327,11 @@ class EncoderDecoderPasses(_TokenPasses):
                 rows, self._embedded_ids(len(rows), None), kwargs.get("attention_mask")
             )
             text = torch.ones_like(rows, dtype=torch.bool)
-            visual = spans.visual_index()
+            visual, spans = spans.visual_index().to(rows.device), spans.to(rows.device)
             self.step = Step(0, 0, text, spans, visual, causal=False, ordered=True, ids=rows)
             return
         known = self._next(rows, offset)
-        self.step = known._replace(number=known.number + 1, offset=offset, ids=rows)
+        self.step = replace(known, number=known.number + 1, offset=offset, ids=rows)
 
 
 class QueryPasses(Passes):
@@ -338,7 +378,9 @@ class QueryPasses(Passes):
         self._unplaced = True
         spans = picture_spans(batch, keys, self.lead, pictures.device)
         rows = torch.ones(batch, queries.shape[1], dtype=torch.bool, device=pictures.device)
-        self.step = Step(0, 0, rows, spans, spans.visual_index(), causal=False, ordered=False)
+        visual = spans.visual_index()
+        block = (self.lead, keys)
+        self.step = Step(0, 0, rows, spans, visual, causal=False, ordered=False, block=block)
 
 
 def picture_spans(

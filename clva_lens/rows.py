@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from clva_lens.passes import Step, once
 from clva_lens.session import AttentionCall
 
 
@@ -31,32 +32,38 @@ class PromptRows(NamedTuple):
 @torch.no_grad()
 def read_prompt_rows(call: AttentionCall) -> PromptRows:
     """Return masses and the map of one layer; the pass must hold the whole prompt."""
-    step = call.step
-    spans = step.spans
-    where = torch.stack([span.float() for span in (spans.image, spans.system, spans.text)], dim=1)
-    batch, heads = call.query.shape[:2]
-    mass = torch.zeros(batch, heads, 3, device=call.query.device)
-    summary = torch.zeros(batch, heads, step.visual.shape[1], device=call.query.device)
-    position = torch.arange(step.prompt_rows, device=call.query.device)
-    is_last = position == rearrange(step.last_text, "b -> b 1")
-    weight = (is_last if step.ordered else step.text_rows).float()
-    for start, stop in call.row_pieces(step.first_text, step.prompt_rows):
-        pattern = call.rows(start, stop)[..., : step.keys]
-        counted = step.text_rows[:, start:stop].float()
-        mass += torch.einsum("bhqk,bsk,bq->bhs", pattern, where, counted)
-        summed = torch.einsum("bhqk,bq->bhk", pattern, weight[:, start:stop])
-        summary += torch.take_along_dim(summed, rearrange(step.visual, "b v -> b 1 v"), dim=2)
-    mass = mass / rearrange(step.text_rows.sum(dim=1), "b -> b 1 1")
-    image, system, text = mass.unbind(dim=2)
-    return PromptRows(image, system, text, summary / rearrange(weight.sum(dim=1), "b -> b 1 1"))
+    step, device = call.step, call.query.device
+    weights, where = once(step.of_prompt, ("means", device), lambda: _means(step, device))
+    means = [
+        weights[..., start:stop] @ call.rows(start, stop)[..., : step.keys]
+        for start, stop in call.row_pieces(step.first_text, step.prompt_rows)
+    ]
+    mean, last = sum(means[1:], means[0]).unbind(dim=2)
+    image, system, text = (mean @ where).unbind(dim=2)
+    return PromptRows(image, system, text, step.on_image(last))
+
+
+def _means(
+    step: Step, device: torch.device
+) -> tuple[Float[Tensor, "batch 1 2 row"], Float[Tensor, "batch key 3"]]:
+    """Return the weights of rows in two means, of all text rows and the last; and the spans.
+
+    Where rows are unordered queries, both means are over all of them.
+    """
+    spans, every = step.spans, step.text_rows
+    position = torch.arange(step.prompt_rows, device=every.device)
+    last = position == rearrange(step.last_text, "b -> b 1")
+    rows = torch.stack([every, last if step.ordered else every], dim=1).float()
+    weights = rearrange(rows / rows.sum(dim=2, keepdim=True), "b m q -> b 1 m q")
+    where = torch.stack([spans.image, spans.system, spans.text], dim=2).float()
+    return weights.to(device), where.to(device)
 
 
 @torch.no_grad()
 def read_query_rows(call: AttentionCall) -> Float[Tensor, "batch query visual"]:
     """Return each prompt row's attention to each image token, averaged over the heads."""
-    visual = rearrange(call.step.visual, "b v -> b 1 v")
     maps = [
-        torch.take_along_dim(call.rows(start, stop).mean(dim=1), visual, dim=2)
+        call.step.on_image(call.rows(start, stop).mean(dim=1))
         for start, stop in call.row_pieces(0, call.step.prompt_rows)
     ]
     return torch.cat(maps, dim=1)
@@ -69,12 +76,11 @@ def read_generated_rows(call: AttentionCall) -> Float[Tensor, "batch head row vi
     The pass must hold a generated row.
     """
     count = call.query.shape[2]
-    visual = rearrange(call.step.visual, "b v -> b 1 1 v")
     maps = [
-        torch.take_along_dim(call.rows(start, stop), visual, dim=3)
+        call.step.on_image(call.rows(start, stop))
         for start, stop in call.row_pieces(count - call.new_rows, count)
     ]
-    return torch.cat(maps, dim=2)
+    return maps[0] if len(maps) == 1 else torch.cat(maps, dim=2)
 
 
 @torch.no_grad()
@@ -85,12 +91,13 @@ def read_received(call: AttentionCall) -> Float[Tensor, "batch visual"]:
     tokens must be rows of it too.
     """
     spans, visual = call.step.spans, call.step.visual
+    first, end = call.step.block or (int(visual.min()), int(visual.max()) + 1)
     received = torch.zeros(spans.image.shape, device=call.query.device)
     key = torch.arange(call.step.keys, device=received.device)
-    for start, stop in call.row_pieces(int(visual.min()), int(visual.max()) + 1):
+    for start, stop in call.row_pieces(first, end):
         pattern = call.rows(start, stop)[..., : call.step.keys].mean(dim=1)
         others = rearrange(spans.image[:, start:stop], "b q -> b q 1") & (
             key[None] != key[start:stop, None]
         )
         received += pattern.where(others, 0.0).sum(dim=1)
-    return torch.take_along_dim(received, visual, dim=1)
+    return call.step.on_image(received)

@@ -11,18 +11,19 @@ from transformers import PreTrainedModel
 
 from clva_lens import folding
 from clva_lens.folding import Bias
-from clva_lens.passes import Step
+from clva_lens.passes import Step, once
 from clva_lens.stream import Part, Stream, StreamCall
 
 # Rows of the pattern are formed in pieces of at most this many scores (64 MiB of float32).
 SCORES_AT_ONCE = 2**24
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AttentionCall:
     """Queries, keys and values of one layer in one pass, and the bias that earlier sessions put.
 
-    Queries and keys are as the kernel gets them: after the rotary embedding, with the whole cache.
+    Sessions read it; the run sets ``bias`` and ``z`` as they act. Queries and keys are as the
+    kernel gets them: after the rotary embedding, with the whole cache.
     ``z`` is what the heads put out before any session replaces it; None until they have.
     ``window`` is how many positions a row of this layer looks back, itself included; None is all.
     """
@@ -80,15 +81,18 @@ class AttentionCall:
 
     def additive_mask(self, start: int, stop: int) -> Float[Tensor, "..."] | None:
         """Return 0 where a row may look, the lowest float32 elsewhere; None if it may anywhere."""
-        keys = self.key.shape[2]
+        keys, count = self.key.shape[2], self.query.shape[2]
         if self.mask is not None:
             rows = slice(start, stop) if self.mask.shape[2] > 1 else slice(None)
-            mask = self.mask[:, :, rows, :keys]
-            return as_additive(mask)
-        count = self.query.shape[2]
+            return as_additive(self.mask[:, :, rows, :keys])
         if not self.step.causal or (count == 1 and keys == self.step.offset + 1):
             return None
-        position = torch.arange(keys, device=self.key.device)
+        place = ("future", start, stop, keys, self.key.device)
+        return once(self.step.of_pass, place, lambda: self._future(start, stop))
+
+    def _future(self, start: int, stop: int) -> Float[Tensor, "row key"]:
+        """Return the additive mask of rows that see all that came before them."""
+        position = torch.arange(self.key.shape[2], device=self.key.device)
         row = torch.arange(start, stop, device=self.key.device) + self.step.offset
         future = position[None, :] > row[:, None]
         return torch.zeros(future.shape, device=self.key.device).masked_fill_(
@@ -121,18 +125,21 @@ def as_additive(mask: Tensor) -> Float[Tensor, "..."]:
 class Session:
     """One method's state during one run; it dies with the run.
 
-    ``site`` is where it acts, ``layers`` are those whose attention it reads or edits;
-    ``edits_output`` and ``edits_logits`` (at the site "decoder" only) say whether it wants
-    ``output`` and ``logits`` called, ``streams`` for which parts of which layers of the site's
-    stack it wants ``stream`` called. They stay as they are during a run. ``cuts_off``: it makes
-    tokens impossible, which only one session of a run may do; ``uncut`` are the prompt's logits as
-    they were before that. ``again`` makes the same session for a second model, None if it only
-    looks, or is for the prompt alone and for no second input of a contrast (``prompt_only``).
-    ``decode``: it decides the tokens itself, as ``generate(custom_generate=...)`` wants it.
+    ``site`` is where it acts, ``layers`` are those whose attention it reads or edits: only there
+    are ``attention`` and ``output`` called. ``edits_output`` and ``edits_logits`` (at the site
+    "decoder" only) say whether it wants ``output`` and ``logits`` called, ``streams`` for which
+    parts of which layers of the site's stack it wants ``stream`` called. ``steady`` are those of
+    ``layers`` whose bias is the same in one pass, so that one of them need be asked only. All stay
+    as they are during a run. ``cuts_off``: it makes tokens impossible, which only one session of a
+    run may do; ``uncut`` are the prompt's logits as they were before that. ``again`` makes the same
+    session for a second model, None if it only looks, or is for the prompt alone and for no second
+    input of a contrast (``prompt_only``). ``decode``: it decides the tokens itself, as
+    ``generate(custom_generate=...)`` wants it.
     """
 
     site: str
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = ()
+    steady: Collection[int] = ()
     edits_output: bool = False
     streams: Collection[tuple[Part, int]] = ()
     edits_logits: bool = False

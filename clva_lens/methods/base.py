@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from clva_lens.anchors import default_positive_layer
@@ -16,6 +17,7 @@ from clva_lens.errors import ParameterError
 from clva_lens.folding import Bias, KeyBias
 from clva_lens.models.family import find_family, find_site
 from clva_lens.models.hooks import Readout
+from clva_lens.passes import once
 from clva_lens.registry import Registry
 from clva_lens.session import AttentionCall, Session
 
@@ -320,7 +322,12 @@ def row_bias(
         generated = prompt[:, None].expand(-1, call.new_rows, -1)
     step, new, old = call.step, call.new_rows, call.query.shape[2] - call.new_rows
     if old == 0 and new == 1:
-        every = torch.ones(len(prompt), 1, dtype=torch.bool, device=prompt.device)
+        size, device = (len(prompt), 1), prompt.device
+        every = once(
+            step.of_prompt,
+            ("every", *size, device),
+            lambda: torch.ones(size, dtype=torch.bool, device=device),
+        )
         return KeyBias(_on_image(call, generated[:, 0]), every, 0)
     first = max(0, step.first_text - step.offset)
     bias = KeyBias(_on_image(call, prompt), edited_rows(call, rows), first)
@@ -336,5 +343,8 @@ def _on_image(
     call: AttentionCall, weights: Float[Tensor, "batch visual"]
 ) -> Float[Tensor, "batch key"]:
     """Return log-weights of all keys, 0 outside the image."""
+    if call.step.block is not None:
+        start, stop = call.step.block
+        return functional.pad(weights, (start, call.key.shape[2] - stop))
     keys = torch.zeros(len(weights), call.key.shape[2], device=weights.device)
     return keys.scatter_(1, call.step.visual, weights)

@@ -26,6 +26,8 @@ from clva_lens.anchors import (
     VisualAnchors,
     anchor_mask,
     check_strengths,
+    head_shares,
+    mean_of_heads,
     reanchor_log_weights,
     saliency_map,
 )
@@ -167,17 +169,19 @@ class ClvaSession(Session):
         """Keep the resolved layers; the anchors come with the first pass."""
         self.method, self.shape, self.site = method, shape, shape.site
         self.positive_layer, self.edited = positive_layer, edited
-        self.layers = (method.negative_layer, positive_layer, *edited)
+        self.passive = method.alpha == 0 and method.beta == 0
+        self.steady = () if self.passive else edited
+        self.layers = (method.negative_layer, positive_layer, *self.steady)
         self._read: dict[int, _LayerReading] = {}
         self._bias: tuple[Step, Bias] | None = None
         self._prompt_weights: Float[Tensor, "batch visual"] | None = None
-        self.passive = method.alpha == 0 and method.beta == 0
+        self._shares: Float[Tensor, "anchor batch head"] | None = None
 
     def attention(self, call: AttentionCall) -> Bias | None:
         """Read the anchor layers; return the bias of Eq. 10 at the edited ones."""
         if call.layer in (self.method.negative_layer, self.positive_layer):
             self._read_layer(call)
-        if call.layer not in self.edited or self.passive:
+        if call.layer not in self.steady:
             return None
         if self._bias is None or self._bias[0] is not call.step:
             self._bias = (call.step, self._make_bias(call))
@@ -203,6 +207,7 @@ class ClvaSession(Session):
             self._check_sight(call)
         if step.number == 0:
             self._check_tau(step.visual.shape[1])
+            self._shares = None
             rows = read_prompt_rows(call)
             classes = self._classes(call.layer, rows.image)
             none = rows.map[:, None][:, :0]
@@ -230,7 +235,12 @@ class ClvaSession(Session):
         """Return the head classes of one layer, as a HeadClasses of that single layer."""
         given = self.method.heads
         if given is None:
-            return classify_heads(intensity[:, None], self.method.head_threshold, self.method.empty)
+            method = self.method
+            # A GPU is not waited for; what is not finite shows in the logits, and in the anchors.
+            wait = not intensity.is_cuda
+            return classify_heads(
+                intensity[:, None], method.head_threshold, method.empty, check=wait
+            )
 
         row = self.shape.row(layer, given.sensitive.shape[-2])
 
@@ -255,13 +265,15 @@ class ClvaSession(Session):
 
     def _log_weights(
         self,
-        positive: Float[Tensor, "*batch head visual"],
-        negative: Float[Tensor, "*batch head visual"],
-    ) -> Float[Tensor, "*batch visual"]:
-        method = self.method
-        more = (None,) * (positive.ndim - 3)
-        heads = torch.stack([self._heads(flag)[(slice(None), *more)] for flag in (True, False)])
-        masks = anchor_mask(saliency_map(torch.stack([positive, negative]), heads), method.tau)
+        positive: Float[Tensor, "batch *row head visual"],
+        negative: Float[Tensor, "batch *row head visual"],
+    ) -> Float[Tensor, "batch *row visual"]:
+        method, rows = self.method, torch.stack([positive, negative])
+        if self._shares is None:
+            heads = torch.stack([self._heads(True), self._heads(False)])
+            self._shares = head_shares(heads)
+        shares = self._shares if rows.ndim == 4 else self._shares[:, :, None]
+        masks = anchor_mask(mean_of_heads(rows, shares), method.tau)
         return reanchor_log_weights(masks[0], masks[1], method.alpha, method.beta)
 
     def _make_bias(self, call: AttentionCall) -> Bias:

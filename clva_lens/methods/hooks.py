@@ -176,7 +176,7 @@ class _Watch:
         return _ScoresCall(layer, step, scores, _like_keys(scores), None, None, 1.0, formed=scores)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _ScoresCall(AttentionCall):
     """Attention of which the masked scores are known: they stand in the place of the queries.
 

@@ -16,10 +16,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import clva_lens as cl
 from clva_lens import folding
-from clva_lens.attention import Run
 from clva_lens.axes import TokenSpans
 from clva_lens.folding import KeyBias
-from clva_lens.models.family import find_site
+from clva_lens.merging import Merging
 from clva_lens.passes import Step
 from clva_lens.session import AttentionCall
 
@@ -59,11 +58,11 @@ def attend(form, bias, query, key, value, mask=None):
     call = AttentionCall(0, step, query, key, mask, bias, scaling, value)
     groups = query.shape[1] // key.shape[1]
     module = SimpleNamespace(is_causal=True, num_key_value_groups=groups, training=False)
-    run = Run(find_site(lens_of("full", "sdpa").hf_model))
+    merging = Merging(fused=True)
     with folding.forced(form):
         used = folding.choose_form(bias, query, key, mask, from_start=True)
         kernel = partial(sdpa_attention_forward, module, scaling=scaling)
-        out, _ = run.attend(kernel, call)
+        out, _ = merging.attend(kernel, call)
     return out.transpose(1, 2), used
 
 
@@ -198,6 +197,7 @@ def test_the_choice_is_made_by_size_device_and_possibility(monkeypatch):
 def test_half_precision_on_cuda_is_folded(monkeypatch):
     """The choice looks at the device, type and shape only, so that stand-ins do for a GPU."""
     monkeypatch.setattr(folding, "SMALL", COUNT * COUNT - 1)
+    monkeypatch.setattr(folding, "MANY_KEYS", COUNT)
     early = KeyBias(key_bias().keys, key_bias().rows, 5)
 
     def choose(kind, mask=None):
@@ -207,6 +207,8 @@ def test_half_precision_on_cuda_is_folded(monkeypatch):
     assert choose(torch.bfloat16) == choose(torch.float16) == "folded"
     assert choose(torch.float32) == "masked"
     assert choose(torch.bfloat16, mask=torch.zeros(1)) == "masked"
+    monkeypatch.setattr(folding, "MANY_KEYS", COUNT + 1)
+    assert choose(torch.bfloat16) == "masked"
 
 
 @pytest.fixture

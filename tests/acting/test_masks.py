@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clva_lens.attention import Run
 from clva_lens.axes import TokenSpans
-from clva_lens.models.family import find_site
+from clva_lens.merging import Merging
 from clva_lens.passes import Step
 from clva_lens.session import AttentionCall
 
@@ -15,7 +14,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_that_sees_nothing_stays_finite(one, dtype):
+def test_a_row_that_sees_nothing_stays_finite(dtype):
     """In half precision the lowest float32 is −inf: padding rows would turn into NaN and spread."""
     ids = torch.tensor([[0, 5, 5, 5, 7, 8]])  # one token of padding, three of image, two of text
     spans = TokenSpans.from_ids(ids, 5, (ids > 0).long())
@@ -25,7 +24,7 @@ def test_a_row_that_sees_nothing_stays_finite(one, dtype):
     mask[..., 0] = False  # padding is seen by nobody, so row 0 sees nothing
     bias = torch.zeros(1, 1, 6, 6)
     bias[..., 4:, 1:4] = torch.tensor([2.7, -2.3, -torch.inf])
-    merged = Run(find_site(one.hf_model)).merge(AttentionCall(0, step, query, key, mask, bias, 1.0))
+    merged = Merging(fused=True).merge(AttentionCall(0, step, query, key, mask, bias, 1.0))
     kernel = merged.to(dtype)
     assert kernel.isfinite().all()
     weights = kernel.float().softmax(dim=-1)
@@ -37,14 +36,14 @@ def test_a_row_that_sees_nothing_stays_finite(one, dtype):
     torch.testing.assert_close(weights[0, 0, 4, :5], wanted / wanted.sum(), rtol=2e-2, atol=1e-3)
 
 
-def test_one_mask_serves_all_layers_of_a_pass(one):
+def test_one_mask_serves_all_layers_of_a_pass():
     ids = torch.tensor([[5, 5, 7]])
     spans = TokenSpans.from_ids(ids, 5)
     step = Step(0, 0, spans.text, spans, spans.visual_index(), causal=True, ordered=True)
     query, key = torch.randn(2, 1, 4, 3, 8)
-    run, bias = Run(find_site(one.hf_model)), torch.ones(1, 1, 3, 3)
+    merging, bias = Merging(fused=True), torch.ones(1, 1, 3, 3)
     call = AttentionCall(0, step, query, key, None, bias, 1.0)
-    first = run.merge(call)
-    assert run.merge(replace(call, layer=1)) is first
-    assert run.merge(replace(call, bias=bias.clone())) is not first
+    first = merging.merge(call)
+    assert merging.merge(replace(call, layer=1)) is first
+    assert merging.merge(replace(call, bias=bias.clone())) is not first
     assert torch.equal(first[0, 0].isfinite() & (first[0, 0] > -1e30), torch.ones(3, 3).tril() > 0)

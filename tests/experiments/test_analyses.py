@@ -1,5 +1,6 @@
 """The analyses of this checkout: they run on the toys, and their records are what they say."""
 
+import resource
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from clva_lens.experiments.archive import Archive, analyse
 from clva_lens.experiments.drawing import check_figures
 
 ARCHIVE = Archive(Path(__file__).parents[2])
-BUDGET = 180  # seconds
+BUDGET = 180  # seconds of processor time, whatever else the machine does
 
 # What makes each analysis small enough to run with every change.
 SMALL = {
@@ -39,13 +40,17 @@ def test_every_analysis_has_a_record_and_is_run_here():
 
 
 @pytest.mark.parametrize("slug", SMALL)
-def test_it_runs_on_the_toys(slug, tmp_path):
+def test_it_runs_on_the_toys(slug, tmp_path, monkeypatch):
+    # Threads that wait for each other on a busy machine would take many times as long.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     root = tmp_path / "checkout"
     shutil.copytree(ARCHIVE.root / "analyses", root / "analyses", ignore=lambda *_: ["records"])
     outcome = analyse(slug, SMALL[slug], root=root, progress=False)
     assert outcome.new and outcome.record.problems() == []
     assert outcome.record.metrics and outcome.record.document["files"]
-    assert outcome.record.document["surroundings"]["seconds"] < BUDGET
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert 1 < after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < BUDGET
     if not SMALL[slug]:
         assert outcome.record.metrics == ARCHIVE.record(slug).metrics
 
