@@ -3,7 +3,7 @@
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, cast
@@ -233,22 +233,33 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
     random_weights: Annotated[
         str | None,
-        typer.Option(help="llava-1.5-7b, instructblip-7b, or a folder with a config.json."),
+        typer.Option(
+            help="llava-1.5-7b, instructblip-7b, qwen-vl-7b, or a folder with a config.json."
+        ),
     ] = None,
-    scaling: Annotated[bool, typer.Option(help="64 to 1024 image tokens.")] = False,
+    scaling: Annotated[
+        str | None, typer.Option(help="Vary the image tokens, the batch or the layers.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Prompts at once, with --random-weights.", min=1)] = 1,
+    case: Annotated[
+        list[str] | None, typer.Option(help="With --random-weights: this case; may be repeated.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of --random-weights: bfloat16, …")] = "bfloat16",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 20,
 ) -> None:
     """Measure what interventions and tracing cost, as ratios within one interleaved run."""
     from clva_lens.bench import bench as measure
-    from clva_lens.bench_models import dtype_of, named_subject, scaling_subjects
+    from clva_lens.bench_models import Subject, dtype_of, named_subject, scaling_subjects
 
-    subjects = None
-    if random_weights is not None:
-        subjects = [named_subject(random_weights, device, dtype_of(dtype))]
-    elif scaling:
-        subjects = scaling_subjects()
+    subjects: Iterable[Subject] | None = None
+    kind, only = dtype_of(dtype), tuple(case) if case else None
+    if scaling is not None:
+        subjects = scaling_subjects(scaling, random_weights, device, kind)
+    elif random_weights is not None:
+        subjects = [named_subject(random_weights, device, kind, batch, only)]
+    elif batch > 1 or only:
+        raise ParameterError("--batch and --case are for a model of --random-weights. Name one.")
     report = measure(rounds, quick, device=device, subjects=subjects, new_tokens=new_tokens)
     Console().print(report)
     if out is not None:

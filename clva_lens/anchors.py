@@ -8,6 +8,7 @@ decoding step; only the properties and the repr of ``VisualAnchors`` do, when as
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from einops import rearrange
@@ -113,7 +114,7 @@ def mean_of_heads(
     rows: Float[Tensor, "*batch head visual"], shares: Float[Tensor, "*#batch head"]
 ) -> Float[Tensor, "*batch visual"]:
     """Return Eq. 4 from ``head_shares``, for code that makes these once for many rows."""
-    return (rearrange(shares, "... head -> ... 1 head") @ rows).squeeze(-2)
+    return (shares.unsqueeze(-2) @ rows).squeeze(-2)
 
 
 def z_scores(
@@ -208,8 +209,7 @@ def reanchor_log_weights(
     >>> reanchor_log_weights(*masks, alpha=14, beta=0.9)
     tensor([ 2.7081, -2.3026,  2.6462,  0.0000])
     """
-    logs = [math.log(level) if level else -math.inf for level in _levels(alpha, beta)]
-    return _by_mask(positive, negative, logs)
+    return _by_mask(positive, negative, _log_levels(alpha, beta))
 
 
 def reanchor(
@@ -247,6 +247,12 @@ def _levels(alpha: float | int, beta: float | int) -> tuple[float, float, float,
             )
     positive, negative, both = (0.0 if abs(x) <= _ZERO else float(x) for x in levels.values())
     return 1.0, positive, negative, both
+
+
+@cache
+def _log_levels(alpha: float | int, beta: float | int) -> tuple[float, ...]:
+    """Return the logarithms of the four weights of Eq. 10, or raise."""
+    return tuple(math.log(level) if level else -math.inf for level in _levels(alpha, beta))
 
 
 def _by_mask(

@@ -60,7 +60,6 @@ class Run:
                 "attn_implementation='sdpa'."
             )
         self._layers = dict(zip(map(id, site.modules), site.layers, strict=True))
-        self._acting: dict[int, Acting] = {}
         self.merging = Merging(fused=self.kernel == "sdpa")
         self._hooks: list[RemovableHandle] = []
         self._streams: dict[tuple[Part, int], RemovableHandle] = {}
@@ -83,6 +82,7 @@ class Run:
         """Undo ``install``."""
         for module in self.site.modules:
             _ACTIVE.pop(id(module), None)
+            _ROUTES.pop(id(module), None)
         self.site.config._attn_implementation = self.kernel
         for hook in (*self._hooks, *self._streams.values()):
             hook.remove()
@@ -124,12 +124,12 @@ class Run:
     def _arrange(self) -> None:
         """Note which modules' attention sessions act on; the others cost nothing."""
         self.merging = Merging(self.merging.fused)
-        layers = {module: Acting.at(i, self.sessions) for module, i in self._layers.items()}
-        self._acting = {module: one for module, one in layers.items() if one is not None}
-
-    def acting(self, module: nn.Module) -> Acting | None:
-        """Return the sessions that read or edit the module's attention, None if none does."""
-        return self._acting.get(id(module))
+        for module, layer in self._layers.items():
+            acting = Acting.at(layer, self.sessions)
+            if acting is None:
+                _ROUTES.pop(module, None)
+            else:
+                _ROUTES[module] = self, acting
 
     def logits(self, last: Tensor) -> Tensor:
         """Return the logits of a pass's last position as the sessions leave them."""
@@ -201,6 +201,10 @@ class Run:
 
 
 _ACTIVE: dict[int, Run] = {}
+"""The runs that modules, by their ids, are in."""
+
+_ROUTES: dict[int, tuple[Run, Acting]] = {}
+"""Those modules whose attention sessions act on; the others go past the run."""
 
 
 def edited_streams(model: PreTrainedModel) -> set[str]:
@@ -283,14 +287,14 @@ def _base_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
-KERNELS: dict[str, Callable[[nn.Module], Callable[..., tuple[Tensor, Tensor | None]]]] = {
-    "sdpa": lambda module: sdpa_attention_forward,
-    "eager": _base_eager,
-}
+KERNELS = {"sdpa": sdpa_mask, "eager": eager_mask}
+"""The kernels that can be intercepted, with what builds their masks."""
 
 
 def _check_formula(site: str, kwargs: dict[str, Any]) -> None:
     """Refuse attention that is no softmax of scaled products under a mask."""
+    if "softcap" not in kwargs and "s_aux" not in kwargs:
+        return
     odd = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if odd:
         raise InterventionError(
@@ -311,10 +315,11 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the base kernel, under the bias of the run that the module belongs to."""
-        base, run = KERNELS[kernel](module), _ACTIVE.get(id(module))
-        acting = None if run is None else run.acting(module)
-        if run is None or acting is None:
+        base = sdpa_attention_forward if kernel == "sdpa" else _base_eager(module)
+        route = _ROUTES.get(id(module))
+        if route is None:
             return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        run, acting = route
         ready = run.merging.ready(acting, run.passes.step, key, attention_mask)
         if ready is not None:
             return base(module, query, key, value, ready, scaling=scaling, **kwargs)
@@ -341,6 +346,6 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return attend
 
 
-for _kernel, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+for _kernel, _mask in KERNELS.items():
     AttentionInterface.register(f"clva_{_kernel}", _attend(_kernel))
     AttentionMaskInterface.register(f"clva_{_kernel}", _mask)

@@ -6,15 +6,17 @@ count are of *processor* time, which other programs disturb least; on CUDA they 
 """
 
 import gc
+import json
 import math
 import os
 import platform
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from clva_lens.bench_cases import Case, forward_cases, generation_cases
+from clva_lens.bench_cases import PAPER, Case, cases_of
 from clva_lens.bench_models import Subject, random_subjects, toy_subjects
 from clva_lens.errors import ParameterError
 from clva_lens.models.family import find_site
@@ -44,7 +46,8 @@ class BenchRow:
     With unit "s", ``value`` is the median wall time of a call, ``ratio`` the median over rounds in
     the clock that counts on the device, ``low`` and ``high`` its quartiles, ``wall`` the median
     ratio of wall times, ``samples`` the number of rounds. With unit "MiB", ``value`` is how far the
-    peak lies above a plain pass's.
+    peak of memory lies above a plain pass's, and ``ratio`` is of such numbers; with unit "peak", it
+    is the peak itself in MiB, less what was there before (the weights).
     """
 
     model: str
@@ -78,6 +81,24 @@ class BenchReport:
         """Whether every target that was measured is met."""
         return all(row.met is not False for row in self.rows)
 
+    @classmethod
+    def read(cls, path: Path) -> "BenchReport":
+        """Return a report that ``clva-lens bench --out`` wrote, perhaps on another machine.
+
+        Raises:
+            ParameterError: if the file is no report.
+        """
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            names = [field.name for field in fields(BenchRow)]
+            rows = tuple(BenchRow(**{name: row[name] for name in names}) for row in told["rows"])
+            return cls(rows, told["rounds"], told["environment"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ParameterError(
+                f"{path} is no report of a benchmark ({error}). Pass a file that 'clva-lens bench "
+                "--out FILE' wrote."
+            ) from error
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON-able values."""
         return {
@@ -97,7 +118,8 @@ class BenchReport:
             for row in (row for row in self.rows if row.model == model):
                 target = "" if row.target is None else f"≤ {row.target:g} "
                 target += {True: "[green]met", False: "[red]missed", None: ""}[row.met]
-                takes, spread = f"{row.value:.3f} {row.unit}", f"{row.low:.3f}–{row.high:.3f}"
+                unit = "MiB peak" if row.unit == "peak" else row.unit
+                takes, spread = f"{row.value:.3f} {unit}", f"{row.low:.3f}–{row.high:.3f}"
                 table.add_row(row.case, takes, row.over, f"{row.ratio:.3f}", spread, target)
             tables.append(table)
         used = ", ".join(f"{name} {value}" for name, value in self.environment.items())
@@ -109,14 +131,14 @@ def bench(
     quick: bool = False,
     *,
     device: str = "cpu",
-    subjects: Sequence[Subject] | None = None,
+    subjects: Iterable[Subject] | None = None,
     new_tokens: int = 20,
     progress: bool = True,
 ) -> BenchReport:
     """Measure CLVA and tracing on the toys and, unless ``quick``, on larger random models.
 
     The toys are untrained: their cost does not depend on the weights; being fast, they get more
-    rounds. The whole takes minutes. ``subjects`` replaces the models.
+    rounds. The whole takes minutes. ``subjects`` replaces the models; it may make each when asked.
 
     Raises:
         ParameterError: if ``rounds`` or ``new_tokens`` is below 1.
@@ -134,8 +156,8 @@ def bench(
             nn.Module.to(subject.model.eval(), device=device)
             with torch.inference_mode():
                 rows += measure_time(subject, rounds, new_tokens, progress=progress)
-                if subject.keeps_patterns:
-                    rows += measure_memory(subject)
+                rows += measure_memory(subject, new_tokens)
+            del subject  # before the next one is made
     finally:
         gc.unfreeze()
     versions = {name: version(name) for name in ("torch", "transformers", "nnsight")}
@@ -189,7 +211,7 @@ def measure_time(
 ) -> list[BenchRow]:
     """Return the times of all cases of one model, interleaved, after a warm-up of each."""
     model = subject.model
-    cases = generation_cases(model, new_tokens) + forward_cases(model)
+    cases = cases_of(model, new_tokens, subject.batch, subject.only)
     samples: dict[str, list[Clocks]] = {case.name: [] for case in cases}
     columns = (TextColumn(subject.name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -207,14 +229,17 @@ def measure_time(
                 samples[case.name].append(_timed(case, model))
                 bar.advance(task)
     rows = [_time_row(subject, case, samples) for case in cases]
-    if new_tokens > 1:
-        each = token_samples(samples, new_tokens)
-        rows += [_time_row(subject, Case(*pair, "", cases[0].call), each) for pair in TOKENS]
+    each = token_samples(samples, new_tokens) if new_tokens > 1 else {}
+    rows += [_time_row(subject, Case(name, "a token", "", cases[0].call), each) for name in each]
     return rows
 
 
-TOKENS = (("a token", "a token"), ("a token, CLVA", "a token"))
-"""What is derived from generations and prefills of the same round, and over what."""
+TOKENS = {
+    "a token": ("generate", "prefill"),
+    "a token, CLVA": ("generate, CLVA", "prefill, CLVA"),
+    f"a token, {PAPER}": (f"generate, {PAPER}", f"prefill, {PAPER}"),
+}
+"""What is derived from generations and prefills of the same round; it is over "a token"."""
 
 
 def token_samples(samples: Mapping[str, list[Clocks]], new_tokens: int) -> dict[str, list[Clocks]]:
@@ -225,9 +250,11 @@ def token_samples(samples: Mapping[str, list[Clocks]], new_tokens: int) -> dict[
         spread = [(np.array(one) - np.array(other)) / (new_tokens - 1) for one, other in pairs]
         return [Clocks(*one.tolist()) for one in spread]
 
+    whole = TOKENS["a token"]
     return {
-        "a token": each("generate", "prefill"),
-        "a token, CLVA": each("generate, CLVA", "prefill, CLVA"),
+        name: each(*pair)
+        for name, pair in TOKENS.items()
+        if set(whole) <= samples.keys() and set(pair) <= samples.keys()
     }
 
 
@@ -289,21 +316,35 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
     return memory.peak
 
 
-def measure_memory(subject: Subject) -> list[BenchRow]:
-    """Return how far tracing and ``output_attentions=True`` lift the peak of a forward pass.
+def measure_memory(subject: Subject, new_tokens: int = 1) -> list[BenchRow]:
+    """Return the peaks of prefills and passes, and how far looking lifts that of a pass.
 
     What is allocated where the plain pass needs little anyway lifts no peak, and costs nothing.
+    Generations of more than a token are measured on a GPU, where it costs no time.
     """
-    peaks: dict[str, int] = {}
-    for case in forward_cases(subject.model):
-        with _kernel(subject.model, case.kernel):
+    model, peaks = subject.model, dict[str, int]()
+    cases = cases_of(model, new_tokens, subject.batch, subject.only)
+    counted = model.device.type == "cuda"
+    cases = [case for case in cases if counted or not case.name.startswith("generate")]
+    for case in cases:
+        with _kernel(model, case.kernel):
             case.call()
-            peaks[case.name] = peak_memory(case.call, subject.model.device)
-    extra = {name: peak - peaks["forward"] for name, peak in peaks.items()}
-    rows, over = [], "output_attentions"
-    for name in ("trace_attention", over):
-        share = extra[name] / extra[over]
-        numbers = extra[name] / 2**20, share, share, share, None, 1
-        target = subject.targets.get((name, "MiB"))
-        rows.append(BenchRow(subject.name, name, over, "MiB", *numbers, target))
+            peaks[case.name] = peak_memory(case.call, model.device)
+
+    def row(case: Case, over: str, unit: str, value: float | int, ratio: float) -> BenchRow:
+        target, numbers = subject.targets.get((case.name, unit)), (value / 2**20, ratio, ratio)
+        return BenchRow(subject.name, case.name, over, unit, *numbers, ratio, None, 1, target)
+
+    rows = [
+        row(case, case.over, "peak", peaks[case.name], peaks[case.name] / peaks[case.over])
+        for case in cases
+    ]
+    whole = "output_attentions"
+    if subject.keeps_patterns and whole in peaks:
+        extra = {name: peak - peaks["forward"] for name, peak in peaks.items()}
+        rows += [
+            row(case, whole, "MiB", extra[case.name], extra[case.name] / extra[whole])
+            for case in cases
+            if case.name in ("trace_attention", whole)
+        ]
     return rows

@@ -1,7 +1,7 @@
 """The models that ``clva-lens bench`` measures: the toys, and larger ones with random weights."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from transformers import (
 from clva_lens.errors import ModelLoadError, ParameterError
 from clva_lens.models.family import find_family
 from clva_lens.models.prompt import Prompt, VisualTokens
+from clva_lens.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
 from clva_lens.toy import build, build_instructblip
 
 # Tokens before and after the image, about those of a question with LLaVA-1.5's system message.
@@ -26,8 +27,15 @@ SYSTEM_TOKENS, TEXT_TOKENS = 8, 16
 # The largest acceptable ratios, by case and unit. The toys' is nearly all Python.
 TOY_TARGETS = {("generate, CLVA", "s"): 1.25}
 LARGE_TARGETS = {
-    ("generate, CLVA", "s"): 1.05,
+    ("generate, CLVA", "s"): 1.03,
     ("trace_attention", "s"): 1.5,
+    ("trace_attention", "MiB"): 0.05,
+}
+FULL_TARGETS = {
+    ("generate, CLVA", "s"): 1.01,
+    ("prefill, CLVA", "s"): 1.01,
+    ("prefill, CLVA", "peak"): 1.01,
+    ("trace_attention", "s"): 1.15,
     ("trace_attention", "MiB"): 0.05,
 }
 
@@ -37,12 +45,15 @@ class Subject(NamedTuple):
 
     Its kernel is switched between cases, and its end token is switched off. ``keeps_patterns``:
     transformers returns the patterns that ``trace_attention`` reads, so their memory compares.
+    ``batch`` prompts are read at once. ``only`` names the cases that are measured; None is all.
     """
 
     name: str
     model: PreTrainedModel
     targets: Mapping[tuple[str, str], float]
     keeps_patterns: bool = True
+    batch: int = 1
+    only: tuple[str, ...] | None = None
 
 
 def toy_subjects() -> list[Subject]:
@@ -124,6 +135,7 @@ FULL_SIZE: dict[str, Callable[[], tuple[type[PreTrainedModel], Any]]] = {
             image_token_index=32000,
         ),
     ),
+    "qwen-vl-7b": lambda: (QwenVLForConditionalGeneration, QwenVLConfig()),
 }
 
 
@@ -148,6 +160,10 @@ def full_size(
         )
     kind, config = FULL_SIZE[name]()
     config.text_config.update(text)
+    if image_size is not None and name == "qwen-vl-7b":
+        raise ParameterError(
+            "a Qwen-VL has 256 image tokens whatever the picture's size. Leave image_size out."
+        )
     if image_size is not None:
         config.vision_config.image_size = image_size
     return _random(kind, config, device, dtype)
@@ -169,10 +185,17 @@ def _random(
 KINDS: dict[str, type[PreTrainedModel]] = {
     "llava": LlavaForConditionalGeneration,
     "instructblip": InstructBlipForConditionalGeneration,
+    "qwen_vl": QwenVLForConditionalGeneration,
 }
 
 
-def named_subject(name: str, device: str, dtype: torch.dtype) -> Subject:
+def named_subject(
+    name: str,
+    device: str,
+    dtype: torch.dtype,
+    batch: int = 1,
+    only: tuple[str, ...] | None = None,
+) -> Subject:
     """Return a model of a published shape, or of that of a folder's config.json, to be measured.
 
     Raises:
@@ -184,7 +207,9 @@ def named_subject(name: str, device: str, dtype: torch.dtype) -> Subject:
                 f"{name!r} is no folder with a config.json, and the shapes that are known are "
                 f"{', '.join(sorted(FULL_SIZE))}. Other families cannot be measured yet."
             )
-        return Subject(name, full_size(name, device, dtype), {}, name.startswith("llava"))
+        model = full_size(name, device, dtype)
+        targets = FULL_TARGETS if torch.device(device).type == "cuda" else {}
+        return Subject(name, model, targets, name != "instructblip-7b", batch, only)
     config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     if config.model_type not in KINDS:
         raise ParameterError(
@@ -192,7 +217,7 @@ def named_subject(name: str, device: str, dtype: torch.dtype) -> Subject:
             f"folder of one of {', '.join(sorted(KINDS))}."
         )
     model = _random(KINDS[config.model_type], config, device, dtype)
-    return Subject(name, model, {}, config.model_type == "llava")
+    return Subject(name, model, {}, config.model_type != "instructblip", batch, only)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -207,12 +232,53 @@ def dtype_of(name: str) -> torch.dtype:
     return types[name]
 
 
-def scaling_subjects() -> list[Subject]:
-    """Return LLaVAs of 8 layers with random weights and 64 to 1024 image tokens."""
-    return [
-        Subject(f"random LLaVA, 8 × 512, {count} image tokens", random_llava(8, 512, 8, count), {})
-        for count in (64, 256, 576, 1024)
-    ]
+SCALING = {
+    "tokens": (64, 256, 576, 1024, 2304, 4096),
+    "batch": (1, 4, 8, 16, 32),
+    "layers": (8, 16, 24, 32),
+}
+"""What ``scaling_subjects`` varies, and its values."""
+
+SCALING_CASES = (
+    "prefill, CLVA",
+    "prefill, the paper's rewriting",
+    "trace_attention",
+    "output_attentions",
+)
+
+
+def scaling_subjects(
+    what: str, shape: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> Iterator[Subject]:
+    """Yield LLaVAs of several numbers of image "tokens", prompts in a "batch", or "layers".
+
+    ``shape`` is a published one (at its full size, but for what is varied); None is a small one: 8
+    layers × 512, 256 image tokens, float32. Each is made when it is asked for.
+
+    Raises:
+        ParameterError: if ``what`` is something else, or the shape is no LLaVA's.
+    """
+    if what not in SCALING or shape not in (None, "llava-1.5-7b"):
+        raise ParameterError(
+            f"scaling is by {', '.join(SCALING)} of 'llava-1.5-7b' or a small model, but {what!r} "
+            f"of {shape!r} was asked for. Pass one of these."
+        )
+    return _scaled(what, shape, device, dtype)
+
+
+def _scaled(what: str, shape: str | None, device: str, dtype: torch.dtype) -> Iterator[Subject]:
+    name = f"{shape or 'random LLaVA, 8 × 512'}, {{}} {what.replace('tokens', 'image tokens')}"
+    for count in SCALING[what]:
+        tokens, layers = (count if what == "tokens" else 256), (count if what == "layers" else 8)
+        if shape is None:
+            model: PreTrainedModel = random_llava(layers, 512, 8, tokens)
+        else:
+            size = 14 * math.isqrt(count) if what == "tokens" else None
+            text = {"num_hidden_layers": count} if what == "layers" else {}
+            model = full_size(shape, device, dtype, size, **text)
+        batch = count if what == "batch" else 1
+        yield Subject(name.format(count), model, {}, True, batch, SCALING_CASES)
+        del model  # before the next one is made
 
 
 def random_prompt(

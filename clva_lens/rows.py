@@ -69,15 +69,16 @@ def read_query_rows(call: AttentionCall) -> Float[Tensor, "batch query visual"]:
     return torch.cat(maps, dim=1)
 
 
-@torch.no_grad()
 def read_generated_rows(call: AttentionCall) -> Float[Tensor, "batch head row visual"]:
     """Return each generated row's attention to each image token, in fractions of attention mass.
 
     The pass must hold a generated row.
     """
     count = call.query.shape[2]
+    if count == 1:
+        return call.step.on_image(call.rows(0, 1)).detach()
     maps = [
-        call.step.on_image(call.rows(start, stop))
+        call.step.on_image(call.rows(start, stop)).detach()
         for start, stop in call.row_pieces(count - call.new_rows, count)
     ]
     return maps[0] if len(maps) == 1 else torch.cat(maps, dim=2)

@@ -18,39 +18,50 @@ from clva_lens.bench import (
 )
 from clva_lens.bench_models import (
     LARGE_TARGETS,
+    SCALING,
     Subject,
     named_subject,
     random_instructblip,
     random_llava,
     random_prompt,
+    scaling_subjects,
     toy_subjects,
 )
 from clva_lens.bench_paper import NAME, rewriting
 from clva_lens.errors import ParameterError
 from clva_lens.intervene import intervening
 from clva_lens.methods.clva import CLVA
+from clva_lens.models.family import FAMILIES
 
 KIB = 256  # float32 values in one KiB
+GENERATIONS = {
+    "generate",
+    "generate, CLVA",
+    "generate, CLVA of the prompt",
+    "generate, nnsight",
+    "generate, nnsight, CLVA",
+    "generate, eager",
+    "generate, eager, CLVA",
+    "generate, the paper's rewriting",
+    "generate, VCD",
+    "generate, IMCCD",
+}
+PREFILLS = {
+    "prefill",
+    "prefill, CLVA",
+    "prefill, CLVA masked",
+    "prefill, CLVA split",
+    "prefill, CLVA folded",
+    "prefill, the paper's rewriting",
+}
+TOKENS = {"a token", "a token, CLVA", "a token, the paper's rewriting"}
+FORWARDS = {"forward", "trace_attention", "output_attentions"}
+LLAVAS = {"run_with_cache", "TransformerLens' run_with_cache"}
+TIMED = {(case, "s") for case in GENERATIONS | PREFILLS | TOKENS | FORWARDS}
 CASES = {
-    ("generate", "s"),
-    ("generate, CLVA", "s"),
-    ("generate, nnsight", "s"),
-    ("generate, nnsight, CLVA", "s"),
-    ("generate, eager", "s"),
-    ("generate, eager, CLVA", "s"),
-    ("generate, the paper's rewriting", "s"),
-    ("generate, VCD", "s"),
-    ("prefill", "s"),
-    ("prefill, CLVA", "s"),
-    ("prefill, CLVA masked", "s"),
-    ("prefill, CLVA split", "s"),
-    ("prefill, CLVA folded", "s"),
-    ("prefill, the paper's rewriting", "s"),
-    ("a token", "s"),
-    ("a token, CLVA", "s"),
-    ("forward", "s"),
-    ("trace_attention", "s"),
-    ("output_attentions", "s"),
+    *TIMED,
+    *((case, "s") for case in LLAVAS),
+    *((case, "peak") for case in PREFILLS | FORWARDS | LLAVAS),
     ("trace_attention", "MiB"),
     ("output_attentions", "MiB"),
 }
@@ -87,6 +98,9 @@ def test_baselines_are_themselves(report):
 
 
 def test_patterns_take_memory_and_tracing_takes_less(report):
+    peaks = {row.case: row for row in report.rows if row.unit == "peak"}
+    assert peaks["trace_attention"].ratio < 1.2 < peaks["output_attentions"].ratio
+    assert peaks["prefill, CLVA"].ratio < peaks["prefill, the paper's rewriting"].ratio
     memory = {row.case: row for row in report.rows if row.unit == "MiB"}
     # The patterns of all but the last layer lie under the peak: 3 × 8 heads × 60 × 60 × 4 bytes.
     assert memory["output_attentions"].value * 2**20 >= 3 * 8 * 60 * 60 * 4
@@ -107,7 +121,16 @@ def test_report_is_json_and_a_table(report):
     console = Console(width=200, file=io.StringIO())
     console.print(report)
     text = console.file.getvalue()
-    assert "trace_attention" in text and "≤ 1.05" in text
+    assert "trace_attention" in text and "≤ 1.03" in text and "MiB peak" in text
+
+
+def test_a_report_can_be_read_elsewhere(report, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report.as_dict()))
+    assert BenchReport.read(path).as_dict() == report.as_dict()
+    path.write_text('{"rows": [{}]}')
+    with pytest.raises(ParameterError, match="bench --out"):
+        BenchReport.read(path)
 
 
 @pytest.mark.parametrize(("ratio", "target", "met"), [(1.2, 1.25, True), (1.3, 1.25, False)])
@@ -140,7 +163,8 @@ def test_an_instructblip_is_measured_too():
         patch.setattr("clva_lens.bench.ROUND_SECONDS", 1e-6)
         subject = next(one for one in toy_subjects() if "InstructBLIP" in one.name)
         made = bench(rounds=1, subjects=[subject], new_tokens=2, progress=False)
-    assert {(row.case, row.unit) for row in made.rows} == {pair for pair in CASES if "s" in pair}
+    peaks = {(case, "peak") for case in PREFILLS | FORWARDS}
+    assert {(row.case, row.unit) for row in made.rows} == TIMED | peaks
     rows = [row for row in made.rows if not row.case.startswith("a token")]
     assert all(math.isfinite(row.ratio) and row.ratio > 0 for row in rows)
 
@@ -179,11 +203,55 @@ def test_shapes_are_found_by_name_or_folder(tmp_path):
     assert model.dtype == torch.bfloat16
     assert [p.shape for p in model.parameters()] == [p.shape for p in small.parameters()]
     assert random_prompt(model).spans.visual_count == 36
-    with pytest.raises(ParameterError, match="instructblip-7b, llava"):
-        named_subject("qwen-vl-7b", "cpu", torch.float32)
+    with pytest.raises(ParameterError, match="instructblip-7b, llava-1.5-7b, qwen-vl-7b"):
+        named_subject("qwen2-vl-7b", "cpu", torch.float32)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ParameterError, match="'llama'"):
         named_subject(str(tmp_path), "cpu", torch.float32)
+
+
+def test_a_qwen_vl_can_be_measured(tmp_path):
+    FAMILIES.get("qwen-vl").tiny().config.save_pretrained(tmp_path)
+    subject = named_subject(str(tmp_path), "cpu", torch.float32, 2, ("prefill, CLVA",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clva_lens.bench.ROUND_SECONDS", 1e-6)
+        made = bench(rounds=1, subjects=[subject], new_tokens=1, progress=False)
+    assert [(row.case, row.unit) for row in made.rows] == [
+        ("prefill", "s"),
+        ("prefill, CLVA", "s"),
+        ("prefill", "peak"),
+        ("prefill, CLVA", "peak"),
+    ]
+
+
+def test_scaling_varies_one_thing(monkeypatch):
+    monkeypatch.setattr("clva_lens.bench.ROUND_SECONDS", 1e-6)
+    monkeypatch.setitem(SCALING, "tokens", (16, 64))
+    monkeypatch.setitem(SCALING, "batch", (1, 2))
+    monkeypatch.setitem(SCALING, "layers", (4, 5))
+    sizes = {}
+    for what in SCALING:
+        for one in scaling_subjects(what):
+            prompt = random_prompt(one.model, one.batch)
+            depth = one.model.config.text_config.num_hidden_layers
+            sizes.setdefault(what, []).append((prompt.spans.image.sum().item(), depth))
+    assert sizes == {
+        "tokens": [(16, 8), (64, 8)],
+        "batch": [(256, 8), (512, 8)],
+        "layers": [(256, 4), (256, 5)],
+    }
+    made = bench(rounds=1, subjects=scaling_subjects("tokens"), new_tokens=1, progress=False)
+    found = {row.model: row.ratio for row in made.rows if row.case == "output_attentions"}
+    assert list(found) == [f"random LLaVA, 8 × 512, {count} image tokens" for count in (16, 64)]
+    with pytest.raises(ParameterError, match="tokens, batch, layers"):
+        scaling_subjects("width")
+
+
+def test_a_case_that_is_not_there_is_named():
+    model = random_llava(layers=4, width=16, heads=2, image_tokens=36)
+    subject = Subject("tiny", model, {}, only=("prefil",))
+    with pytest.raises(ParameterError, match="no case 'prefil'.*prefill, CLVA"):
+        bench(rounds=1, subjects=[subject], progress=False)
 
 
 def test_peak_counts_what_is_alive_at_once():
