@@ -47,6 +47,7 @@ methods = {
     "IMCCD": cl.IMCCD(),
     "MemVR": cl.MemVR(),
     "DeCo": cl.DeCo(),
+    "ONLY": cl.ONLY(),
     "knock-out": cl.KnockOut(),
 }
 searches = {"beam": None, "OPERA": cl.OPERA()}
