@@ -41,12 +41,14 @@ methods = {
     "CLVA, anchors swapped": cl.CLVA(alpha=-0.9, beta=-14),
     "ClearSight": cl.ClearSight(),
     "PAI (attention)": cl.PAI(),
+    "PAI, guidance 1.1": cl.PAI(guidance=1.1),
     "VisFlow": cl.VisFlow(),
     "VCD": cl.VCD(),
     "ICD": cl.ICD(),
     "IMCCD": cl.IMCCD(),
     "MemVR": cl.MemVR(),
     "DeCo": cl.DeCo(),
+    "ONLY": cl.ONLY(),
     "knock-out": cl.KnockOut(),
 }
 searches = {"beam": None, "OPERA": cl.OPERA()}

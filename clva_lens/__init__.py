@@ -49,6 +49,7 @@ from clva_lens.methods.icd import ICD as ICD
 from clva_lens.methods.imccd import IMCCD as IMCCD
 from clva_lens.methods.knockout import KnockOut as KnockOut
 from clva_lens.methods.memvr import MemVR as MemVR
+from clva_lens.methods.only import ONLY as ONLY
 from clva_lens.methods.opera import OPERA as OPERA
 from clva_lens.methods.pai import PAI as PAI
 from clva_lens.methods.patching import PatchActivations as PatchActivations
@@ -85,6 +86,7 @@ __all__ = [
     "CLVA",
     "ICD",
     "IMCCD",
+    "ONLY",
     "OPERA",
     "PAI",
     "VCD",

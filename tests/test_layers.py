@@ -45,6 +45,7 @@ ORDER = [
         "methods.controls",
         "methods.knockout",
         "methods.memvr",
+        "methods.only",
         "methods.opera",
         "methods.patching",
         "methods.vcd",

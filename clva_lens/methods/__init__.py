@@ -8,6 +8,7 @@ from clva_lens.methods import icd as icd
 from clva_lens.methods import imccd as imccd
 from clva_lens.methods import knockout as knockout
 from clva_lens.methods import memvr as memvr
+from clva_lens.methods import only as only
 from clva_lens.methods import opera as opera
 from clva_lens.methods import pai as pai
 from clva_lens.methods import patching as patching

@@ -16,12 +16,13 @@ greedy decoding; beams are an extension.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
@@ -96,13 +97,28 @@ class ContrastRule:
         return contrast.masked_fill(own < floor, -torch.inf)
 
 
+class Gate(Session):
+    """Decides at which steps a contrast is made; where it is not, the cut-off stays.
+
+    It acts on the model itself, in the run of the ``ContrastSession`` that asks it.
+    """
+
+    @abstractmethod
+    def opened(self) -> Bool[Tensor, " batch"]:
+        """Return which samples the pass that has just been read is contrasted for."""
+
+    @abstractmethod
+    def reorder(self, rows: Int[Tensor, " batch"]) -> None:
+        """Take these rows, each the continuation of a row before."""
+
+
 class ContrastSession(Session):
     """Reads a second input beside the prompt, and contrasts the logits of every pass with it.
 
     ``second`` makes it from the prompt's inputs: ``input_ids`` and ``attention_mask`` [batch,
     position], ``pixel_values``, and what else the family's ``watch`` keeps. Without
     ``pixel_values`` it is text only. Rows and their order stay; lengths may change. ``impair``
-    makes sessions that act on the second input only.
+    makes sessions that act on the second input only. ``gate`` leaves the contrast out at steps.
     """
 
     site = "decoder"
@@ -116,6 +132,7 @@ class ContrastSession(Session):
         second: Callable[[Inputs], Inputs],
         rule: ContrastRule,
         impair: Callable[[PreTrainedModel], list[Session]] = lambda _: [],
+        gate: Gate | None = None,
     ) -> None:
         """Prepare; nothing is read before the first pass.
 
@@ -123,6 +140,7 @@ class ContrastSession(Session):
             InterventionError: if the language model is an encoder-decoder.
         """
         self.model, self.second, self.rule, self.impair = model, second, rule, impair
+        self.gate = gate
         passes = find_site(model, "decoder").passes()
         if not isinstance(passes, DecoderPasses):
             raise InterventionError(
@@ -158,6 +176,9 @@ class ContrastSession(Session):
         if self._last is None or self._last[0] is not step:
             self._last = (step, self._read(step))
         contrast = self.rule.uncut(logits, self._last[1].to(logits.device))
+        if self.gate is not None:
+            made = self.gate.opened().to(logits.device)
+            contrast = contrast.where(made[:, None], logits.to(contrast.dtype))
         if step.number == 0:
             self.uncut = contrast
         return self.rule.cut(logits, contrast)
@@ -220,6 +241,8 @@ class ContrastSession(Session):
             reorder(beam_idx)
             if self._branch is not None:
                 self._branch.reorder(beam_idx)
+            if self.gate is not None:
+                self.gate.reorder(beam_idx)
 
         self._cache, cache.reorder_cache = cache, reorder_both
 

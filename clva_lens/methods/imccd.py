@@ -15,33 +15,43 @@ v̄ the mean of the head's values over image tokens and channels. The prompt's t
 mean, a generated row has its own, as in stepwise decoding. Then (1 + α)·l − α·l′ for tokens with
 l ≥ max l + ln β.
 
+For captions the release leaves the contrast out (α := 0; the cut-off stays) at steps that look
+little at the image: with g the sum of the model's own scores L over the image, after CDAR, for the
+row that predicts the token, averaged over layers and heads, those with g below its mean over the
+steps so far, this one included. Sampling takes the first 30 of these, greedy search the last 30:
+``gate`` = "first" or "last". g is of scores, not of probabilities, so it has no unit and any sign.
+
 **Departs from the release**: the mean is taken for each sample of a batch (the release has batches
-of one); the second input is read from its first token, where the release copies what its system and
-image rows have in common with the first, with the same result; the option that leaves the contrast
-out at steps of little attention to the image (captions only) is missing. α = 0 leaves it
-out, ``compression`` = 1 leaves CDAR out. CDAR forms the scores of text to image, CMVED the rows of
-text, in every layer; both are exact under fused kernels.
+of one), and so is what ``gate`` decides; the second input is read from its first token, where the
+release copies what its system and image rows have in common with the first, with the same result.
+α = 0 leaves the contrast out, ``compression`` = 1 leaves CDAR out. CDAR forms the scores of text to
+image, CMVED the rows of text, in every layer; both are exact under fused kernels.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from clva_lens.errors import ParameterError
 from clva_lens.methods.base import Kernel, Method, Shapes, edited_rows, register_method, shape_of
-from clva_lens.methods.contrast import ContrastRule, ContrastSession
+from clva_lens.methods.contrast import ContrastRule, ContrastSession, Gate
 from clva_lens.models.family import Inputs, find_family, find_site
 from clva_lens.session import AttentionCall, Session, raw_scores
 
 # (α, β, c) of the release's POPE scripts.
 RELEASED = {"instructblip": (3.0, 0.3, 1.0)}
 RELEASED_ELSE = (3.0, 0.2, 3.0)
+# How many steps the release's gate takes the mean of.
+REMEMBERED = 30
+
+Window = Literal["first", "last"]
+"""Which steps the gate takes the mean of."""
 
 
 @register_method
@@ -49,13 +59,16 @@ RELEASED_ELSE = (3.0, 0.2, 3.0)
 class IMCCD(Method):
     """Compressed distances to the image, contrasted with an impaired look at it.
 
-    None takes the release's setting for POPE. The release's captions use alpha=1.
+    None takes the release's setting for POPE. The release's captions use alpha=1 and a gate.
 
     Args:
         alpha: α, the strength of the contrast, >= 0; 0 leaves it out. Default: 3.
         beta: β of the cut-off, in [0, 1]. Default: 0.2; InstructBLIP 0.3.
         compression: c, how much nearer image positions lie to each other, >= 1; 1 leaves CDAR out.
             Default: 3; InstructBLIP 1, as released.
+        gate: leave the contrast out at steps that look less at the image than the mean of the
+            "first" 30 steps, as the release samples captions, or the "last" 30, as it searches
+            them greedily. None: never, as for questions.
 
     Raises:
         ParameterError: if a parameter is out of range.
@@ -69,6 +82,7 @@ class IMCCD(Method):
     alpha: float | int | None = None
     beta: float | int | None = None
     compression: float | int | None = None
+    gate: Window | None = None
 
     def __post_init__(self) -> None:
         """Check everything that was given."""
@@ -77,6 +91,11 @@ class IMCCD(Method):
             raise ParameterError(
                 f"compression must be a finite number >= 1, but is {compression}. Pass 3, or 1 to "
                 "leave the positions as they are."
+            )
+        if self.gate not in (None, *get_args(Window)):
+            raise ParameterError(
+                f"gate must be 'first', 'last' or None, but is {self.gate!r}. Pass gate='last' for "
+                "captions by greedy search."
             )
 
     def _resolve(self, defaults: tuple[float, float, float]) -> tuple[ContrastRule, float | int]:
@@ -99,12 +118,19 @@ class IMCCD(Method):
         if compression != 1:
             sessions.append(_CompressedDistances(model, compression))
         if not rule.is_identity:
-            sessions.append(ContrastSession(model, _same, rule, lambda other: [_Impaired(other)]))
+            gate = None if self.gate is None else _Looking(model, self.gate)
+            if gate is not None:
+                sessions.append(gate)
+            sessions.append(ContrastSession(model, _same, rule, _impair, gate))
         return sessions
 
 
 def _same(inputs: Inputs) -> Inputs:
     return inputs
+
+
+def _impair(model: PreTrainedModel) -> list[Session]:
+    return [_Impaired(model)]
 
 
 class _CompressedDistances(Session):
@@ -170,6 +196,46 @@ class _Impaired(Session):
         edited = out.clone()
         edited[:, start:] += rearrange(change, "b h q w -> b q h w").to(out.dtype)
         return edited
+
+
+class _Looking(Gate):
+    """How much the rows that predict tokens look at the image, by the sum of their scores."""
+
+    edits_output = True  # it edits none, but then sees the scores under every method's bias
+
+    def __init__(self, model: PreTrainedModel, window: Window) -> None:
+        self.site, self.layers = "decoder", shape_of(model, "decoder").layers
+        self.window = window
+        self._seen: Float[Tensor, "batch step"] | None = None
+        self._sum: Float[Tensor, "batch row"] | None = None
+
+    def end(self) -> None:
+        """Forget the steps."""
+        self._seen = self._sum = None
+
+    def output(self, call: AttentionCall, out: Float[Tensor, "batch query head width"]) -> None:
+        """Add a layer's share; after the last one, the pass's steps are known."""
+        # Read again without a cache, a pass has all steps; with one, only its own.
+        start = max(0, call.step.prompt_rows - 1 - call.step.offset)
+        scores = call.scores(start, call.query.shape[2])
+        visual = rearrange(call.step.visual, "b v -> b 1 1 v").expand(*scores.shape[:3], -1)
+        share = scores.gather(3, visual).sum(dim=3).mean(dim=1) / len(self.layers)
+        before = None if call.layer == self.layers[0] else self._sum
+        self._sum = share if before is None else before + share.to(before.device)
+        if call.layer == self.layers[-1]:
+            known = None if call.step.offset == 0 else self._seen
+            self._seen = self._sum if known is None else torch.cat([known, self._sum], dim=1)
+
+    def opened(self) -> Bool[Tensor, " batch"]:
+        """Return which samples look at the image as much as in the mean, or more."""
+        assert self._seen is not None, "layers run before the logits"
+        window = slice(REMEMBERED) if self.window == "first" else slice(-REMEMBERED, None)
+        return ~(self._seen[:, -1] < self._seen[:, window].mean(dim=1))
+
+    def reorder(self, rows: Int[Tensor, " batch"]) -> None:
+        """Take these rows' steps."""
+        if self._seen is not None:
+            self._seen = self._seen[rows.to(self._seen.device)]
 
 
 def _means(

@@ -3,10 +3,18 @@
 Each row that a token is predicted from looks at the image with its scores raised by their own
 size before the softmax: l + α·|l| at image keys, in all heads of all layers but the first two.
 
-PAI's other half, guidance away from what the model would say without the image, is not available
-yet; ``guidance=1`` is without. Its released code leaves the prompt's last row unedited while
-guidance is on, since a flag on the modules is cleared only after the first step:
-``prompt_row=False``.
+PAI's other half is guidance away from what the model would say without the image. With lp the log
+softmax of the edited model's logits, and lp′ that of the same prompt without its image tokens, read
+with a cache of its own and without the attention edit,
+
+    γ·(lp − lp′) + lp′   for tokens with lp ≥ max lp + ln β.
+
+The release's example for POPE has γ = 1.1, its scripts' default is 2, and β = 0.1 is written into
+its code. Here the default is 1, which is the attention part alone: no second input, no cut-off, and
+the logits stay as they are. Which γ the paper's tables have was not checked.
+
+**As released**, where it differs from the paper: with guidance on, the prompt's last row is left
+unedited, since a flag on the modules is cleared only after the first step: ``prompt_row=False``.
 
 **Departs from the paper:** in a Q-Former, where nobody has tried it and rows have no last one, all
 queries are edited.
@@ -32,7 +40,9 @@ from clva_lens.methods.base import (
     edited_rows,
     register_method,
 )
+from clva_lens.methods.contrast import ContrastRule, ContrastSession, text_only
 from clva_lens.methods.scores import score_bias, span_keys
+from clva_lens.models.family import find_family
 from clva_lens.session import AttentionCall, Session
 
 
@@ -43,20 +53,23 @@ class PAI(Method):
 
     Args:
         alpha: α, by default the release's 0.2; 0 changes nothing, below 0 lowers the scores.
-        guidance: γ of the guidance by a prompt without image; only 1, none, is available.
+        guidance: γ of the guidance by a prompt without image, finite and >= 0; 1 is none. Any other
+            costs a second pass for each token, though of a prompt without image.
+        beta: β of the guidance's cut-off, in [0, 1]; 0 cuts nothing off.
         layers: the edited layers, 0-based; None is all from layer 2 on.
         prompt_row: whether the prompt's last row is edited too (see above).
         site: where; the language model's "decoder" as in the paper, or a "qformer".
 
     Raises:
-        ParameterError: if ``alpha`` is not finite, or ``guidance`` is not 1.
+        ParameterError: if a parameter is out of range.
     """
 
     name: ClassVar[str] = "pai"
-    paper: ClassVar[str] = "PAI (its attention part), arXiv:2407.21771"
+    paper: ClassVar[str] = "PAI, arXiv:2407.21771"
     kernel: ClassVar[Kernel] = "fused + rows"
     alpha: float | int = 0.2
     guidance: float | int = 1.0
+    beta: float | int = 0.1
     layers: Sequence[int] | None = None
     prompt_row: bool = True
     site: str = "decoder"
@@ -65,21 +78,34 @@ class PAI(Method):
         """Check what can be checked without a model."""
         if not math.isfinite(self.alpha):
             raise ParameterError(f"alpha must be finite, but is {self.alpha}. Pass alpha=0.2.")
-        if self.guidance != 1:
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise ParameterError(
-                f"guidance is {self.guidance}, but PAI's guidance by a prompt without image is not "
-                "available. Pass guidance=1.0, for its attention part alone."
+                f"guidance must be a finite number >= 0, but is {self.guidance}. Pass "
+                "guidance=1.1, or 1.0 for the attention part alone."
             )
+        self._rule()
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
 
+    def _rule(self) -> ContrastRule:
+        return ContrastRule(strength=self.guidance, beta=self.beta, form="guidance")
+
     def sessions(self, shapes: Shapes) -> list[Session]:
-        """Return one session for the layers of this model."""
+        """Return one session for the layers of this model, and one for the guidance if any.
+
+        Raises:
+            InterventionError: if there is guidance, and the language model is an encoder-decoder.
+        """
         shape = shapes.at(self.site)
         layers: Sequence[int] | None = self.layers
         if layers is None:
             layers = [layer for layer in shape.layers if layer >= 2]
-        return [BiasSession(shape.site, check_layers("layers", layers, shape), self._bias)]
+        chosen = check_layers("layers", layers, shape)
+        sessions: list[Session] = [BiasSession(shape.site, chosen, self._bias)]
+        if not self._rule().is_identity:
+            without = text_only(find_family(shapes.model).image_token_id(shapes.model))
+            sessions.append(ContrastSession(shapes.model, without, self._rule()))
+        return sessions
 
     def _bias(self, call: AttentionCall) -> Float[Tensor, "batch head query key"] | None:
         """Return α·|l| at the image keys of the rows that predict a token."""

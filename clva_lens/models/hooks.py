@@ -57,10 +57,23 @@ class Place(NamedTuple):
     site: str | None
 
 
+class Sublayers(NamedTuple):
+    """The modules of a layer around its heads, in the order of its pass.
+
+    ``project`` takes what the heads put out; ``feed`` is the MLP, run one after another.
+    """
+
+    norm: nn.Module
+    project: nn.Module
+    norm_feed: nn.Module
+    feed: tuple[nn.Module, ...]
+
+
 class Readout(NamedTuple):
     """Modules of a language model that TransformerLens' analyses read weights from.
 
-    ``attention`` and ``mlp`` are, by layer, the projections that write to the residual stream.
+    ``attention`` and ``mlp`` are, by layer, the projections that write to the residual stream,
+    ``layers`` what else a layer is made of; none of the three is known of a bridge.
     """
 
     attention: tuple[nn.Module, ...]
@@ -68,6 +81,7 @@ class Readout(NamedTuple):
     norm: nn.Module
     unembed: nn.Module
     d_head: int
+    layers: tuple[Sublayers, ...] = ()
 
 
 class Activations(NamedTuple):
@@ -257,7 +271,17 @@ def llama(decoder: Any, unembed: nn.Module) -> Activations:
     places += stack.beside(decoder, norm("ln_final", "norm"))
     attention = tuple(block.self_attn.o_proj for block in layers)
     mlp = tuple(block.mlp.down_proj for block in layers)
-    return Activations(tuple(places), Readout(attention, mlp, decoder.norm, unembed, d_head))
+    parts = tuple(
+        Sublayers(
+            block.input_layernorm,
+            block.self_attn.o_proj,
+            block.post_attention_layernorm,
+            (block.mlp,),
+        )
+        for block in layers
+    )
+    readout = Readout(attention, mlp, decoder.norm, unembed, d_head, parts)
+    return Activations(tuple(places), readout)
 
 
 def opt(decoder: Any, unembed: nn.Module) -> Activations:
@@ -284,7 +308,16 @@ def opt(decoder: Any, unembed: nn.Module) -> Activations:
     places += stack.beside(decoder, norm("ln_final", "final_layer_norm"))
     attention = tuple(block.self_attn.out_proj for block in layers)
     mlp = tuple(block.fc2 for block in layers)
-    readout = Readout(attention, mlp, decoder.final_layer_norm, unembed, d_head)
+    parts = tuple(
+        Sublayers(
+            block.self_attn_layer_norm,
+            block.self_attn.out_proj,
+            block.final_layer_norm,
+            (block.fc1, block.activation_fn, block.fc2),
+        )
+        for block in layers
+    )
+    readout = Readout(attention, mlp, decoder.final_layer_norm, unembed, d_head, parts)
     return Activations(tuple(places), readout)
 
 

@@ -1,10 +1,9 @@
-"""The same model a second time, sharing every weight, so that it can be in a run of its own."""
+"""The same module a second time, sharing every weight, so that it can be run beside itself."""
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from clva_lens.errors import InterventionError
 
@@ -12,8 +11,11 @@ from clva_lens.errors import InterventionError
 CAPTURES = "_output_capturing_hooks_installed"
 
 
-def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of new modules around the same parameters and buffers.
+SomeModule = TypeVar("SomeModule", bound=nn.Module)
+
+
+def twin(model: SomeModule) -> SomeModule:
+    """Return a model, or a part of one, of new modules around the same parameters and buffers.
 
     It has no hooks, nothing that nnsight put on the modules, and configurations of its own, with
     the kernels that the model has outside a run. Nothing is copied but the modules' dictionaries.
@@ -55,7 +57,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     if "_hf_hook" in kept or not (forward is None or nnsights):
         raise InterventionError(
             f"a {type(module).__name__} runs a forward function that was put on it (a model split "
-            "over devices or offloaded, or a patch), so it cannot read a second input with the "
+            "over devices or offloaded, or a patch), so it cannot be run a second time with the "
             "same weights. Load the model on one device, without patches."
         )
     kept = {name: value for name, value in kept.items() if "nnsight" not in name}

@@ -25,6 +25,7 @@ ZERO = {
     "icd": {"alpha": 0.0},
     "imccd": {"alpha": 0.0, "compression": 1},
     "memvr": {"ratio": 0.0},
+    "only": {"support": 0.0, "contrast": 0.0},
     "vcd": {"alpha": 0.0},
     "clearsight": {"enhance": 1.0, "suppress": 1.0},
     "pai": {"alpha": 0.0},

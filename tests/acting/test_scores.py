@@ -57,7 +57,16 @@ def test_layers_of_the_releases():
         (lambda: cl.ClearSight(variant="published"), r"variant must be 'released' or 'paper'"),
         (lambda: cl.ClearSight(enhance=-1), r"enhance must be a finite factor >= 0, but is -1"),
         (lambda: cl.ClearSight(suppress=float("inf")), r"suppress must be a finite factor"),
-        (lambda: cl.PAI(guidance=1.1), r"guidance is 1\.1.*not available\. Pass guidance=1"),
+        (lambda: cl.PAI(guidance=-1), r"guidance must be a finite number >= 0, but is -1\. Pass"),
+        (lambda: cl.PAI(guidance=float("inf")), r"guidance must be a finite number"),
+        (lambda: cl.PAI(beta=1.5), r"beta must be in \[0, 1\], but is 1\.5"),
+        (lambda: layers(cl.PAI(layers=[12], guidance=1.1), 12), r"layers names layer 12.*0 to 11"),
+        (
+            lambda: cl.Shuffled(cl.PAI(guidance=1.1)).sessions(
+                Shapes(lens_of("full", "sdpa").hf_model)
+            ),
+            r"'pai' does not act by biases",
+        ),
         (lambda: cl.PAI(alpha=float("nan")), r"alpha must be finite, but is nan"),
         (lambda: cl.VisFlow(salient=0), r"salient must be a finite factor > 0, but is 0"),
         (lambda: cl.VisFlow(sink=-1), r"sink must be a finite factor > 0"),

@@ -6,6 +6,7 @@ input is made by hand, and both are read from their first token at every step, w
 
 import math
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import queries
@@ -47,22 +48,30 @@ def both(
     answer: Tensor,
     edits: Sequence = (),
     heads: str = "full",
+    decoder: Sequence = (),
 ) -> tuple[Tensor, Tensor]:
-    """Return both inputs' logits of the last prompt row and of the answer's: [step, token]."""
-    first, other = (_rows(family, one, item, answer, edits, heads) for one in (inputs, second))
-    return first, other
+    """Return both inputs' logits of the last prompt row and of the answer's: [step, token].
+
+    ``edits`` are at the site of the family's picture, ``decoder`` at a Q-Former model's decoder.
+    """
+    both = [_rows(family, one, item, answer, edits, heads, decoder) for one in (inputs, second)]
+    return both[0], both[1]
 
 
-def _rows(family, inputs, item, answer, edits, heads):
-    if family == "llava":
-        ids, pixels, _ = reference.rows_of({"pixel_values": torch.zeros(99, 1), **inputs}, item)
-        features = None if "pixel_values" in inputs else torch.empty(0, 32, dtype=torch.float64)
-        whole = torch.cat([ids, answer])
-        edits = edits if "pixel_values" in inputs else ()
-        found = reference.run(double_of(heads), whole, pixels, edits, len(ids), features)
+def _rows(family, inputs, item, answer, edits, heads, decoder):
+    seen = "pixel_values" in inputs
+    ids, pixels, _ = reference.rows_of({"pixel_values": torch.zeros(99, 1), **inputs}, item)
+    if family == "llava" or not seen:
+        whole, model = torch.cat([ids, answer]), double_of(heads)
+        if family != "llava":
+            blip = exact_blip()
+            inner = SimpleNamespace(language_model=blip.language_model.model)
+            head = blip.language_model.lm_head
+            model = SimpleNamespace(model=inner, lm_head=head, config=blip.config)
+        features = None if seen else torch.empty(0, 32, dtype=torch.float64)
+        found = reference.run(model, whole, pixels, edits if seen else (), len(ids), features)
         return found.logits[len(ids) - 1 :]
-    ids = reference.rows_of(inputs, item)[0]
-    found = queries.run(exact_blip(), inputs, item, edits, (), answer)
+    found = queries.run(exact_blip(), inputs, item, edits, decoder, answer)
     return found.logits[len(ids) - 1 :]
 
 

@@ -30,8 +30,11 @@ def run(
     prompt_length: int,
     compression: float,
     impaired: bool,
+    looks: list[Tensor] | None = None,
 ) -> tuple[Tensor, float]:
     """Return [position, vocabulary] logits of one sample and the nearest score to its mean.
+
+    ``looks`` gets each layer's sums of scores to the image, [head, position].
 
     ``parts`` are the decoder, the unembedding, and the text configuration. Image tokens have id 5.
     """
@@ -66,6 +69,8 @@ def run(
                 if i > image[-1]:
                     row[image] = new_k[h // group, image] @ new_q[h, i]
                 scores[h, i, : i + 1] = row[: i + 1] / math.sqrt(width)
+        if looks is not None:
+            looks.append(scores[:, :, image].sum(dim=2))
         mixed = torch.zeros(length, heads, width, dtype=torch.float64)
         means = {row: scores[:, text][:, :, image].mean() for row in text}
         means |= {row: scores[:, row, image].mean() for row in generated}

@@ -6,6 +6,7 @@ import nnsight
 import pytest
 import reference
 import rewrites
+import second_opinion
 import torch
 from qwen_models import official_config, picture, publish
 
@@ -296,3 +297,29 @@ def test_instructions_that_disturb(one, base):
 def test_no_bridge(one):
     with pytest.raises(ModelLoadError, match=r"QwenVL.*family 'qwen-vl'.*use nnsight"):
         cl.to_transformer_lens(one)
+
+
+def test_only_goes_its_own_way_here(lens, exact):
+    """Its release for Qwen-VL adds the last layer's attention, where LLaVA's adds the stream."""
+    prompt, method = batch(lens), cl.ONLY(gamma=0.0, beta=0.0)
+    parts = exact.model.language_model, exact.lm_head.weight, exact.config.text_config
+    with torch.inference_mode():
+        features = lens.hf_model.get_image_features(prompt["pixel_values"]).pooler_output
+        plain = lens.hf_model(**prompt).logits[:, -1]
+        with cl.intervening(lens.hf_model, method):
+            found = lens.hf_model(**prompt).logits[:, -1]
+    error, other, effect = 0.0, 1e9, 1e9
+    for item in range(3):
+        ids, pixels, _ = reference.rows_of(prompt, item)
+        seen = reference.run(exact, ids, pixels, features=features[item].double())
+        own, last = seen.logits[-1], len(ids) - 1
+        wanted, elsewhere = (
+            own + (own - second_opinion.second(parts, seen, last, added=added).logits)
+            for added in ("attn_out", "resid_pre")
+        )
+        error = max(error, float((found[item] - wanted).abs().max()))
+        other = min(other, float((wanted - elsewhere).abs().max()))
+        effect = min(effect, float((found[item] - plain[item]).abs().max()))
+    print(f"error {error:.1e}, effect {effect:.3f}, LLaVA's way {other:.3f} away")
+    assert error < 1e-4
+    assert min(effect, other) > 100 * error
