@@ -203,7 +203,7 @@ def test_shapes_are_found_by_name_or_folder(tmp_path):
     assert model.dtype == torch.bfloat16
     assert [p.shape for p in model.parameters()] == [p.shape for p in small.parameters()]
     assert random_prompt(model).spans.visual_count == 36
-    with pytest.raises(ParameterError, match="instructblip-7b, llava-1.5-7b, qwen-vl-7b"):
+    with pytest.raises(ParameterError, match=r"instructblip-7b, llava-1\.5-7b, qwen-vl-7b"):
         named_subject("qwen2-vl-7b", "cpu", torch.float32)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ParameterError, match="'llama'"):
@@ -250,7 +250,7 @@ def test_scaling_varies_one_thing(monkeypatch):
 def test_a_case_that_is_not_there_is_named():
     model = random_llava(layers=4, width=16, heads=2, image_tokens=36)
     subject = Subject("tiny", model, {}, only=("prefil",))
-    with pytest.raises(ParameterError, match="no case 'prefil'.*prefill, CLVA"):
+    with pytest.raises(ParameterError, match=r"no case 'prefil'.*prefill, CLVA"):
         bench(rounds=1, subjects=[subject], progress=False)
 
 
