@@ -32,6 +32,7 @@ from clva_lens.errors import InterventionError
 from clva_lens.folding import Bias, KeyBias
 from clva_lens.logits import watch_logits
 from clva_lens.models.family import Site, find_family, find_site
+from clva_lens.passes import Step
 from clva_lens.session import AttentionCall, Session
 from clva_lens.stream import Part, StreamCall, stream_hooks, stream_name
 
@@ -70,6 +71,7 @@ class Run:
         self._watches_logits = False
         self._call: AttentionCall | None = None
         self._merged: tuple[Tensor | None, Bias, int, Tensor] | None = None
+        self._moved: dict[torch.device, tuple[Step, Step]] = {}
 
     def install(self) -> None:
         """Route the site's attention through this run, and watch the model's inputs."""
@@ -119,9 +121,22 @@ class Run:
             self._watches_logits = True
         self.sessions.append(session)
 
+    def step_on(self, device: torch.device) -> Step | None:
+        """Return the pass that is running, on the device of the layer that asks.
+
+        Layers may be spread over devices. Within a pass all layers of a device get one object.
+        """
+        step = self.passes.step
+        if step is None or step.text_rows.device == device:
+            return step
+        known = self._moved.get(device)
+        if known is None or known[0] is not step:
+            known = self._moved[device] = (step, step.to(device))
+        return known[1]
+
     def logits(self, last: Tensor) -> Tensor:
         """Return the logits of a pass's last position as the sessions leave them."""
-        step = self.passes.step
+        step = self.step_on(last.device)
         for session in self.sessions:
             if step is not None and session.edits_logits:
                 edited = session.logits(step, last)
@@ -143,9 +158,16 @@ class Run:
         Raises:
             InterventionError: if the layer got other rows than the model read.
         """
-        step, self._call = self.passes.step, None
-        if step is None or isinstance(query, FakeTensor):
+        self._call = None
+        if isinstance(query, FakeTensor):
             return None
+        step = self.step_on(query.device)
+        if step is None:
+            raise InterventionError(
+                f"layer {self._layers[id(module)]} ran, but the model around it was not called, so "
+                "it is unknown which positions are the image. Call the model as model(**inputs) or "
+                "model.generate(**inputs): not its forward function, nor a part of it."
+            )
         layer = self._layers[id(module)]
         if step.ids is not None and step.ids.shape[1] != query.shape[2]:
             raise InterventionError(
@@ -157,6 +179,7 @@ class Run:
         for session in self.sessions:
             bias = session.attention(call)
             if bias is not None:
+                bias = folding.on(bias, query.device)
                 call = replace(call, bias=folding.add(call.bias, bias))
         self._call = call if any(session.edits_output for session in self.sessions) else None
         return None if call.bias is None else call
@@ -192,8 +215,8 @@ class Run:
 
     def stream(self, part: Part, layer: int, value: Tensor) -> Tensor | None:
         """Show a part of the residual stream to the sessions; return what replaces it, or None."""
-        step = self.passes.step
-        if step is None or isinstance(value, FakeTensor):
+        step = None if isinstance(value, FakeTensor) else self.step_on(value.device)
+        if step is None:
             return None
         call = StreamCall(part, layer, step)
         batch = len(step.text_rows)

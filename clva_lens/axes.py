@@ -153,6 +153,11 @@ class TokenSpans:
             )
         return mask.nonzero()[:, 1].reshape(len(mask), -1)
 
+    def to(self, device: torch.device) -> "TokenSpans":
+        """Return the spans on a device."""
+        spans = (self.system, self.image, self.text, self.generated)
+        return TokenSpans(*(span.to(device) for span in spans))
+
     def first(self, length: int) -> "TokenSpans":
         """Return the spans of the first ``length`` positions."""
         spans = (self.system, self.image, self.text, self.generated)

@@ -56,6 +56,15 @@ class Step(NamedTuple):
         """The number of the prompt's rows."""
         return self.text_rows.shape[1]
 
+    def to(self, device: torch.device) -> "Step":
+        """Return the pass with all that it knows on a device."""
+        return self._replace(
+            text_rows=self.text_rows.to(device),
+            spans=self.spans.to(device),
+            visual=self.visual.to(device),
+            ids=None if self.ids is None else self.ids.to(device),
+        )
+
     def old_rows(self, count: int) -> int:
         """Return how many of this pass's ``count`` rows, at its beginning, are the prompt's."""
         return max(0, min(count, self.prompt_rows - self.offset))

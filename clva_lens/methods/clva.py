@@ -30,7 +30,7 @@ from clva_lens.anchors import (
     saliency_map,
 )
 from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.folding import Bias
+from clva_lens.folding import Bias, at
 from clva_lens.heads import EmptyPolicy, HeadClasses, classify_heads
 from clva_lens.methods.base import (
     Kernel,
@@ -204,9 +204,10 @@ class ClvaSession(Session):
         if step.number == 0:
             self._check_tau(step.visual.shape[1])
             rows = read_prompt_rows(call)
-            classes = self._classes(call.layer, rows.image)
-            none = rows.map[:, None][:, :0]
-            self._read[call.layer] = _LayerReading(classes, rows.map, none)
+            # Both anchors on one device, that of the layer that is read first.
+            image, found = (self._home(one) for one in (rows.image, rows.map))
+            none = found[:, None][:, :0]
+            self._read[call.layer] = _LayerReading(self._classes(call.layer, image), found, none)
         known = self._read.get(call.layer)
         if known is None:
             raise InterventionError(
@@ -215,7 +216,12 @@ class ClvaSession(Session):
             )
         if self.method.refresh == "step" and call.new_rows:
             maps = read_generated_rows(call).transpose(1, 2)
-            self._read[call.layer] = known._replace(generated=maps)
+            self._read[call.layer] = known._replace(generated=self._home(maps))
+
+    def _home(self, found: Tensor) -> Tensor:
+        """Return what an anchor layer gave on the device of the layer that was read first."""
+        first = next(iter(self._read.values()), None)
+        return found if first is None else at(found, first.prompt.device)
 
     def _check_tau(self, visual: int) -> None:
         """Refuse a τ that no token of this prompt could ever exceed."""
@@ -273,7 +279,8 @@ class ClvaSession(Session):
             generated = prompt[:, None].expand(-1, call.new_rows, -1)
         else:
             generated = self._log_weights(positive.generated, negative.generated)
-        return row_bias(call, self.method.rows, prompt, generated)
+        here = call.query.device
+        return row_bias(call, self.method.rows, at(prompt, here), at(generated, here))
 
     @property
     def anchors(self) -> VisualAnchors:

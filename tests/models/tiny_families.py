@@ -6,8 +6,8 @@ pixels, in the form that the model takes.
 """
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import cache
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -181,9 +181,9 @@ class Tiny(NamedTuple):
     """
 
     picture: Callable[[Any, int], Inputs] = square
-    text: Mapping[str, Any] = MappingProxyType({})
-    vision: Mapping[str, Any] = MappingProxyType({})
-    top: Mapping[str, Any] = MappingProxyType({})
+    text: Mapping[str, Any] = {}
+    vision: Mapping[str, Any] = {}
+    top: Mapping[str, Any] = {}
     types: str | None = None
     projected: bool = True
 
@@ -251,8 +251,8 @@ TINY: dict[str, Tiny] = {
     "glm4v": QWEN,
     "glm4v_moe": HALF,
     "glm5_next": QWEN._replace(text={"num_key_value_heads": 4}),
-    "glm_ocr": HALF,
-    "glmga": HALF,
+    "glm_ocr": QWEN,
+    "glmga": QWEN,
     "got_ocr2": Tiny(vision={"patch_size": 2}),
     "granite_docling": Tiny(flagged_tiles),
     "hunyuan_vl": QWEN,
@@ -305,7 +305,8 @@ TINY: dict[str, Tiny] = {
 
 def configuration(kind: str) -> PreTrainedConfig:
     """Return the tiny configuration of a model type."""
-    tiny, made = TINY.get(kind, Tiny()), CONFIG_MAPPING[kind.split()[0]]
+    # Configurations write into the dictionaries that they are given.
+    tiny, made = deepcopy(TINY.get(kind, Tiny())), CONFIG_MAPPING[kind.split()[0]]
     default, parts = made(), {}
     for name in made.sub_configs:
         part = getattr(default, name, None)
