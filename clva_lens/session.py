@@ -34,8 +34,8 @@ class AttentionCall:
     mask: Tensor | None
     bias: Bias | None
     scaling: float
-    value: Float[Tensor, "batch kv_head key width"] | None = None
-    z: Float[Tensor, "batch query head width"] | None = None
+    value: Float[Tensor, "batch kv_head key value_width"] | None = None
+    z: Float[Tensor, "batch query head value_width"] | None = None
     window: int | None = None
 
     @property

@@ -35,6 +35,8 @@ NOT_EMULATED = {
     "ernie4_5_vl_moe": MIXES,
     "gemma4": MIXES,
     "glm4v_moe": COUNTS,
+    "glm5_next": COUNTS,
+    "kimi_k25": COUNTS,
     "minimax_m3_vl": COUNTS,
     "qwen2_5_omni_thinker": MIXES,
     "qwen3_5_moe": COUNTS,
