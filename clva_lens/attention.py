@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
@@ -31,6 +32,7 @@ from clva_lens.logits import watch_logits
 from clva_lens.merging import Acting, Merging
 from clva_lens.models.family import Site, find_family, find_site
 from clva_lens.session import AttentionCall, Session
+from clva_lens.step import Step
 from clva_lens.stream import Part, StreamCall, stream_hooks, stream_name
 
 
@@ -65,6 +67,7 @@ class Run:
         self._streams: dict[tuple[Part, int], RemovableHandle] = {}
         self._watches_logits = False
         self._call: AttentionCall | None = None
+        self._moved: dict[torch.device, tuple[Step, Step]] = {}
 
     def install(self) -> None:
         """Route the site's attention through this run, and watch the model's inputs."""
@@ -131,9 +134,22 @@ class Run:
             else:
                 _ROUTES[module] = self, acting
 
+    def step_on(self, device: torch.device) -> Step | None:
+        """Return the pass that is running, on the device of the layer that asks.
+
+        Layers may be spread over devices. Within a pass all layers of a device get one object.
+        """
+        step = self.passes.step
+        if step is None or step.text_rows.device == device:
+            return step
+        known = self._moved.get(device)
+        if known is None or known[0] is not step:
+            known = self._moved[device] = (step, step.to(device))
+        return known[1]
+
     def logits(self, last: Tensor) -> Tensor:
         """Return the logits of a pass's last position as the sessions leave them."""
-        step = self.passes.step
+        step = self.step_on(last.device)
         for session in self.sessions:
             if step is not None and session.edits_logits:
                 edited = session.logits(step, last)
@@ -155,9 +171,16 @@ class Run:
         Raises:
             InterventionError: if the layer got other rows than the model read.
         """
-        step, self._call = self.passes.step, None
-        if step is None or isinstance(query, FakeTensor):
+        self._call = None
+        if isinstance(query, FakeTensor):
             return None
+        step = self.step_on(query.device)
+        if step is None:
+            raise InterventionError(
+                f"layer {acting.layer} ran, but the model around it was not called, so it is "
+                "unknown which positions are the image. Call the model as model(**inputs) or "
+                "model.generate(**inputs): not its forward function, nor a part of it."
+            )
         layer = acting.layer
         if step.ids is not None and step.ids.shape[1] != query.shape[2]:
             raise InterventionError(
@@ -169,7 +192,7 @@ class Run:
         for session in acting.sessions:
             bias = session.attention(call)
             if bias is not None:
-                call.bias = folding.add(call.bias, bias)
+                call.bias = folding.add(call.bias, folding.on(bias, query.device))
         self._call = call if acting.output else None
         return None if call.bias is None else call
 
@@ -186,8 +209,8 @@ class Run:
 
     def stream(self, part: Part, layer: int, value: Tensor) -> Tensor | None:
         """Show a part of the residual stream to the sessions; return what replaces it, or None."""
-        step = self.passes.step
-        if step is None or isinstance(value, FakeTensor):
+        step = None if isinstance(value, FakeTensor) else self.step_on(value.device)
+        if step is None:
             return None
         call = StreamCall(part, layer, step)
         batch = len(step.text_rows)

@@ -93,6 +93,20 @@ def add(one: Bias | None, other: Bias) -> Bias:
     return dense(one) + dense(other)
 
 
+def on(bias: Bias, device: torch.device) -> Bias:
+    """Return a bias on a device; itself if it is there."""
+    if isinstance(bias, Tensor):
+        return at(bias, device)
+    if bias.keys.device == device:
+        return bias
+    return KeyBias(bias.keys.to(device), bias.rows.to(device), bias.first)
+
+
+def at(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without an operation if it is there: decoding steps count."""
+    return tensor if tensor.device == device else tensor.to(device)
+
+
 def dense(bias: Bias) -> Float[Tensor, "batch _ query key"]:
     """Return a bias as summands of the scores of all rows."""
     return bias.dense if isinstance(bias, KeyBias) else bias

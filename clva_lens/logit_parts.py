@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from clva_lens.errors import InterventionError
-from clva_lens.passes import Step
-from clva_lens.readout import CacheModel, normalise
+from clva_lens.readout import CacheModel, normalise, plain_weight
 from clva_lens.session import AttentionCall, Session
+from clva_lens.step import Step
 from clva_lens.stream import Stream, StreamCall
 
 
@@ -39,10 +39,11 @@ class LogitParts(Session):
         self.ids = torch.tensor([one for group in groups for one in group])
         plain = standing.W_U.T[self.ids].double()
         norm: Any = self.norm
-        directions = plain * norm.weight.detach().double()
+        weight = plain_weight(norm).detach().to(plain)  # the head may be on another device
+        directions = plain * weight
         self.constant = standing.b_U[self.ids].double()
         if isinstance(norm, nn.LayerNorm):
-            self.constant = self.constant + plain @ norm.bias.detach().double()
+            self.constant = self.constant + plain @ norm.bias.detach().to(plain)
             directions = directions - directions.mean(dim=1, keepdim=True)
         self.directions: Float[Tensor, "token width"] = directions
         self.step: Step | None = None

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from clva_lens import folding
 from clva_lens.folding import Bias, KeyBias
-from clva_lens.passes import Step
 from clva_lens.session import AttentionCall, Session
+from clva_lens.step import Step
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """An attention kernel: queries, keys, values and a mask to outputs by row, and weights if any."""
@@ -128,11 +128,11 @@ class Merging:
             # The bias is float32, which the lowest float64 does not fit.
             lowest = max(torch.finfo(call.query.dtype).min, torch.finfo(both.dtype).min)
             if additive is not None:
-                both = (both.to(device) + additive).clamp_min(lowest)
+                both = (both + additive).clamp_min(lowest)
             # CUDA kernels take a mask of the queries' type only; CPU kernels take float32 too, but
             # read it wrongly beside float64 queries.
             if device.type != "cpu" or call.query.dtype == torch.float64:
-                both = folding.aligned(both.to(device), call.query.dtype)
+                both = folding.aligned(both, call.query.dtype)
             self._merged = known = _Merged(mask, bias, first, device, both)
         return known.both
 

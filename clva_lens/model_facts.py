@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import torch
 
 from clva_lens.errors import ClvaLensError
-from clva_lens.intervene import intervening
+from clva_lens.generate import Beam, Greedy, generate
 from clva_lens.methods.base import METHODS
 from clva_lens.models.check import check_family
 from clva_lens.models.family import Site
@@ -27,12 +26,14 @@ def sample_prompt(model: LensModel) -> Prompt:
 def facts(model: LensModel, prompt: Prompt) -> Iterator[str]:
     """Yield sentences on a model's parts, its attention sites, and where a prompt's image is."""
     found = model.hf_model
-    parameters = sum(one.numel() for one in found.parameters())
-    devices = sorted({str(one.device) for one in found.parameters()})
+    parameters = found.num_parameters()  # packed weights count as what they stand for
+    kinds = sorted({str(one.dtype).removeprefix("torch.") for one in found.parameters()})
+    places = {str(one.device) for one in found.parameters()}
+    devices = sorted("meta (offloaded)" if one == "meta" else one for one in places)
     yield (
         f"{type(found).__name__}, model type '{found.config.model_type}', family "
-        f"'{model.family.name}'; {parameters / 1e6:,.1f} million parameters, {found.dtype}, on "
-        f"{', '.join(devices)}"
+        f"'{model.family.name}'; {parameters / 1e6:,.1f} million parameters, "
+        f"{' and '.join(kinds)}, on {', '.join(devices)}"
     )
     for site in model.sites:
         yield _site_fact(site)
@@ -63,14 +64,14 @@ def check(model: LensModel) -> str:
 def refusals(model: LensModel, prompt: Prompt) -> Iterator[tuple[str, str | None]]:
     """Yield each registered method's name, and why the model refuses it; None if it applies.
 
-    Found by running it, with its default parameters, for two tokens. An error that is none of
-    clva_lens' own is raised.
+    Found by answering with it, with its default parameters, in two tokens: greedily, or by the
+    beam search that a method is. An error that is none of clva_lens' own is raised.
     """
-    answer: Any = model.hf_model.generate
     for name, kind in METHODS.items():
+        greedy = "greedy" in kind.decodings
+        decoding = Greedy(max_new_tokens=2) if greedy else Beam(num_beams=2, max_new_tokens=2)
         try:
-            with intervening(model, kind()):
-                answer(**prompt, max_new_tokens=2, do_sample=False)
+            generate(model, prompt, method=kind(), decoding=decoding)
         except ClvaLensError as error:
             yield name, str(error)
         else:

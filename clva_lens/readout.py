@@ -6,7 +6,7 @@ logit, up to the constant of a norm's bias and of the unembedding's.
 """
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -14,8 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clva_lens.errors import ParameterError
+from clva_lens.errors import ModelLoadError, ParameterError
 from clva_lens.models.hooks import Readout
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class CacheModel:
@@ -33,36 +35,36 @@ class CacheModel:
         self.ln_final = readout.norm
         self.unembed = readout.unembed
         self.blocks = tuple(
-            _block(out, down, readout.d_head)
+            _Block(_Attention(out, readout.d_head), _Mlp(down))
             for out, down in zip(readout.attention, readout.mlp, strict=True)
         )
         centred = isinstance(readout.norm, nn.LayerNorm)
-        weight = self.W_U
-        heads, d_head, d_model = self.blocks[0].attn.W_O.shape
+        attention: Any = readout.attention[0]
+        mlp: Any = readout.mlp[0]
+        unembed: Any = readout.unembed
+        heads, d_head = attention.in_features // readout.d_head, readout.d_head
         self.cfg = SimpleNamespace(
             model_name=name,
             n_layers=len(self.blocks),
             n_heads=heads,
             n_key_value_heads=getattr(config, "num_key_value_heads", heads),
             d_head=d_head,
-            d_model=d_model,
-            d_mlp=self.blocks[0].mlp.W_out.shape[0],
-            d_vocab=weight.shape[1],
+            d_model=attention.out_features,
+            d_mlp=mlp.in_features,
+            d_vocab=unembed.out_features,
             n_ctx=config.max_position_embeddings,
             normalization_type="LN" if centred else "RMS",
             final_rms=not centred,
             positional_embedding_type="standard" if centred else "rotary",
             attn_only=False,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=unembed.weight.device,
+            dtype=unembed.weight.dtype,
         )
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """The unembedding, without the final norm's weight."""
-        weight = self.unembed.weight
-        assert isinstance(weight, Tensor)
-        return weight.detach().T
+        return plain_weight(self.unembed).detach().T
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
@@ -81,9 +83,7 @@ class CacheModel:
             tokens = self.to_single_token(tokens)
         if isinstance(tokens, Tensor) and tokens.numel() == 1:
             tokens = int(tokens)
-        weight = self.ln_final.weight
-        assert isinstance(weight, Tensor)
-        return self.W_U.T[tokens] * weight.detach()
+        return self.W_U.T[tokens] * plain_weight(self.ln_final).detach().to(self.cfg.device)
 
     def to_single_token(self, text: str) -> int:
         """Return the id of a text that is one token.
@@ -115,21 +115,70 @@ class CacheModel:
         return total + self.blocks[layer].attn.b_O if mlp_input else total
 
 
-def _block(out: Any, down: Any, d_head: int) -> SimpleNamespace:
-    return SimpleNamespace(
-        attn=SimpleNamespace(W_O=per_head(out, d_head), b_O=_bias(out)),
-        mlp=SimpleNamespace(W_out=down.weight.detach().T, b_out=_bias(down)),
-    )
+class _Attention(NamedTuple):
+    out: Any
+    d_head: int
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        return per_head(self.out, self.d_head)
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        return _bias(self.out)
+
+
+class _Mlp(NamedTuple):
+    down: Any
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return plain_weight(self.down).detach().T
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        return _bias(self.down)
+
+
+class _Block(NamedTuple):
+    attn: _Attention
+    mlp: _Mlp
+
+
+def plain_weight(module: Any) -> Tensor:
+    """Return a module's weight, if it is all that the module multiplies by.
+
+    Raises:
+        ModelLoadError: if it is quantised, offloaded, or has an adapter beside it.
+    """
+    weight, what = module.weight, f"the weight of a {type(module).__name__}"
+    if hasattr(module, "base_layer"):
+        raise ModelLoadError(
+            f"{what} cannot be read for this, because an adapter adds to it. Merge it first: "
+            "cl.load((peft_model.merge_and_unload(), processor))."
+        )
+    if weight.is_meta:
+        raise ModelLoadError(
+            f"{what} cannot be read for this, because it is offloaded (on the device 'meta'). Load "
+            "the model with a device_map that keeps the language model on a device."
+        )
+    if weight.dtype not in FLOATS:
+        raise ModelLoadError(
+            f"{what} cannot be read for this, because it is quantised ({weight.dtype}). Load the "
+            "model without quantization_config."
+        )
+    return weight
 
 
 def per_head(out: Any, d_head: int) -> Float[Tensor, "head d_head d_model"]:
     """Return an output projection's weight by head, as a view of it."""
-    return rearrange(out.weight.detach(), "m (h d) -> h d m", d=d_head)
+    return rearrange(plain_weight(out).detach(), "m (h d) -> h d m", d=d_head)
 
 
 def _bias(linear: Any) -> Tensor:
-    weight = linear.weight.detach()
-    return weight.new_zeros(()).expand(len(weight)) if linear.bias is None else linear.bias.detach()
+    if linear.bias is not None:
+        return linear.bias.detach()
+    return plain_weight(linear).detach().new_zeros(()).expand(linear.out_features)
 
 
 def read_out(
@@ -142,16 +191,15 @@ def read_out(
     """
     norm: Any = readout.norm
     unembed: Any = readout.unembed
-    residual = residual.to(norm.weight.device)
+    weight, words = plain_weight(norm), plain_weight(unembed)
+    residual = residual.to(weight.device)
     if isinstance(norm, nn.LayerNorm):
-        normal = functional.layer_norm(
-            residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps
-        )
+        normal = functional.layer_norm(residual, norm.normalized_shape, weight, norm.bias, norm.eps)
     else:
         exact = wide(residual)
         exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-        normal = norm.weight * exact.to(residual.dtype)
-    return functional.linear(normal, unembed.weight, getattr(unembed, "bias", None))
+        normal = weight * exact.to(residual.dtype)
+    return functional.linear(normal.to(words.device), words, getattr(unembed, "bias", None))
 
 
 def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

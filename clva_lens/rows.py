@@ -11,8 +11,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from clva_lens.passes import Step, once
 from clva_lens.session import AttentionCall
+from clva_lens.step import Step, once
 
 
 class PromptRows(NamedTuple):

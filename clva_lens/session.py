@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from clva_lens import folding
 from clva_lens.folding import Bias
-from clva_lens.passes import Step, once
+from clva_lens.step import Step, once
 from clva_lens.stream import Part, Stream, StreamCall
 
 # Rows of the pattern are formed in pieces of at most this many scores (64 MiB of float32).
@@ -35,8 +35,8 @@ class AttentionCall:
     mask: Tensor | None
     bias: Bias | None
     scaling: float
-    value: Float[Tensor, "batch kv_head key width"] | None = None
-    z: Float[Tensor, "batch query head width"] | None = None
+    value: Float[Tensor, "batch kv_head key value_width"] | None = None
+    z: Float[Tensor, "batch query head value_width"] | None = None
     window: int | None = None
 
     @property

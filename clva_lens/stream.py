@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from clva_lens.errors import ParameterError
 from clva_lens.models.family import find_family
 from clva_lens.models.hooks import Place
-from clva_lens.passes import Step
+from clva_lens.step import Step
 
 Part = Literal["resid_pre", "attn_out", "cross_attn_out", "mlp_in", "mlp_out", "resid_post"]
 """What of a layer: TransformerLens' name of it, without "hook_".

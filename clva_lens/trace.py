@@ -181,7 +181,7 @@ class Observer(Session):
                 "the block that runs the model."
             )
         stacked = [
-            torch.stack(field, dim=1)
+            stack_layers(field, dim=1)
             for field in zip(*(self._prompt[layer] for layer in self.layers), strict=True)
         ]
         if batched is None:
@@ -197,7 +197,9 @@ class Observer(Session):
     def steps(self) -> list[Float[Tensor, "layer batch head row visual"]]:
         """Return the maps of the generated rows of each later pass."""
         return [
-            torch.stack([step[layer] for layer in self.layers]) for step in self._generated if step
+            stack_layers([step[layer] for layer in self.layers], dim=0)
+            for step in self._generated
+            if step
         ]
 
 
@@ -221,4 +223,9 @@ class QueryObserver(Session):
 
     def maps(self) -> Float[Tensor, "batch layer query visual"]:
         """Return what was read, in fractions of attention mass."""
-        return torch.stack([self._maps[layer] for layer in self.layers], dim=1)
+        return stack_layers([self._maps[layer] for layer in self.layers], dim=1)
+
+
+def stack_layers(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Return what was read in several layers as one tensor, on the device of the first of them."""
+    return torch.stack([part.to(parts[0].device) for part in parts], dim=dim)

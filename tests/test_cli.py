@@ -148,7 +148,7 @@ def test_check_model_says_what_it_checked(random_llava):
         "grid at the decoder: 8 × 8",
         "check: rows of every layer sum to 1",
         "clva: applies",
-        "opera: refused.",
+        "opera: applies",
     ):
         assert fact in shown, fact
     assert all(f" {name}: " in shown for name in cl.methods())

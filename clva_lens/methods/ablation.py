@@ -25,8 +25,8 @@ from clva_lens.methods.base import (
     register_method,
 )
 from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
-from clva_lens.passes import Step
 from clva_lens.session import AttentionCall, Session
+from clva_lens.step import Step
 
 Mode = Literal["zero", "mean", "resample"]
 """What the output of a head becomes."""
@@ -207,7 +207,8 @@ class MeanSession(Session):
         """
         if not self._count:
             raise ParameterError("no prompt was read, so heads have no mean. Pass some prompts.")
-        sums = torch.stack([self._sums[layer] for layer in self.layers])
+        first = self._sums[self.layers[0]].device  # layers may be spread over devices
+        sums = torch.stack([self._sums[layer].to(first) for layer in self.layers])
         return HeadMeans((sums / self._count).float(), self.site, self._count)
 
 

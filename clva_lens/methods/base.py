@@ -17,9 +17,9 @@ from clva_lens.errors import ParameterError
 from clva_lens.folding import Bias, KeyBias
 from clva_lens.models.family import find_family, find_site
 from clva_lens.models.hooks import Readout
-from clva_lens.passes import once
 from clva_lens.registry import Registry
 from clva_lens.session import AttentionCall, Session
+from clva_lens.step import once
 
 Rows = Literal["text", "last"]
 """Which prompt rows an edit is for: all text after the image, or the last one only."""

@@ -32,7 +32,7 @@ from clva_lens.anchors import (
     saliency_map,
 )
 from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.folding import Bias
+from clva_lens.folding import Bias, at
 from clva_lens.heads import EmptyPolicy, HeadClasses, classify_heads
 from clva_lens.methods.base import (
     Kernel,
@@ -46,9 +46,9 @@ from clva_lens.methods.base import (
     register_method,
     row_bias,
 )
-from clva_lens.passes import Step
 from clva_lens.rows import read_generated_rows, read_prompt_rows
 from clva_lens.session import AttentionCall, Session
+from clva_lens.step import Step
 
 
 @register_method
@@ -153,9 +153,9 @@ class CLVA(Method):
 
 
 class _LayerReading(NamedTuple):
-    """What one anchor layer gave: its head classes, and the rows' attention to the image."""
+    """What one anchor layer gave: its heads' intensity, and the rows' attention to the image."""
 
-    classes: HeadClasses
+    intensity: Float[Tensor, "batch head"]
     prompt: Float[Tensor, "batch head visual"]
     generated: Float[Tensor, "batch row head visual"]
 
@@ -176,6 +176,7 @@ class ClvaSession(Session):
         self._bias: tuple[Step, Bias] | None = None
         self._prompt_weights: Float[Tensor, "batch visual"] | None = None
         self._shares: Float[Tensor, "anchor batch head"] | None = None
+        self._found: HeadClasses | None = None
 
     def attention(self, call: AttentionCall) -> Bias | None:
         """Read the anchor layers; return the bias of Eq. 10 at the edited ones."""
@@ -207,11 +208,12 @@ class ClvaSession(Session):
             self._check_sight(call)
         if step.number == 0:
             self._check_tau(step.visual.shape[1])
-            self._shares = None
+            self._shares = self._found = None
             rows = read_prompt_rows(call)
-            classes = self._classes(call.layer, rows.image)
-            none = rows.map[:, None][:, :0]
-            self._read[call.layer] = _LayerReading(classes, rows.map, none)
+            # Both anchors on one device, that of the layer that is read first.
+            image, found = (self._home(one) for one in (rows.image, rows.map))
+            none = found[:, None][:, :0]
+            self._read[call.layer] = _LayerReading(image, found, none)
         known = self._read.get(call.layer)
         if known is None:
             raise InterventionError(
@@ -220,7 +222,12 @@ class ClvaSession(Session):
             )
         if self.method.refresh == "step" and call.new_rows:
             maps = read_generated_rows(call).transpose(1, 2)
-            self._read[call.layer] = known._replace(generated=maps)
+            self._read[call.layer] = known._replace(generated=self._home(maps))
+
+    def _home(self, found: Tensor) -> Tensor:
+        """Return what an anchor layer gave on the device of the layer that was read first."""
+        first = next(iter(self._read.values()), None)
+        return found if first is None else at(found, first.prompt.device)
 
     def _check_tau(self, visual: int) -> None:
         """Refuse a τ that no token of this prompt could ever exceed."""
@@ -231,23 +238,41 @@ class ClvaSession(Session):
                 f"most {limit:.2f}, so both anchors would always be empty. Pass tau below that."
             )
 
-    def _classes(self, layer: int, intensity: Float[Tensor, "batch head"]) -> HeadClasses:
-        """Return the head classes of one layer, as a HeadClasses of that single layer."""
-        given = self.method.heads
-        if given is None:
-            method = self.method
-            # A GPU is not waited for; what is not finite shows in the logits, and in the anchors.
-            wait = not intensity.is_cuda
-            return classify_heads(
-                intensity[:, None], method.head_threshold, method.empty, check=wait
-            )
+    @property
+    def _classes(self) -> HeadClasses:
+        """The head classes of the prompt, in a table of two layers: positive and negative anchor.
 
-        row = self.shape.row(layer, given.sensitive.shape[-2])
+        Both are classified at once, since on a GPU many small operators cost more than large ones.
+        """
+        if self._found is None:
+            anchors = self.positive_layer, self.method.negative_layer
+            intensity = torch.stack([self._read[layer].intensity for layer in anchors], dim=1)
+            given = self.method.heads
+            if given is None:
+                method = self.method
+                # A GPU is not waited for; what is not finite shows in the logits.
+                check = not intensity.is_cuda
+                self._found = classify_heads(
+                    intensity, method.head_threshold, method.empty, check=check
+                )
+            else:
+                self._found = self._given(given, anchors, intensity)
+        return self._found
+
+    def _given(
+        self,
+        given: HeadClasses,
+        anchors: tuple[int, int],
+        intensity: Float[Tensor, "batch anchor head"],
+    ) -> HeadClasses:
+        """Return explicit classes at the two anchors, for each sample."""
+        rows = [self.shape.row(layer, given.sensitive.shape[-2]) for layer in anchors]
+        size = intensity.shape
 
         def pick(mask: Tensor, axis: int) -> Tensor:
-            chosen = mask.narrow(axis, row, 1).to(intensity.device)
-            shape = (len(intensity), *chosen.shape[axis:])
-            return chosen.expand(shape)
+            index = torch.tensor(rows, device=mask.device)
+            chosen = mask.index_select(axis % mask.ndim, index).to(intensity.device)
+            return chosen.expand(size if axis == -2 else size[:2])
 
         return HeadClasses(
             pick(given.sensitive, -2),
@@ -259,9 +284,7 @@ class ClvaSession(Session):
         )
 
     def _heads(self, positive: bool) -> Bool[Tensor, "batch head"]:
-        if positive:
-            return self._read[self.positive_layer].classes.sensitive[:, 0]
-        return self._read[self.method.negative_layer].classes.insensitive[:, 0]
+        return self._classes.sensitive[:, 0] if positive else self._classes.insensitive[:, 1]
 
     def _log_weights(
         self,
@@ -285,7 +308,8 @@ class ClvaSession(Session):
             generated = prompt[:, None].expand(-1, call.new_rows, -1)
         else:
             generated = self._log_weights(positive.generated, negative.generated)
-        return row_bias(call, self.method.rows, prompt, generated)
+        here = call.query.device
+        return row_bias(call, self.method.rows, at(prompt, here), at(generated, here))
 
     @property
     def anchors(self) -> VisualAnchors:
@@ -320,18 +344,17 @@ class ClvaSession(Session):
 
     def _all_layers(self) -> HeadClasses:
         """Return both anchor layers' classes in a table of all layers; other layers are empty."""
-        first = next(iter(self._read.values())).classes
-        batch, layers = len(first.sensitive), len(self.shape.layers)
-        device = first.sensitive.device
+        found = self._classes
+        batch, layers, device = len(found.sensitive), len(self.shape.layers), found.sensitive.device
         size = (batch, layers, self.shape.heads)
         sets = [torch.zeros(size, dtype=torch.bool, device=device) for _ in range(2)]
         flags = [torch.zeros(batch, layers, dtype=torch.bool, device=device) for _ in range(2)]
-        for layer, reading in self._read.items():
-            found, row = reading.classes, self.shape.layers.index(layer)
-            sets[0][:, row] = found.sensitive[:, 0]
-            sets[1][:, row] = found.insensitive[:, 0]
-            flags[0][:, row] = found.sensitive_fallback[:, 0]
-            flags[1][:, row] = found.insensitive_fallback[:, 0]
+        for anchor, layer in enumerate((self.positive_layer, self.method.negative_layer)):
+            row = self.shape.layers.index(layer)
+            sets[0][:, row] = found.sensitive[:, anchor]
+            sets[1][:, row] = found.insensitive[:, anchor]
+            flags[0][:, row] = found.sensitive_fallback[:, anchor]
+            flags[1][:, row] = found.insensitive_fallback[:, anchor]
         if batch == 1:
             sets, flags = [one[0] for one in sets], [one[0] for one in flags]
-        return HeadClasses(*sets, *flags, threshold=first.threshold, empty=first.empty)
+        return HeadClasses(*sets, *flags, threshold=found.threshold, empty=found.empty)

@@ -25,9 +25,9 @@ from torch import Tensor
 from clva_lens.errors import ParameterError
 from clva_lens.methods.base import Kernel, Method, Shapes, check_layers, register_method
 from clva_lens.models.hooks import Readout
-from clva_lens.passes import Step
 from clva_lens.readout import read_out, wide
 from clva_lens.session import Session
+from clva_lens.step import Step
 from clva_lens.stream import Stream, StreamCall
 
 FIRST, LAST, DEPTH = 19, 27, 32

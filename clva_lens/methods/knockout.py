@@ -27,8 +27,8 @@ from clva_lens.methods.base import (
     row_bias,
 )
 from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
-from clva_lens.passes import Step
 from clva_lens.session import AttentionCall, Session
+from clva_lens.step import Step
 
 
 @register_method
@@ -86,6 +86,7 @@ class _KnockOutSession(Session):
     ) -> None:
         self.site = site
         self.layers = layers
+        self.steady = layers if heads is None else ()
         self.rows: Rows = rows
         self.heads = heads
         self._bias: tuple[Step, Bias] | None = None

@@ -40,9 +40,9 @@ from clva_lens.methods.base import (
     register_method,
 )
 from clva_lens.models.hooks import Readout
-from clva_lens.passes import Step
 from clva_lens.readout import read_out, wide
 from clva_lens.session import Session
+from clva_lens.step import Step
 from clva_lens.stream import Stream, StreamCall
 
 CANDIDATES = 10

@@ -47,9 +47,9 @@ from clva_lens.methods.scores import span_keys
 from clva_lens.models.family import matching_family
 from clva_lens.models.hooks import Readout, Sublayers
 from clva_lens.models.twin import twin
-from clva_lens.passes import Step
 from clva_lens.readout import wide
 from clva_lens.session import AttentionCall, Session
+from clva_lens.step import Step
 from clva_lens.stream import Part, Stream, StreamCall
 
 # What is added to o in the last layer, and to norm(y) before the unembedding: the release's.

@@ -19,8 +19,8 @@ from clva_lens.axes import TokenSpans
 from clva_lens.errors import InterventionError, ParameterError
 from clva_lens.methods.base import Kernel, Method, Shape, Shapes, check_layers
 from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
-from clva_lens.passes import Step
 from clva_lens.session import AttentionCall, Session
+from clva_lens.step import Step
 from clva_lens.stream import Part, Stream, StreamCall, stream_name
 
 PatchedPart = Part | Literal["z"]

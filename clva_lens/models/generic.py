@@ -10,8 +10,8 @@ left out of the site; the numbers of the others stay, and so does the depth that
 What is refused: encoder-decoder models, pictures that are read by cross-attention, videos, and
 attention with capped scores or sinks.
 
-Untested for want of devices and packages: quantised weights (bitsandbytes), a model that is split
-over devices (the bias is put on each layer's own device), and adapters that PEFT put around it.
+Untested for want of devices: a model that is split over real ones (two are emulated in the tests),
+and quantised weights on a GPU.
 """
 
 import inspect

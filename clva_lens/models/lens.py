@@ -148,7 +148,7 @@ class LensModel(TransformersModel):
 
 
 def load(
-    model: str | Path | tuple[PreTrainedModel, Any],
+    model: str | Path | tuple[Any, Any],
     *,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
@@ -163,6 +163,7 @@ def load(
     toys are float32 unless ``dtype`` says otherwise. Only safetensors are read, but for Qwen-VL,
     which is published as pickles and converted here (``clva_lens.qwen_vl.convert``). ``check`` runs
     one short forward pass that proves that attention can be read and edited (``check_family``).
+    ``hf_model`` may be a PEFT model; its adapters stay active.
 
     Raises:
         ModelLoadError: if there is no such model, it has no safetensors weights or no processor,
@@ -175,12 +176,7 @@ def load(
             "repository. Load the model yourself, and pass (hf_model, processor)."
         )
     if isinstance(model, tuple):
-        if len(model) != 2 or not isinstance(model[0], PreTrainedModel):
-            raise ModelLoadError(
-                "a tuple must be (hf_model, processor) with a transformers model first. Pass "
-                "cl.load((hf_model, processor))."
-            )
-        hf_model, processor = model
+        hf_model, processor = _pair(model)
         name = hf_model.name_or_path or type(hf_model).__name__
         given = {"dtype": dtype, "device_map": device_map}
         given |= {"attn_implementation": attn_implementation, **options}
@@ -213,10 +209,35 @@ def load(
             "processor beside the weights, or pass (hf_model, processor)."
         )
     hf_model.eval()
+    if hf_model.device.type == "meta":
+        raise ModelLoadError(
+            f"the first weights of '{name}' are on the device 'meta' (offloaded, or never loaded), "
+            "so nnsight cannot tell where inputs go. Load it with a device_map that keeps what "
+            "comes first (vision tower, embeddings) on a device, or use cl.intervening(hf_model, "
+            "method) around the model itself."
+        )
     lens = LensModel(hf_model, processor, name)
     if check:
         check_family(lens.hf_model, lens.prompt)
     return lens
+
+
+def _pair(model: tuple[Any, ...]) -> tuple[PreTrainedModel, Any]:
+    """Return a loaded model and its processor; a PEFT model as what its adapters act in."""
+    if len(model) == 2 and hasattr(model[0], "get_base_model"):
+        if any(one.is_prompt_learning for one in model[0].peft_config.values()):
+            raise ModelLoadError(
+                f"the adapter of this {type(model[0]).__name__} puts virtual tokens before the "
+                "prompt, which the model itself does not have. Use one that changes weights, such "
+                "as LoRA."
+            )
+        model = (model[0].get_base_model(), model[1])
+    if len(model) != 2 or not isinstance(model[0], PreTrainedModel):
+        raise ModelLoadError(
+            "a tuple must be (hf_model, processor) with a transformers model first. Pass "
+            "cl.load((hf_model, processor))."
+        )
+    return model[0], model[1]
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from clva_lens import folding
 from clva_lens.axes import TokenSpans
 from clva_lens.folding import KeyBias
 from clva_lens.merging import Merging
-from clva_lens.passes import Step
 from clva_lens.session import AttentionCall
+from clva_lens.step import Step
 
 FORMS = ("masked", "split", "folded")
 COUNT, HEADS, WIDTH, FIRST, IMAGE = 40, 4, 16, 26, slice(6, 26)

@@ -7,8 +7,8 @@ import torch
 
 from clva_lens.axes import TokenSpans
 from clva_lens.merging import Merging
-from clva_lens.passes import Step
 from clva_lens.session import AttentionCall
+from clva_lens.step import Step
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -6,8 +6,8 @@ pixels, in the form that the model takes.
 """
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import cache
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -181,9 +181,9 @@ class Tiny(NamedTuple):
     """
 
     picture: Callable[[Any, int], Inputs] = square
-    text: Mapping[str, Any] = MappingProxyType({})
-    vision: Mapping[str, Any] = MappingProxyType({})
-    top: Mapping[str, Any] = MappingProxyType({})
+    text: Mapping[str, Any] = {}
+    vision: Mapping[str, Any] = {}
+    top: Mapping[str, Any] = {}
     types: str | None = None
     projected: bool = True
 
@@ -220,6 +220,24 @@ GEMMA4 = {
         "position_embedding_size": 64,
     }
 }
+GEMMA4_UNIFIED = {
+    "vision_config": {
+        "model_type": "gemma4_unified_vision",
+        "patch_size": PATCH,
+        "pooling_kernel_size": 1,
+        "model_patch_size": PATCH,
+        "mm_embed_dim": 24,
+        "mm_posemb_size": 64,
+        "output_proj_dims": 24,
+    }
+}
+GLM5 = {  # every fourth layer has softmax attention, without rotary embeddings
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 4,
+    "qk_rope_head_dim": 0,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+}
 PIXTRAL = {
     "model_type": "pixtral",
     "hidden_size": 24,
@@ -238,7 +256,7 @@ TINY: dict[str, Tiny] = {
     "cohere2_vision": Tiny(vision=FINE),
     "cosmos3_edge": QWEN,
     "cosmos3_omni": QWEN,
-    "deepseek_vl_hybrid": Tiny(two_sizes),
+    "deepseek_vl_hybrid": Tiny(two_sizes, vision={"global_attn_indexes": [0]}),
     "ernie4_5_vl_moe": QWEN._replace(text=mrope(1, 1, 2) | {"moe_intermediate_size": [32, 32]}),
     "exaone4_5": Tiny(patches),
     "fuyu": Tiny(raw_patches, top={"patch_size": 8}),
@@ -250,9 +268,15 @@ TINY: dict[str, Tiny] = {
     "glm46v": QWEN,
     "glm4v": QWEN,
     "glm4v_moe": HALF,
-    "glm5_next": QWEN._replace(text={"num_key_value_heads": 4}),
-    "glm_ocr": HALF,
-    "glmga": HALF,
+    "gemma4_unified": Tiny(
+        placed_patches,
+        {"num_kv_shared_layers": 0, "sliding_window": 128},
+        top=GEMMA4_UNIFIED,
+        types="mm_token_type_ids",
+    ),
+    "glm5_next": QWEN._replace(text=GLM5),
+    "glm_ocr": QWEN,
+    "glmga": QWEN,
     "got_ocr2": Tiny(vision={"patch_size": 2}),
     "granite_docling": Tiny(flagged_tiles),
     "hunyuan_vl": QWEN,
@@ -262,7 +286,10 @@ TINY: dict[str, Tiny] = {
     "internvl": Tiny(vision={"patch_size": 4, "image_size": [SIDE, SIDE]}),
     "janus": Tiny(vision={"projection_dim": WIDTH}),
     "kimi_k25": Tiny(
-        square_patches, vision={"hidden_size": 32}, top={"projection_hidden_size": 32}
+        square_patches,
+        {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
+        vision={"hidden_size": 32},
+        top={"projection_hidden_size": 32},
     ),
     "lfm2_vl": Tiny(shaped_patches),
     "lfm3_vl": Tiny(patches, {"num_hidden_layers": 16}),
@@ -305,7 +332,8 @@ TINY: dict[str, Tiny] = {
 
 def configuration(kind: str) -> PreTrainedConfig:
     """Return the tiny configuration of a model type."""
-    tiny, made = TINY.get(kind, Tiny()), CONFIG_MAPPING[kind.split()[0]]
+    # Configurations write into the dictionaries that they are given.
+    tiny, made = deepcopy(TINY.get(kind, Tiny())), CONFIG_MAPPING[kind.split()[0]]
     default, parts = made(), {}
     for name in made.sub_configs:
         part = getattr(default, name, None)
