@@ -1,7 +1,7 @@
 """Every image-text-to-text class of transformers keeps the laws, or is in the table that says why.
 
 The models are tiny and random; their pictures are random pixels that are fed directly, without a
-processor (those are tested in test_processors.py, for some). What the laws are held against is
+processor (those are tested in test_processors.py, for two). What the laws are held against is
 transformers' own eager attention, and the model without interventions.
 """
 
