@@ -5,35 +5,81 @@
 #
 # **Method.** `clva_lens.bench`: all cases interleaved in one run after a warm-up, each sample divided
 # by the baseline's of the same round; medians over rounds with quartiles. Costs do not depend on
-# the weights, so models are random; on a machine without a GPU they are smaller than 7B. The paper's
-# own ratios stand below. They were taken on another machine with eager attention, so only the
-# order of magnitude can be compared.
+# the weights, so models are random; on a machine without a GPU they are smaller than 7B. With
+# `measured`, a folder of reports that `clva-lens bench --out` wrote on another machine (a GPU node
+# without Jupyter, say) takes the place of measuring here. The paper's own ratios stand below. They were
+# taken on another machine with eager attention, so only the order of magnitude can be compared.
 
 # %% tags=["parameters"]
 rounds = 5
 new_tokens = 10
 small = False
 device = "cpu"
+measured = ""
 
 # %%
 from dataclasses import asdict
+from pathlib import Path
 
 import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
-from clva_lens.bench import bench
+from clva_lens.bench import BenchReport, bench
 from clva_lens.bench_models import random_subjects, toy_subjects
+from clva_lens.experiments.record import sha256
 from clva_lens.paper import paper_rows
 
 record = cl.new_record()
-subjects = toy_subjects() if small else [*toy_subjects(), *random_subjects()]
-report = bench(rounds, device=device, subjects=subjects, new_tokens=new_tokens)
-rows = [asdict(row) for row in report.rows]
+if measured:
+    # The folder is named from the checkout, in which analyses/ lies above where this runs.
+    root = next(above for above in Path.cwd().parents if (above / "analyses").is_dir())
+    files = sorted((root / measured).glob("*.json"))
+    record.data({f"{measured}/{file.name}": sha256(file) for file in files})
+    reports = {file.stem: BenchReport.read(file) for file in files}
+else:
+    subjects = toy_subjects() if small else [*toy_subjects(), *random_subjects()]
+    reports = {"here": bench(rounds, device=device, subjects=subjects, new_tokens=new_tokens)}
+rows = [
+    {"report": name, **asdict(row), "met": row.met}
+    for name, report in reports.items()
+    for row in report.rows
+]
 record.keep_rows("costs", rows)
-record.keep_rows("machine", [{"what": k, "value": str(v)} for k, v in report.environment.items()])
-record.keep_rows("times", [row for row in rows if row["unit"] == "s"])
-record.draw("costs", table="times")
+record.keep_rows(
+    "machine",
+    [
+        {"report": name, "rounds": report.rounds}
+        | {k: str(v) for k, v in report.environment.items()}
+        for name, report in reports.items()
+    ],
+)
+for name in reports:
+    record.keep_rows(
+        f"times-{name}",
+        [row for row in rows if row["report"] == name and row["unit"] == "s"],
+    )
+    record.keep_rows(
+        f"memory-{name}",
+        [row for row in rows if row["report"] == name and row["unit"] != "s"],
+    )
+
+# %%
+pd.DataFrame(record.rows("machine"))
+
+# %% [markdown]
+# ## Times
+
+# %%
+for name in reports:
+    display(record.draw("costs", f"times{name and '-'}{name}", table=f"times-{name}"))
+
+# %% [markdown]
+# ## Peaks of memory, without the weights
+
+# %%
+memory = pd.DataFrame([row for row in rows if row["unit"] == "peak"])
+memory[["report", "model", "case", "over", "value", "ratio"]].round(3)
 
 # %%
 pd.DataFrame(rows).round(3)
@@ -53,23 +99,34 @@ ratios[["seconds", "gib", "seconds_each"]].round(3)
 
 
 # %%
-def ratio(model: str, case: str) -> dict:
-    return next(row for row in rows if row["model"] == model and case in row["case"])
-
-
-models = list(dict.fromkeys(row["model"] for row in rows))
-told = {model: ratio(model, "CLVA") for model in models}
+edited = [
+    row
+    for row in rows
+    if row["unit"] == "s" and row["case"] in ("generate, CLVA", "prefill, CLVA", "trace_attention")
+]
 record.keep_metrics(
-    **{f"clva_over_greedy, {model}": row["ratio"] for model, row in told.items()},
-    missed_targets=sum(row.met is False for row in report.rows),
+    **{
+        f"{row['case']} over {row['over']}, {row['report']}, {row['model']}": row["ratio"]
+        for row in edited
+    },
+    missed_targets=sum(row["met"] is False for row in rows),
 )
-missed = [f"{row.model}: {row.case} ({row.ratio:.2f})" for row in report.rows if row.met is False]
+missed = [
+    f"{row['report']}, {row['model']}: {row['case']} ({row['ratio']:.2f}, aim {row['target']:g})"
+    for row in rows
+    if row["met"] is False
+]
+machines = {
+    f"{report.environment.get('gpu', report.environment['processor'])}, "
+    f"{report.environment['threads']} thread(s)"
+    for report in reports.values()
+}
 Markdown(
-    f"On {report.environment.get('processor', device)}, {report.environment['threads']} thread(s): "
+    f"On {'; '.join(sorted(machines))}: "
     + "; ".join(
         f"{row['case']} takes {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}) of "
-        f"{row['over']} on {model}"
-        for model, row in told.items()
+        f"{row['over']} ({row['report']}, {row['model']})"
+        for row in edited
     )
     + f". Targets missed: {'; '.join(missed) or 'none'}. A quartile range that includes 1 says that the "
     "noise of the machine is as large as the cost."

@@ -22,7 +22,7 @@ from clva_lens.methods.base import Method, shape_of
 from clva_lens.models.family import find_family
 from clva_lens.models.lens import LensModel
 from clva_lens.models.prompt import Prompt, VisualTokens, visual_tokens
-from clva_lens.readout import CacheModel
+from clva_lens.readout import CacheModel, token_ids
 from clva_lens.session import Session
 from clva_lens.trace import Observer
 
@@ -243,20 +243,11 @@ def _chosen(standing: CacheModel, words: Any, tokens: Any) -> tuple[list[list[in
     if len(wanted) not in (1, 2):
         raise ParameterError(f"tokens are {wanted}, but 1 or 2 are needed. Pass ('yes', 'no').")
     label = " − ".join(f"logit({one})" for one in wanted)
-    if words is None and any(isinstance(one, str) for one in wanted):
-        raise ParameterError(
-            f"tokens are {wanted}, but the traced handle has no tokenizer. Pass token ids as "
-            "tokens=, or trace the model that cl.load() returned."
-        )
-    if wanted == ["yes", "no"]:
+    if wanted == ["yes", "no"] and words is not None:
         spelled = answer_tokens(words)
         if not all(spelled):
             raise ParameterError(
                 "the tokenizer has no single token for yes or no. Pass two token ids as tokens=."
             )
         return list(spelled), label
-    ids = [standing.to_single_token(one) if isinstance(one, str) else one for one in wanted]
-    size = standing.cfg.d_vocab
-    if any(not 0 <= one < size for one in ids):
-        raise ParameterError(f"tokens are {ids}, but ids are 0 to {size - 1}. Pass ids like that.")
-    return [[one] for one in ids], label
+    return [[one] for one in token_ids(standing, words, wanted)], label

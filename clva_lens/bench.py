@@ -150,10 +150,12 @@ def bench(
     if subjects is None:
         subjects = toy_subjects() if quick else toy_subjects() + random_subjects()
     rows: list[BenchRow] = []
+    kinds: set[str] = set()
     gc.freeze()  # Collecting before each sample would else go through all that is imported.
     try:
         for subject in subjects:
             nn.Module.to(subject.model.eval(), device=device)
+            kinds.add(str(subject.model.dtype).removeprefix("torch."))
             with torch.inference_mode():
                 rows += measure_time(subject, rounds, new_tokens, progress=progress)
                 rows += measure_memory(subject, new_tokens)
@@ -161,7 +163,8 @@ def bench(
     finally:
         gc.unfreeze()
     versions = {name: version(name) for name in ("torch", "transformers", "nnsight")}
-    used = {**versions, "device": device, "threads": torch.get_num_threads(), **machine(device)}
+    how = {"device": device, "dtype": ", ".join(sorted(kinds)), "new_tokens": new_tokens}
+    used = {**versions, **how, "threads": torch.get_num_threads(), **machine(device)}
     return BenchReport(tuple(rows), rounds, used)
 
 

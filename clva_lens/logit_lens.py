@@ -2,25 +2,30 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from clva_lens.errors import ParameterError
+from clva_lens.attention import running
+from clva_lens.errors import InterventionError, ParameterError
 from clva_lens.figures import Drawing, patch_maps
 from clva_lens.figures import logit_lens as draw_lens
 from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.generate import answer_tokens
-from clva_lens.intervene import refuse_in_trace, transformers_model
+from clva_lens.intervene import intervening, join_trace, refuse_in_trace, transformers_model
 from clva_lens.methods.base import Method, shape_of
 from clva_lens.models.family import find_family
 from clva_lens.models.lens import LensModel
-from clva_lens.models.prompt import Prompt
-from clva_lens.readout import CacheModel, read_out
-from clva_lens.trace import chosen_layers
+from clva_lens.models.prompt import Prompt, VisualTokens, visual_tokens
+from clva_lens.readout import CacheModel, read_out, token_ids
+from clva_lens.session import Session
+from clva_lens.step import Step
+from clva_lens.stream import Stream, StreamCall
+from clva_lens.trace import chosen_layers, stack_layers
 
 # Logits are formed for at most this many entries at once (64 MiB of float32).
 LOGITS_AT_ONCE = 2**24
@@ -48,7 +53,8 @@ class LogitLens:
     layers: tuple[int, ...]
     span: str
     batched: bool
-    prompt: Prompt
+    ids: Int[Tensor, "batch sequence"]
+    visual: VisualTokens
     tokenizer: Any
 
     def on_grid(
@@ -65,7 +71,7 @@ class LogitLens:
                 f"the span is '{self.span}', but only image tokens lie on a grid. Call "
                 "logit_lens(model, prompt, span='image')."
             )
-        grid = self.prompt.grid_at("decoder")
+        grid = self.visual.shape
         values = self.margin if values is None else values
         if values is None:
             raise ParameterError(
@@ -75,8 +81,17 @@ class LogitLens:
         return values.unflatten(-1, grid)
 
     def words(self, rank: int = 0) -> list[list[str]]:
-        """Return the text of the likeliest tokens of a single prompt, by layer and position."""
+        """Return the text of the likeliest tokens of a single prompt, by layer and position.
+
+        Raises:
+            ParameterError: if this is a batch, or of a bare nnsight handle.
+        """
         self._single()
+        if self.tokenizer is None:
+            raise ParameterError(
+                "the traced handle has no tokenizer, so tokens have no text; their ids are top. "
+                "Trace the model that cl.load() returned."
+            )
         decode = self.tokenizer.decode
         return [[decode([token]) for token in row] for row in self.top[..., rank].tolist()]
 
@@ -92,14 +107,14 @@ class LogitLens:
         """
         self._single()
         values, label = self._shown()
-        if self.span == "image" and not isinstance(self.prompt.sites["decoder"].grid, str):
+        if self.span == "image" and not isinstance(self.visual.grid, str):
             chosen = evenly(len(self.layers), MOST_MAPS)
             maps = self.on_grid(values[chosen]).cpu().numpy()
             numbered = [self.layers[row] for row in chosen]
             return patch_maps(maps, layers=numbered, label=label, sums=False)
         last = slice(-_MOST_POSITIONS, None)
         places = self.positions[last]
-        ids = self.prompt["input_ids"][0][places].tolist()
+        ids = self.ids[0][places].tolist()
         words = [row[last] for row in self.words()]
         names = [f"{p}: {self.tokenizer.decode([i])}" for p, i in zip(places, ids, strict=True)]
         values = values[:, last].cpu().numpy()
@@ -123,9 +138,7 @@ class LogitLens:
         fields = ("top", "probabilities", "margin", "logits", "positions")
         one = {name: getattr(self, name) for name in fields}
         one = {name: None if value is None else value[item] for name, value in one.items()}
-        inputs = {name: value[item : item + 1] for name, value in self.prompt.inputs.items()}
-        prompt = replace(self.prompt, inputs=inputs, batched=False)
-        return replace(self, **one, batched=False, prompt=prompt)
+        return replace(self, **one, batched=False, ids=self.ids[item : item + 1])
 
     def _repr_png_(self) -> bytes | None:
         """Return the picture that a notebook shows; a batch has none."""
@@ -136,7 +149,8 @@ class LogitLens:
         samples = f"{len(self.top)} samples × " if self.batched else ""
         size = f"{samples}{len(self.layers)} layers × {self.positions.shape[-1]} positions"
         one = self[0] if self.batched else self
-        word = self.tokenizer.decode([int(one.top[-1, -1, 0])])
+        best = int(one.top[-1, -1, 0])
+        word = f"token {best}" if self.tokenizer is None else self.tokenizer.decode([best])
         return (
             f"LogitLens({size} of the span '{self.span}'; layer {self.layers[-1]} ends with "
             f"{word!r}, p = {float(one.probabilities[-1, -1, 0]):.2f})"
@@ -158,17 +172,59 @@ def lens_logits(
     return read_out(find_family(found).activations(found).readout, residual)
 
 
-@torch.no_grad()
+class Lensing:
+    """The logit lens of a run that is traced; ``lens`` is there once the prompt was read."""
+
+    def __init__(self, reading: "_Reading") -> None:
+        """Keep what the run is read by."""
+        self._reading = reading
+
+    @property
+    def lens(self) -> LogitLens:
+        """What each layer says, with a batch axis if the run was a batch.
+
+        Raises:
+            InterventionError: if no prompt was read yet.
+        """
+        return self._reading.lens()
+
+
+Span = str | Bool[Tensor, "*batch sequence"] | Sequence[int]
+
+
+@overload
 def logit_lens(
     model: LensModel,
     prompt: Prompt,
-    span: str | Bool[Tensor, "*batch sequence"] | Sequence[int] = "last",
+    span: Span = ...,
+    layers: Sequence[int] | str = ...,
+    method: Method | None = ...,
+    *,
+    tokens: str | int | Sequence[str | int] | None = ...,
+    k: int = ...,
+) -> LogitLens: ...
+
+
+@overload
+def logit_lens(
+    *,
+    span: Span = ...,
+    layers: Sequence[int] | str = ...,
+    tokens: str | int | Sequence[str | int] | None = ...,
+    k: int = ...,
+) -> Lensing: ...
+
+
+def logit_lens(
+    model: LensModel | None = None,
+    prompt: Prompt | None = None,
+    span: Span = "last",
     layers: Sequence[int] | str = "all",
     method: Method | None = None,
     *,
     tokens: str | int | Sequence[str | int] | None = None,
     k: int = 5,
-) -> LogitLens:
+) -> LogitLens | Lensing:
     """Return what the stream after each decoder layer says at a span, from one forward pass.
 
     ``span`` is "last" (the prompt's last position), "image", "text" (after the image), "system",
@@ -176,51 +232,124 @@ def logit_lens(
     kept; beside them the ``k`` likeliest tokens and the yes−no margin are. Logits are formed layer
     by layer. Interventions that are open hold, and ``method`` beside them.
 
+    In an nnsight trace, leave ``model`` and ``prompt`` out: the trace's own run is read, under the
+    methods opened before, and what is returned has the lens as ``lens`` after the block. Of a
+    ``model.generate`` the prompt's pass is read. A bare nnsight handle has no tokenizer, so
+    ``tokens`` are ids there.
+
     Raises:
         ParameterError: if the span, a layer, a token or ``k`` does not fit.
         ModelLoadError: if nobody wrote the names of this model down.
-        InterventionError: inside a trace, whose layers' outputs ``lens_logits`` reads in the block.
+        InterventionError: if the arguments are those of the other form: none of ``model``,
+            ``prompt`` and ``method`` in a trace, the first two outside.
     """
-    refuse_in_trace("logit_lens", ", or logit_lens.lens_logits(model, layer.output) in it")
-    found = model.hf_model
-    numbers = chosen_layers(layers, shape_of(found, "decoder"))
-    positions = prompt.spans.places(span)
-    name = span if isinstance(span, str) else "chosen positions"
-    if torch.equal(positions.flatten(), prompt.spans.image.nonzero()[:, 1]):
-        name = "image"
-    readout = find_family(found).activations(found).readout
-    standing = CacheModel(readout, model.words, found.config.get_text_config(), model.name)
-    size = standing.cfg.d_vocab
-    if not 1 <= k <= size:
-        raise ParameterError(f"k must be in 1 to {size} (the vocabulary), but is {k}. Pass k=5.")
-    wanted = [] if tokens is None else [tokens] if isinstance(tokens, str | int) else list(tokens)
-    ids = [standing.to_single_token(one) if isinstance(one, str) else one for one in wanted]
-    if any(not 0 <= one < size for one in ids):
-        raise ParameterError(f"tokens are {ids}, but ids are 0 to {size - 1}. Pass ids like that.")
-    names = [f"blocks.{layer}.hook_resid_post" for layer in numbers]
-    _, cache = model.run_with_cache(prompt, names, method=method)
-    yes, no = answer_tokens(model.words)
-    rows = torch.arange(len(positions), device=positions.device)[:, None]
-    read = [_read(readout, cache[one][rows, positions], k, ids, yes, no) for one in names]
-    top, probabilities, logits, margin = (
-        torch.stack(one, dim=1) for one in zip(*read, strict=True)
+    if model is None and prompt is None and method is None:
+
+        def make(root: Any, found: PreTrainedModel) -> tuple[list[Session], Lensing]:
+            reading = _Reading(found, getattr(root, "words", None), span, layers, tokens, k)
+            return [reading], Lensing(reading)
+
+        return join_trace("logit_lens", "cl.logit_lens(model, prompt)", make)
+    refuse_in_trace(
+        "logit_lens(model, prompt)", ", or logit_lens() in it, after cl.intervene(method)"
     )
-    if not prompt.batched:
-        top, probabilities, logits, margin = top[0], probabilities[0], logits[0], margin[0]
-        positions = positions[0]
-    return LogitLens(
-        top,
-        probabilities,
-        margin if yes and no else None,
-        logits if ids else None,
-        tuple(one if isinstance(one, str) else model.words.decode([one]) for one in wanted),
-        positions,
-        numbers,
-        name,
-        prompt.batched,
-        prompt,
-        model.words,
-    )
+    if model is None or prompt is None:
+        raise InterventionError(
+            "logit_lens was called outside a trace without a model and a prompt. Pass both."
+        )
+    prompt.spans.places(span)  # a span that is not there is said before the model runs
+    found, methods = model.hf_model, () if method is None else (method,)
+    with torch.no_grad(), intervening(model, *methods):
+        reading = _Reading(found, model.words, span, layers, tokens, k)
+        with running(found, [reading]):
+            found(**prompt.inputs, logits_to_keep=1)
+    return reading.lens(prompt)
+
+
+class _Reading(Session):
+    """Edits nothing; reads the stream after the chosen layers of the prompt's pass."""
+
+    site = "decoder"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        words: Any,
+        span: Span,
+        layers: Sequence[int] | str,
+        tokens: str | int | Sequence[str | int] | None,
+        k: int,
+    ) -> None:
+        self.model, self.words, self.span, self.k = model, words, span, k
+        self.numbers = chosen_layers(layers, shape_of(model, "decoder"))
+        self.streams = {("resid_post", layer) for layer in self.numbers}
+        self.readout = find_family(model).activations(model).readout
+        standing = CacheModel(self.readout, words, model.config.get_text_config(), "")
+        size = standing.cfg.d_vocab
+        if not 1 <= k <= size:
+            raise ParameterError(
+                f"k must be in 1 to {size} (the vocabulary), but is {k}. Pass k=5."
+            )
+        wanted = [] if tokens is None else [tokens] if isinstance(tokens, str | int) else tokens
+        self.ids = token_ids(standing, words, wanted)
+        self.names = tuple(
+            one if isinstance(one, str) else str(one) if words is None else words.decode([one])
+            for one in wanted
+        )
+        self.answers = ([], []) if words is None else answer_tokens(words)
+        self.step: Step | None = None
+        self.found: dict[int, tuple[Tensor, ...]] = {}
+
+    @torch.no_grad()
+    def stream(self, call: StreamCall, hidden: Stream) -> None:
+        """Read the span's positions of one layer."""
+        if call.step.number:
+            return
+        self.step = call.step
+        places = call.step.spans.places(self.span).to(hidden.device)
+        rows = torch.arange(len(places), device=hidden.device)[:, None]
+        self.found[call.layer] = _read(
+            self.readout, hidden[rows, places], self.k, self.ids, *self.answers
+        )
+
+    def lens(self, prompt: Prompt | None = None) -> LogitLens:
+        """Return what was read.
+
+        Raises:
+            InterventionError: if no prompt was read yet.
+        """
+        step = self.step
+        if step is None or self.found.keys() != set(self.numbers):
+            raise InterventionError(
+                "what the layers say is not known yet: the model has not read a prompt. Read it "
+                "after the block that runs the model."
+            )
+        assert step.ids is not None
+        positions = step.spans.places(self.span)
+        name = self.span if isinstance(self.span, str) else "chosen positions"
+        if torch.equal(positions.flatten(), step.spans.image.nonzero()[:, 1]):
+            name = "image"
+        parts = zip(*(self.found[layer] for layer in self.numbers), strict=True)
+        top, probabilities, logits, margin = (stack_layers(list(one), dim=1) for one in parts)
+        batched = len(top) > 1 if prompt is None else prompt.batched
+        if not batched:
+            top, probabilities, logits, margin = top[0], probabilities[0], logits[0], margin[0]
+            positions = positions[0]
+        given = None if prompt is None else prompt.inputs
+        return LogitLens(
+            top,
+            probabilities,
+            margin if all(self.answers) else None,
+            logits if self.ids else None,
+            self.names,
+            positions,
+            self.numbers,
+            name,
+            batched,
+            step.ids,
+            visual_tokens(self.model, "decoder", step.spans, given),
+            self.words,
+        )
 
 
 def _read(

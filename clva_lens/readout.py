@@ -5,6 +5,7 @@ directions that it asks for carry that weight: its sum over all components is th
 logit, up to the constant of a norm's bias and of the unembedding's.
 """
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -216,3 +217,22 @@ def normalise(norm: Any, value: Tensor, form: str) -> Tensor:
         eps = norm.variance_epsilon
     scale = (value.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt()
     return scale if form == "scale" else value / scale
+
+
+def token_ids(standing: CacheModel, words: Any, tokens: Sequence[str | int]) -> list[int]:
+    """Return the ids of tokens that are given as texts or ids; ``words`` is the tokenizer.
+
+    Raises:
+        ParameterError: if a text is no single token, an id does not exist, or there is no tokenizer
+            for a text.
+    """
+    if words is None and any(isinstance(one, str) for one in tokens):
+        raise ParameterError(
+            f"tokens are {list(tokens)}, but the traced handle has no tokenizer. Pass token ids as "
+            "tokens=, or trace the model that cl.load() returned."
+        )
+    ids = [standing.to_single_token(one) if isinstance(one, str) else one for one in tokens]
+    size = standing.cfg.d_vocab
+    if any(not 0 <= one < size for one in ids):
+        raise ParameterError(f"tokens are {ids}, but ids are 0 to {size - 1}. Pass ids like that.")
+    return ids

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clva_lens.anchors import saliency_map
 from clva_lens.errors import InterventionError, ParameterError
+from clva_lens.folding import at
 from clva_lens.heads import EmptyPolicy, HeadClasses, classify_heads
 from clva_lens.methods.base import Shape, check_layers
 from clva_lens.rows import (
@@ -228,4 +229,4 @@ class QueryObserver(Session):
 
 def stack_layers(parts: Sequence[Tensor], dim: int) -> Tensor:
     """Return what was read in several layers as one tensor, on the device of the first of them."""
-    return torch.stack([part.to(parts[0].device) for part in parts], dim=dim)
+    return torch.stack([at(part, parts[0].device) for part in parts], dim=dim)

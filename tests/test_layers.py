@@ -10,6 +10,7 @@ ORDER = [
     {"errors"},
     {"registry", "settings", "progress", "axes", "transformerlens"},
     {"heads", "anchors", "drift", "pointing", "moments", "folding"},
+    {"step"},
     {"passes", "logits", "models.twin", "windows"},
     {"qwen_vl.configuration", "qwen_vl.tokenizer"},
     {"qwen_vl.vision", "qwen_vl.processor"},
@@ -29,6 +30,7 @@ ORDER = [
     },
     {"stream"},
     {"session"},
+    {"merging"},
     {"attention"},
     {"rows", "logit_parts"},
     {

@@ -1,6 +1,7 @@
 """Curves over layers, one panel a quantity, one colour a model or condition."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 from matplotlib.lines import Line2D
@@ -9,7 +10,7 @@ from clva_lens.errors import FigureError
 from clva_lens.figures.base import MARKERS, PAGE, PALETTE, Drawing, figure, plain
 from clva_lens.figures.of_records import record_figure
 
-_MOST_LEGEND_COLUMNS = 4
+_MOST_LEGEND_COLUMNS, _LABEL_WIDTH = 4, 30
 
 
 @figure("layer_curves")
@@ -44,7 +45,8 @@ def layer_curves(rows: Sequence[Mapping[str, Any]], *, marked: int | None = None
             ax.axhline(row["value"], color="0.3", lw=0.8, ls=":")
         if marked is not None:
             ax.axvline(marked, color="0.8", lw=0.8, zorder=0)
-        ax.set_ylabel(plain(quantities[place]), fontsize=7)
+        ax.tick_params(labelbottom=True)
+        ax.set_ylabel(fill(plain(quantities[place]), _LABEL_WIDTH), fontsize=7)
         ax.set_xlabel("layer (index, 0-based)")
     handles = [
         Line2D([], [], color=PALETTE[n], marker=MARKERS[n], ms=3, lw=1.2, label=plain(run, 30))

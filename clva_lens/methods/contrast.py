@@ -31,9 +31,10 @@ from clva_lens.attention import open_run, open_sessions
 from clva_lens.errors import InterventionError, ParameterError
 from clva_lens.models.family import Inputs, find_family, find_site
 from clva_lens.models.twin import twin
-from clva_lens.passes import DecoderPasses, Step
+from clva_lens.passes import DecoderPasses
 from clva_lens.readout import wide
 from clva_lens.session import Session
+from clva_lens.step import Step
 
 Form = Literal["difference", "subtraction", "guidance"]
 """(1 + a)·l − a·l′; l − a·l′; or lp′ + a·(lp − lp′) with lp = log softmax l."""

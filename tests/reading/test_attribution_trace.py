@@ -305,7 +305,7 @@ RUNS = {
     "head_means": (lambda m, p: cl.head_means(m, [p]), "before or after the block"),
     "composed_saliency": (lambda m, p: cl.composed_saliency(m, p), r"cl\.observe\(\)"),
     "trace_attention of many": (lambda m, p: cl.trace_statistics(m, [p]), r"cl\.observe\(\)"),
-    "logit_lens": (lambda m, p: cl.logit_lens(m, p), "lens_logits"),
+    "logit_lens": (lambda m, p: cl.logit_lens(m, p), "after cl.intervene"),
     "patch_activations": (lambda m, p: cl.patch_activations(m, p, p), "PatchActivations"),
     "generate": (lambda m, p: cl.generate(m, p), r"model\.generate\(prompt\)"),
     "run_with_cache": (lambda m, p: m.run_with_cache(p), r"\.output\.save\(\)"),

@@ -2,6 +2,7 @@
 
 import sys
 
+import nnsight
 import pytest
 import torch
 from tiny_models import blip_of
@@ -77,6 +78,57 @@ def test_inside_a_trace(one, ask):
     assert (inside[0, -1] - read.logits[0, 0]).abs().max() < 1e-5
     with pytest.raises(InterventionError, match="inside a trace"), one.trace(prompt):
         cl.logit_lens(one, prompt)
+    with pytest.raises(InterventionError, match="outside a trace"):
+        cl.logit_lens()
+    with pytest.raises(InterventionError, match="without a model and a prompt"):
+        cl.logit_lens(one)
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+def test_the_traces_own_run_is_read(one, ask, batch):
+    """Under the methods and the edits of the block; of a generation, the prompt's pass."""
+    prompt, options = ask(one, batch), {"span": "last", "tokens": ["yes", 7], "k": 3}
+    wanted = cl.logit_lens(one, prompt, method=cl.KnockOut(), **options)
+    with one.trace(prompt):
+        cl.intervene(cl.KnockOut())
+        seen = cl.logit_lens(**options)
+        logits = one.output.logits.save()
+    for name in ("top", "probabilities", "margin", "logits", "positions", "ids"):
+        assert torch.equal(getattr(seen.lens, name), getattr(wanted, name)), name
+    assert seen.lens.tokens == wanted.tokens and seen.lens.span == "last"
+    plain = cl.logit_lens(one, prompt, **options)
+    assert (seen.lens.margin - plain.margin).abs().max() > 0.01
+    with one.generate(prompt, max_new_tokens=3) as tracer:
+        cl.intervene(cl.KnockOut())
+        again = cl.logit_lens(**options)
+        tracer.result.save()
+    assert (again.lens.margin - wanted.margin).abs().max() < 1e-5
+    with one.trace(prompt):
+        edited = cl.logit_lens(tokens=list(range(64)))
+        one.model.language_model.layers[5].output[:] *= 0.5
+        logits = one.output.logits.save()
+    final = edited.lens.logits if batch else edited.lens.logits[None]
+    assert (final[:, -1, 0] - logits[:, -1]).abs().max() < 1e-5
+
+
+def test_a_bare_handle_has_no_words(one, ask):
+    prompt, handle = ask(one), nnsight.NNsight(one.hf_model)
+    with handle.trace(**prompt):
+        seen = cl.logit_lens(span="image", tokens=[7])
+        handle.output.save()
+    wanted = cl.logit_lens(one, prompt, "image", tokens=[7])
+    assert torch.equal(seen.lens.logits, wanted.logits) and seen.lens.margin is None
+    assert "token " in repr(seen.lens)
+    assert seen.lens._repr_png_().startswith(b"\x89PNG")
+    with pytest.raises(ParameterError, match="no tokenizer"):
+        seen.lens.words()
+    with pytest.raises(ParameterError, match="no tokenizer"), handle.trace(**prompt):
+        cl.logit_lens(tokens="yes")
+    with handle.trace(**prompt) as tracer:
+        unread = cl.logit_lens()
+        tracer.stop()
+    with pytest.raises(InterventionError, match="not known yet"):
+        _ = unread.lens
 
 
 def test_pieces_do_not_matter(one, ask, monkeypatch):
