@@ -50,6 +50,7 @@ rows = measure_methods(
     limit=questions,
     seed=seed,
     batch_size=batch_size,
+    keep=record.ran,
 )
 rows = beside_paper(rows, 1, model)
 record.keep_rows("methods", rows)

@@ -48,6 +48,7 @@ rows = measure_methods(
     limit=captions,
     seed=seed,
     batch_size=batch_size,
+    keep=record.ran,
 )
 rows = beside_paper(rows, 2, model)
 record.keep_rows("methods", rows)

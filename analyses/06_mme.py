@@ -48,6 +48,7 @@ rows = measure_methods(
     decodings={"beam": cl.Beam(num_beams=5)},
     seed=seed,
     batch_size=batch_size,
+    keep=record.ran,
 )
 rows = beside_paper(rows, 3, model)
 record.keep_rows("methods", rows)

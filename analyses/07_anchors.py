@@ -37,7 +37,9 @@ methods = {
     "both": cl.CLVA(),
     "swapped": cl.CLVA(alpha=-0.9, beta=-14),
 }
-rows = measure_methods(lens, asked, methods, limit=questions, seed=seed, batch_size=batch_size)
+rows = measure_methods(
+    lens, asked, methods, limit=questions, seed=seed, batch_size=batch_size, keep=record.ran
+)
 rows = beside_paper(rows, 4, model)
 record.keep_rows("methods", rows)
 

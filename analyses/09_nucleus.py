@@ -40,6 +40,7 @@ for seed in seeds:
         cl.Sampling(seed=seed),
         limit=questions,
         batch_size=batch_size,
+        keep=record.ran,
     )
     rows += [{**row, "seed": seed} for row in beside_paper(found, 6, model)]
 record.keep_rows("methods", rows)

@@ -33,7 +33,9 @@ pairs = {(alpha, beta): f"α={alpha:g} β={beta:g}" for beta in betas for alpha 
 methods = {"greedy": None} | {
     name: cl.CLVA(alpha=alpha, beta=beta) for (alpha, beta), name in pairs.items()
 }
-rows = measure_methods(lens, [asked], methods, limit=questions, seed=seed, batch_size=batch_size)
+rows = measure_methods(
+    lens, [asked], methods, limit=questions, seed=seed, batch_size=batch_size, keep=record.ran
+)
 back = {name: pair for pair, name in pairs.items()}
 rows = [
     {**row, "alpha": back[row["method"]][0], "beta": back[row["method"]][1]}

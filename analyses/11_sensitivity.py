@@ -53,7 +53,13 @@ if lens.site.name != "decoder":  # rows and steps are the decoder's
 rows = []
 for benchmark, limit in ((pope, questions), (chair, captions)):
     rows += measure_methods(
-        lens, [benchmark], variants, limit=limit, seed=seed, batch_size=batch_size
+        lens,
+        [benchmark],
+        variants,
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+        keep=record.ran,
     )
 record.keep_rows("variants", rows)
 

@@ -4,8 +4,8 @@
 # **Question.** Does any training-free method gain anything on this model, greedily or sampling, that
 # is more than a shift towards *yes* or *no*?
 #
-# **Method.** Every method at its defaults answers the same questions of three POPE splits and writes
-# the same captions. Changes are paired against greedy (or sampling with the same seed), with 95 %
+# **Method.** Every method at its defaults (PAI also with the guidance of its POPE script) answers the
+# same questions of three POPE splits and writes the same captions. Changes are paired against greedy (or sampling with the same seed), with 95 %
 # bootstrap intervals over pictures. Two controls for the attention methods: CLVA on random tokens, CLVA
 # with its anchors swapped. Time is that of all answers over the baseline's, one after the other in one
 # process, so good to a few tens of percent; memory is the largest sum of tensors alive in a batch of
@@ -56,7 +56,7 @@ beams = {
     name: cl.Beam(num_beams=5, max_new_tokens=BENCHMARKS.get(chair).max_new_tokens)
     for name in searches
 }
-common = {"seed": seed, "batch_size": batch_size}
+common = {"seed": seed, "batch_size": batch_size, "keep": record.ran}
 
 # %% [markdown]
 # ## Greedy and beams

@@ -164,6 +164,7 @@ def analyse(
             "parameters": defaults | given,
             "given": given,
             "models": told["models"],
+            "runs": told["runs"],
             "data": told["data"],
             "code": code_digest(),
             "packages": packages(),

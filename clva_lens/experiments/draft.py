@@ -19,9 +19,24 @@ from clva_lens.figures.base import Drawing
 from clva_lens.figures.of_records import RECORD_FIGURES
 from clva_lens.models.lens import LensModel
 from clva_lens.record import identity, machine
+from clva_lens.runs import Report, plain
 
 STAGING = "CLVA_LENS_STAGING"
 DRAFT = "draft.json"
+
+# Of a benchmark's run: what decides it, and what is kept of each answer.
+_DECIDES = (
+    "benchmark",
+    "benchmark_version",
+    "settings",
+    "method",
+    "decoding",
+    "seed",
+    "limit",
+    "batch_size",
+    "samples",
+)
+_ANSWER = ("id", "question", "label", "answer", "prediction", "margin", "error")
 
 
 class Draft(Kept):
@@ -35,6 +50,8 @@ class Draft(Kept):
         self._data: dict[str, str] = {}
         self._excluded: dict[str, int] = {}
         self._figures: list[dict[str, Any]] = []
+        self._runs: list[dict[str, Any]] = []
+        self._answers: list[Row] = []
         self._write()
 
     @property
@@ -56,6 +73,28 @@ class Draft(Kept):
         """Note the SHA-256 of data files by name, as ``Benchmark.digests`` gives them."""
         self._data |= digests
         self._write()
+
+    def ran(self, name: str, report: Report) -> None:
+        """Note a benchmark's run: what decided it, and every answer, in the table "answers".
+
+        ``name`` is what the analysis calls the method. Samples that failed are exclusions.
+        """
+        told = {key: report.record[key] for key in _DECIDES}
+        self._runs.append(plain({"name": name, **told}))
+        place = {
+            "benchmark": told["benchmark"],
+            "method": name,
+            "decoding": told["decoding"]["name"],
+        }
+        self._answers += [
+            place | {key: None if row.get(key) is None else row[key] for key in _ANSWER}
+            for row in report.rows
+        ]
+        parquet.write_table(
+            arrow.Table.from_pylist(self._answers), self._file_of(ROWS, "answers", ".parquet")
+        )
+        failed = sum(row.get("error") is not None for row in report.rows)
+        self.excludes("failed samples", self._excluded.get("failed samples", 0) + failed)
 
     def excludes(self, reason: str, count: int) -> None:
         """Note how many samples were left out, and why; 0 is worth noting too."""
@@ -118,9 +157,13 @@ class Draft(Kept):
         return drawing
 
     def _free(self, room: str, name: str, ending: str) -> Path:
-        file = self.folder / room / f"{name}{ending}"
+        file = self._file_of(room, name, ending)
         if file.exists():
             raise RecordError(f"there are {room} '{name}' already. Keep them under another name.")
+        return file
+
+    def _file_of(self, room: str, name: str, ending: str) -> Path:
+        file = self.folder / room / f"{name}{ending}"
         file.parent.mkdir(exist_ok=True)
         return file
 
@@ -130,6 +173,7 @@ class Draft(Kept):
             "models": self._models,
             "data": self._data,
             "excluded": self._excluded,
+            "runs": self._runs,
             "figures": self._figures,
             "peak_memory_mib": peak_memory(),
         }

@@ -1,6 +1,6 @@
 """What analyses measure: methods side by side on benchmarks, and attention over samples."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,13 @@ def measure_methods(
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    keep: Callable[[str, Report], None] | None = None,
     progress: bool = True,
 ) -> list[Row]:
     """Return one row for each benchmark, method and metric, with its change against the first.
 
-    All are asked with ``decoding``, but those named in ``decodings`` with their own.
+    All are asked with ``decoding``, but those named in ``decodings`` with their own. ``keep`` is
+    called with each method's name and report: a record's ``ran``.
 
     A row has ``benchmark, method, metric, value, change, low, high, n``: ``value`` in the metric's
     own unit (fractions in [0, 1], MME's scores in points, ``seconds`` of all answers), ``change``
@@ -95,6 +97,8 @@ def measure_methods(
                     batch_size=batch_size,
                     progress=False,
                 )
+                if keep is not None:
+                    keep(name, report)
                 against = None if first is None else compare(first.score, report.score)
                 first = first or report
                 made = _metric_rows(report, first, against)
