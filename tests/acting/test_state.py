@@ -6,7 +6,7 @@ from tiny_models import lens_of
 from transformers import AttentionInterface
 
 import clva_lens as cl
-from clva_lens.attention import _ACTIVE
+from clva_lens.attention import _ACTIVE, _ROUTES
 
 METHOD = cl.CLVA(tau=1.0)
 
@@ -26,7 +26,8 @@ def state(model):
         if hasattr(module, "config")
     }
     parameters = {name: (p.data_ptr(), p._version) for name, p in model.named_parameters()}
-    return modules, configs, parameters, model.generation_config.to_dict(), dict(_ACTIVE)
+    runs = dict(_ACTIVE), dict(_ROUTES)
+    return modules, configs, parameters, model.generation_config.to_dict(), *runs
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 import clva_lens as cl
+from clva_lens.merging import Merging
+from clva_lens.methods.clva import ClvaSession
 
 WAITS = (
     "_local_scalar_dense",
@@ -99,7 +101,38 @@ def test_the_bias_is_made_once_a_step_whatever_the_number_of_edited_layers(one, 
         for layers in ((5,), (5, 6, 7, 8, 9, 10, 11))
     )
     assert few == many
-    assert few - plain.names.total() <= 70 * STEPS
+    assert few - plain.names.total() <= 55 * STEPS
+
+
+def test_only_the_layers_that_matter_are_asked(one, ask, monkeypatch):
+    """At a step: both anchors, and one of the layers that are edited alike; none at others."""
+    asked = []
+    attention = ClvaSession.attention
+
+    def spy(self, call):
+        asked.append((call.step.number, call.layer))
+        return attention(self, call)
+
+    monkeypatch.setattr(ClvaSession, "attention", spy)
+    method = cl.CLVA(tau=1.0, layers=(6, 7, 9, 11))
+    decode(one.hf_model, ask(one).inputs, DynamicCache, method)
+    prompt = [(0, layer) for layer in (0, 4, 6, 7, 9, 11)]
+    steps = [(step, layer) for step in range(1, STEPS + 1) for layer in (0, 4, 6)]
+    assert asked == prompt + steps
+
+
+@pytest.mark.parametrize("more", [cl.KnockOut(layers=(7, 9)), cl.PAI(layers=(9,))])
+def test_layers_with_other_sessions_are_not_taken_for_the_same(one, ask, more):
+    """Against the run in which every layer is asked."""
+    model, inputs = one.hf_model, ask(one, 2).inputs
+    method = cl.CLVA(tau=1.0, layers=(6, 7, 9, 11))
+    _, alone = decode(model, inputs, DynamicCache, method)
+    _, found = decode(model, inputs, DynamicCache, method, more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Merging, "ready", lambda *_: None)
+        _, expected = decode(model, inputs, DynamicCache, method, more)
+    assert torch.equal(found, expected)
+    assert (found - alone).abs().max() > 0.01
 
 
 def test_one_static_cache_may_be_reset_for_another_prompt(one, ask):

@@ -29,7 +29,7 @@ SMALL = {
     "11_sensitivity": ["questions=12", "captions=6"],
     "12_paper_arithmetic": [],
     "13_is_there_drift": ["scenes=4", "questions=12", 'models=["toy-llava"]'],
-    "14_method_zoo": ["questions=6", "captions=3"],
+    "14_method_zoo": ["questions=12", "captions=3"],
 }
 RECORDS = ARCHIVE.records()
 
