@@ -143,7 +143,7 @@ def analyse(
     given = notebooks.parse_parameters(slug, defaults, texts or [])
     made = notebooks.inject(source, given)
     with _alone(archive, slug) as staging:
-        began = time.perf_counter()
+        whence, began = origin(), time.perf_counter()  # before the notebook is written
         with progress_bar(slug, len(made.cells), wanted=progress) as advance:
             error = notebooks.execute(made, staging, {STAGING: str(staging)}, advance)
         seconds = round(time.perf_counter() - began, 1)
@@ -176,7 +176,7 @@ def analyse(
             return Outcome(same[-1], False, _changed(same[-1], Record(staging)))
         version = max((one.version for one in archive.records(slug)), default=0) + 1
         surroundings = {
-            **origin(),
+            **whence,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": seconds,
             "peak_memory_mib": told["peak_memory_mib"],
