@@ -104,6 +104,16 @@ def test_an_identical_run_is_recognised_and_another_is_a_new_version(checkout):
     assert "01_powers/v1" in listed and "power=3" in listed
 
 
+def test_a_checkout_is_looked_at_before_anything_is_written_to_it(checkout, monkeypatch):
+    notebooks = checkout / "notebooks"
+    before = tree(notebooks)
+    told = lambda: {"changed": tree(notebooks) != before}  # noqa: E731
+    monkeypatch.setattr("clva_lens.experiments.archive.origin", told)
+    made = analyse("01_powers", ["power=4"], root=checkout, progress=False)
+    assert made.record.document["surroundings"]["changed"] is False
+    assert told() == {"changed": True}
+
+
 def test_metrics_that_differ_with_the_same_inputs_are_reported(checkout):
     record = record_of(checkout)
     (record.folder / "metrics.json").write_text('{"largest": 8.0}')
