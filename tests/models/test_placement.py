@@ -25,7 +25,7 @@ from clva_lens.trace import Observer
 # Contrastive methods read a second input with a copy of the model, and refuse a split one; OPERA
 # is a search of its own.
 METHOD_NAMES = (
-    "ablation", "clearsight", "clva", "deco", "knockout", "memvr", "pai", "visflow",
+    "ablation", "clearsight", "clva", "deco", "knockout", "memvr", "only", "pai", "visflow",
 )  # fmt: skip
 # What transformers' own code, without clva_lens, does not do on the made-up devices.
 COUNTS = "its experts are counted by torch.histc, on whole numbers if the device is a GPU"
