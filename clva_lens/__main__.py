@@ -228,7 +228,7 @@ def benchmarks() -> None:
 @app.command()
 @friendly
 def bench(
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 9,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 3,
     quick: Annotated[bool, typer.Option(help="The toy only, to see that it runs.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
     random_weights: Annotated[
@@ -246,7 +246,7 @@ def bench(
     ] = None,
     device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of --random-weights: bfloat16, …")] = "bfloat16",
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 20,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 10,
 ) -> None:
     """Measure what interventions and tracing cost, as ratios within one interleaved run."""
     from clva_lens.bench import bench as measure

@@ -127,12 +127,12 @@ class BenchReport:
 
 
 def bench(
-    rounds: int = 9,
+    rounds: int = 3,
     quick: bool = False,
     *,
     device: str = "cpu",
     subjects: Iterable[Subject] | None = None,
-    new_tokens: int = 20,
+    new_tokens: int = 10,
     progress: bool = True,
 ) -> BenchReport:
     """Measure CLVA and tracing on the toys and, unless ``quick``, on larger random models.
@@ -145,7 +145,7 @@ def bench(
     """
     if rounds < 1 or new_tokens < 1:
         raise ParameterError(
-            f"rounds and new_tokens must be >= 1, but are {rounds} and {new_tokens}. Pass rounds=9."
+            f"rounds and new_tokens must be >= 1, but are {rounds} and {new_tokens}. Pass rounds=3."
         )
     if subjects is None:
         subjects = toy_subjects() if quick else toy_subjects() + random_subjects()

@@ -31,7 +31,7 @@ Form = Literal["masked", "split", "folded"]
 
 # Up to this many (sample, row, key) triples a mask costs less than anything that replaces it, and
 # where most rows are edited, folding costs less from this many keys on. Measured on an H100 in
-# bfloat16 with 32 heads of 128: analyses/08_speed.py.
+# bfloat16 with 32 heads of 128: analyses/measured/forms-h100.json.
 SMALL, MANY_KEYS = 2**20, 3072
 # The widest heads that FlashAttention takes, the columns that folding adds, and its most negative
 # log-weight: exp(−1000) is 0 in float32 beside any score within 890 of it.

@@ -32,13 +32,16 @@ def differences(
     Args:
         rows: ``benchmark, method, metric, change, low, high``, fractions, as ``measure_methods``
             returns them; drawn × 100.
-        metrics: which ones, from left to right.
+        metrics: which ones, from left to right; benchmarks without the first are left out.
         baseline: what the changes are against, for the label.
 
     Raises:
         FigureError: if no row has one of the metrics and a change.
     """
     chosen = [r for r in rows if r["metric"] in metrics and r["change"] is not None]
+    # Captions and questions both have a recall, but a block without the first metric is not meant.
+    meant = {row["benchmark"] for row in chosen if row["metric"] == metrics[0]}
+    chosen = [row for row in chosen if row["benchmark"] in meant]
     absent = [name for name in metrics if name not in {r["metric"] for r in chosen}]
     if absent or not metrics:
         raise FigureError(
