@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from clva_lens import folding
 from clva_lens.folding import Bias
-from clva_lens.step import Step, once
+from clva_lens.step import Step
 from clva_lens.stream import Part, Stream, StreamCall
 
 # Rows of the pattern are formed in pieces of at most this many scores (64 MiB of float32).
@@ -87,8 +87,11 @@ class AttentionCall:
             return as_additive(self.mask[:, :, rows, :keys])
         if not self.step.causal or (count == 1 and keys == self.step.offset + 1):
             return None
-        place = ("future", start, stop, keys, self.key.device)
-        return once(self.step.of_pass, place, lambda: self._future(start, stop))
+        place, known = (start, stop, keys, self.key.device), self.step.of_pass
+        # The last one is kept for the next layer; all pieces of many rows would be a whole mask.
+        if "future" not in known or known["future"][0] != place:
+            known["future"] = place, self._future(start, stop)
+        return known["future"][1]
 
     def _future(self, start: int, stop: int) -> Float[Tensor, "row key"]:
         """Return the additive mask of rows that see all that came before them."""
