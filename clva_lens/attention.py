@@ -66,7 +66,7 @@ class Run:
         self._hooks: list[RemovableHandle] = []
         self._streams: dict[tuple[Part, int], RemovableHandle] = {}
         self._watches_logits = False
-        self._call: AttentionCall | None = None
+        self._open: tuple[AttentionCall, Acting] | None = None
         self._moved: dict[torch.device, tuple[Step, Step]] = {}
 
     def install(self) -> None:
@@ -171,7 +171,7 @@ class Run:
         Raises:
             InterventionError: if the layer got other rows than the model read.
         """
-        self._call = None
+        self._open = None
         if isinstance(query, FakeTensor):
             return None
         step = self.step_on(query.device)
@@ -193,17 +193,17 @@ class Run:
             bias = session.attention(call)
             if bias is not None:
                 call.bias = folding.add(call.bias, folding.on(bias, query.device))
-        self._call = call if acting.output else None
+        self._open = (call, acting) if acting.output else None
         return None if call.bias is None else call
 
     def output(self, out: Tensor) -> Tensor:
         """Return the output of the layer that ``edit`` was for, as the sessions leave it."""
-        call, self._call = self._call, None
-        if call is not None:
+        opened, self._open = self._open, None
+        if opened is not None:
+            call, acting = opened
             call.z = out
-            for session in self.sessions:
-                acts = session.edits_output and call.layer in session.layers
-                edited = session.output(call, out) if acts else None
+            for session in acting.sessions:
+                edited = session.output(call, out) if session.edits_output else None
                 out = out if edited is None else edited
         return out
 

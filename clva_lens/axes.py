@@ -67,7 +67,7 @@ class TokenSpans:
         length = ids.shape[1] if prompt_length is None else prompt_length
         in_prompt = position < length
         image = (ids == image_token_id) & real & in_prompt
-        last_image = torch.where(image, position, -1).amax(dim=1, keepdim=True)
+        last_image = last_true(image)[:, None]
         text = real & ~image & in_prompt & (position > last_image) & (last_image >= 0)
         system = real & in_prompt & ~image & ~text
         return cls(system=system, image=image, text=text, generated=real & ~in_prompt)
@@ -117,8 +117,7 @@ class TokenSpans:
         real = self.real
         if isinstance(span, str):
             if span == "last":
-                index = torch.arange(real.shape[1], device=real.device)
-                return torch.where(real, index, -1).amax(dim=1, keepdim=True)
+                return last_true(real)[:, None]
             if span not in ("system", "image", "text", "all"):
                 raise ParameterError(
                     f"span must be 'last', 'system', 'image', 'text', 'all', a mask or positions, "
@@ -162,3 +161,8 @@ class TokenSpans:
         """Return the spans of the first ``length`` positions."""
         spans = (self.system, self.image, self.text, self.generated)
         return TokenSpans(*(span[:, :length] for span in spans))
+
+
+def last_true(mask: Bool[Tensor, "batch sequence"]) -> Int[Tensor, " batch"]:
+    """Return the index of each sample's last True, −1 if there is none."""
+    return torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(dim=1)

@@ -157,9 +157,10 @@ def bench(
             nn.Module.to(subject.model.eval(), device=device)
             kinds.add(str(subject.model.dtype).removeprefix("torch."))
             with torch.inference_mode():
-                rows += measure_time(subject, rounds, new_tokens, progress=progress)
-                rows += measure_memory(subject, new_tokens)
-            del subject  # before the next one is made
+                cases = cases_of(subject.model, new_tokens, subject.batch, subject.only)
+                rows += measure_time(subject, cases, rounds, new_tokens, progress=progress)
+                rows += measure_memory(subject, cases)
+            del subject, cases  # before the next one is made
     finally:
         gc.unfreeze()
     versions = {name: version(name) for name in ("torch", "transformers", "nnsight")}
@@ -210,11 +211,10 @@ def _timed(case: Case, model: PreTrainedModel) -> Clocks:
 
 
 def measure_time(
-    subject: Subject, rounds: int, new_tokens: int, *, progress: bool = True
+    subject: Subject, cases: list[Case], rounds: int, new_tokens: int, *, progress: bool = True
 ) -> list[BenchRow]:
     """Return the times of all cases of one model, interleaved, after a warm-up of each."""
     model = subject.model
-    cases = cases_of(model, new_tokens, subject.batch, subject.only)
     samples: dict[str, list[Clocks]] = {case.name: [] for case in cases}
     columns = (TextColumn(subject.name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -319,14 +319,13 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
     return memory.peak
 
 
-def measure_memory(subject: Subject, new_tokens: int = 1) -> list[BenchRow]:
+def measure_memory(subject: Subject, cases: list[Case]) -> list[BenchRow]:
     """Return the peaks of prefills and passes, and how far looking lifts that of a pass.
 
     What is allocated where the plain pass needs little anyway lifts no peak, and costs nothing.
     Generations of more than a token are measured on a GPU, where it costs no time.
     """
     model, peaks = subject.model, dict[str, int]()
-    cases = cases_of(model, new_tokens, subject.batch, subject.only)
     counted = model.device.type == "cuda"
     cases = [case for case in cases if counted or not case.name.startswith("generate")]
     for case in cases:

@@ -42,7 +42,9 @@ def cases_of(
     Raises:
         ParameterError: if there is no case of such a name.
     """
-    cases = generation_cases(model, new_tokens, batch) + forward_cases(model, batch)
+    handle = _handle(model)
+    cases = generation_cases(model, handle, new_tokens, batch)
+    cases += forward_cases(model, handle, batch)
     if only is None:
         return cases
     unknown = sorted(set(only) - {case.name for case in cases})
@@ -53,7 +55,9 @@ def cases_of(
     return [case for case in cases if case.name in wanted]
 
 
-def generation_cases(model: PreTrainedModel, new_tokens: int, batch: int = 1) -> list[Case]:
+def generation_cases(
+    model: PreTrainedModel, handle: LensModel, new_tokens: int, batch: int
+) -> list[Case]:
     """Return generation of ``new_tokens`` tokens and of one ("prefill"), plain and edited.
 
     CLVA is as the model's family has it; the forms of its bias (folding.py) and the rewriting of
@@ -63,7 +67,6 @@ def generation_cases(model: PreTrainedModel, new_tokens: int, batch: int = 1) ->
     options: dict[str, Any] = {**inputs, "max_new_tokens": new_tokens, "do_sample": False}
     for part in (model, getattr(model, "language_model", model)):
         part.generation_config.eos_token_id, part.generation_config.pad_token_id = None, 0
-    handle = _handle(model)
     image = inputs["input_ids"][0] == find_family(model).image_token_id(model)
 
     def plain(count: int = new_tokens) -> None:
@@ -119,7 +122,7 @@ def generation_cases(model: PreTrainedModel, new_tokens: int, batch: int = 1) ->
     ]
 
 
-def forward_cases(model: PreTrainedModel, batch: int = 1) -> list[Case]:
+def forward_cases(model: PreTrainedModel, handle: LensModel, batch: int) -> list[Case]:
     """Return one forward pass: plain, traced, and with every pattern or activation kept."""
     prompt = random_prompt(model, batch)
     options: dict[str, Any] = {**prompt.inputs, "logits_to_keep": 1}
@@ -135,7 +138,7 @@ def forward_cases(model: PreTrainedModel, batch: int = 1) -> list[Case]:
     ):
         from clva_lens.bridge import to_transformer_lens
 
-        handle, bridge = _handle(model), to_transformer_lens(model)
+        bridge = to_transformer_lens(model)
         inputs = bridge.inputs(prompt)
         cases += [
             Case("run_with_cache", "forward", "sdpa", lambda: handle.run_with_cache(prompt)),

@@ -22,10 +22,11 @@ from clva_lens.models.family import find_family
 from clva_lens.models.lens import LensModel
 from clva_lens.models.prompt import Prompt, VisualTokens, visual_tokens
 from clva_lens.readout import CacheModel, read_out, token_ids
+from clva_lens.rows import stack_layers
 from clva_lens.session import Session
 from clva_lens.step import Step
 from clva_lens.stream import Stream, StreamCall
-from clva_lens.trace import chosen_layers, stack_layers
+from clva_lens.trace import chosen_layers
 
 # Logits are formed for at most this many entries at once (64 MiB of float32).
 LOGITS_AT_ONCE = 2**24

@@ -45,7 +45,6 @@ class _Merged(NamedTuple):
     mask: Tensor | None
     bias: Bias
     first: int
-    device: torch.device
     both: Tensor
 
 
@@ -115,14 +114,9 @@ class Merging:
         """
         mask, bias, count = call.mask, call.bias, call.query.shape[2]
         assert bias is not None
-        known, device = self._merged, call.query.device
-        if (
-            known is None
-            or known.mask is not mask
-            or known.bias is not bias
-            or known.first != first
-            or known.device != device
-        ):
+        known = self._merged
+        same = known is not None and known.mask is mask and known.bias is bias
+        if known is None or not same or known.first != first:
             additive, both = call.additive_mask(first, count), folding.part(bias, first, count)
             # Finite in the queries' type: a row of padding that sees nothing must not become NaN.
             # The bias is float32, which the lowest float64 does not fit.
@@ -131,9 +125,9 @@ class Merging:
                 both = (both + additive).clamp_min(lowest)
             # CUDA kernels take a mask of the queries' type only; CPU kernels take float32 too, but
             # read it wrongly beside float64 queries.
-            if device.type != "cpu" or call.query.dtype == torch.float64:
+            if both.device.type != "cpu" or call.query.dtype == torch.float64:
                 both = folding.aligned(both, call.query.dtype)
-            self._merged = known = _Merged(mask, bias, first, device, both)
+            self._merged = known = _Merged(mask, bias, first, both)
         return known.both
 
 

@@ -177,21 +177,20 @@ class DecoderPasses(_TokenPasses):
                     "prefill_chunk_size unset."
                 )
             start, stop = int(visual.min()), int(visual.max()) + 1
-            first = int(spans.text.any(dim=0).nonzero()[0])
-            spans = spans.to(ids.device)
-            self.step = Step(
+            step = Step(
                 0,
                 0,
                 spans.text,
                 spans,
-                visual.to(ids.device),
+                visual,
                 causal=True,
                 ordered=True,
                 ids=ids,
                 image_start=start,
+                first_text=int(spans.text.any(dim=0).nonzero()[0]),
                 block=(start, stop) if stop - start == visual.shape[1] else None,
-                of_prompt={"first": first},
             )
+            self.step = step.to(ids.device)
             return
         known = self._next(ids, offset)
         spans, keys = known.spans, offset + ids.shape[1]
@@ -251,8 +250,9 @@ class EncoderDecoderPasses(_TokenPasses):
                 rows, self._embedded_ids(len(rows), None), kwargs.get("attention_mask")
             )
             text = torch.ones_like(rows, dtype=torch.bool)
-            visual, spans = spans.visual_index().to(rows.device), spans.to(rows.device)
-            self.step = Step(0, 0, text, spans, visual, causal=False, ordered=True, ids=rows)
+            visual = spans.visual_index()
+            step = Step(0, 0, text, spans, visual, causal=False, ordered=True, ids=rows)
+            self.step = step.to(rows.device)
             return
         known = self._next(rows, offset)
         self.step = replace(known, number=known.number + 1, offset=offset, ids=rows)

@@ -4,6 +4,7 @@ Both the lens (trace.py) and the methods read attention through these two functi
 is shown is what is acted on. Only a few rows of one layer's pattern exist at a time.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from clva_lens.folding import at
 from clva_lens.session import AttentionCall
 from clva_lens.step import Step, once
 
@@ -32,8 +34,8 @@ class PromptRows(NamedTuple):
 @torch.no_grad()
 def read_prompt_rows(call: AttentionCall) -> PromptRows:
     """Return masses and the map of one layer; the pass must hold the whole prompt."""
-    step, device = call.step, call.query.device
-    weights, where = once(step.of_prompt, ("means", device), lambda: _means(step, device))
+    step = call.step
+    weights, where = once(step.of_prompt, ("means", step.text_rows.device), lambda: _means(step))
     means = [
         weights[..., start:stop] @ call.rows(start, stop)[..., : step.keys]
         for start, stop in call.row_pieces(step.first_text, step.prompt_rows)
@@ -43,9 +45,7 @@ def read_prompt_rows(call: AttentionCall) -> PromptRows:
     return PromptRows(image, system, text, step.on_image(last))
 
 
-def _means(
-    step: Step, device: torch.device
-) -> tuple[Float[Tensor, "batch 1 2 row"], Float[Tensor, "batch key 3"]]:
+def _means(step: Step) -> tuple[Float[Tensor, "batch 1 2 row"], Float[Tensor, "batch key 3"]]:
     """Return the weights of rows in two means, of all text rows and the last; and the spans.
 
     Where rows are unordered queries, both means are over all of them.
@@ -55,8 +55,7 @@ def _means(
     last = position == rearrange(step.last_text, "b -> b 1")
     rows = torch.stack([every, last if step.ordered else every], dim=1).float()
     weights = rearrange(rows / rows.sum(dim=2, keepdim=True), "b m q -> b 1 m q")
-    where = torch.stack([spans.image, spans.system, spans.text], dim=2).float()
-    return weights.to(device), where.to(device)
+    return weights, torch.stack([spans.image, spans.system, spans.text], dim=2).float()
 
 
 @torch.no_grad()
@@ -75,8 +74,6 @@ def read_generated_rows(call: AttentionCall) -> Float[Tensor, "batch head row vi
     The pass must hold a generated row.
     """
     count = call.query.shape[2]
-    if count == 1:
-        return call.step.on_image(call.rows(0, 1)).detach()
     maps = [
         call.step.on_image(call.rows(start, stop)).detach()
         for start, stop in call.row_pieces(count - call.new_rows, count)
@@ -102,3 +99,8 @@ def read_received(call: AttentionCall) -> Float[Tensor, "batch visual"]:
         )
         received += pattern.where(others, 0.0).sum(dim=1)
     return call.step.on_image(received)
+
+
+def stack_layers(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Return what was read in several layers as one tensor, on the device of the first of them."""
+    return torch.stack([at(part, parts[0].device) for part in parts], dim=dim)

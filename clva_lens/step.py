@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from clva_lens.axes import TokenSpans
+from clva_lens.axes import TokenSpans, last_true
 
 Value = TypeVar("Value")
 
@@ -26,9 +26,10 @@ class Step:
     the rows, which do not see later ones. ``ordered``: the rows have a last one, which makes the
     maps of Eq. 4; otherwise all of them do, averaged. ``ids`` are the token ids of this
     pass's rows, None where rows are no tokens. ``image_start`` is the position of the first image
-    token in any sample. ``block`` is where the image tokens lie if that is one piece, the same in
-    all samples; else None. ``of_prompt`` keeps what is worked out once for all passes of a prompt,
-    ``of_pass`` what is once for all layers of this pass.
+    token in any sample, ``first_text`` the first row that is text in any. ``block`` is where the
+    image tokens lie if that is one piece, the same in all samples; else None. ``of_prompt`` keeps
+    what is worked out once for all passes of a prompt, ``of_pass`` what is once for all layers of
+    this pass.
     """
 
     number: int
@@ -40,6 +41,7 @@ class Step:
     ordered: bool
     ids: Int[Tensor, "batch row"] | None = None
     image_start: int = 0
+    first_text: int = 0
     block: tuple[int, int] | None = None
     of_prompt: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     of_pass: dict[Hashable, Any] = field(default_factory=dict, repr=False, init=False)
@@ -69,11 +71,6 @@ class Step:
         return self.spans.image.shape[1]
 
     @property
-    def first_text(self) -> int:
-        """The first row that is text in any sample."""
-        return once(self.of_prompt, "first", lambda: int(self.text_rows.any(dim=0).nonzero()[0]))
-
-    @property
     def last_text(self) -> Int[Tensor, " batch"]:
         """The position of each sample's last prompt row: the "last query row" of Eq. 4."""
         return once(
@@ -95,8 +92,3 @@ def once(known: dict[Hashable, Any], key: Hashable, make: Callable[[], Value]) -
     if key not in known:
         known[key] = make()
     return known[key]
-
-
-def last_true(rows: Bool[Tensor, "batch row"]) -> Int[Tensor, " batch"]:
-    """Return the index of each sample's last True, −1 if there is none."""
-    return torch.where(rows, torch.arange(rows.shape[1], device=rows.device), -1).amax(dim=1)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from clva_lens.anchors import saliency_map
 from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.folding import at
 from clva_lens.heads import EmptyPolicy, HeadClasses, classify_heads
 from clva_lens.methods.base import Shape, check_layers
 from clva_lens.rows import (
@@ -18,6 +17,7 @@ from clva_lens.rows import (
     read_generated_rows,
     read_prompt_rows,
     read_query_rows,
+    stack_layers,
 )
 from clva_lens.session import AttentionCall, Session
 
@@ -225,8 +225,3 @@ class QueryObserver(Session):
     def maps(self) -> Float[Tensor, "batch layer query visual"]:
         """Return what was read, in fractions of attention mass."""
         return stack_layers([self._maps[layer] for layer in self.layers], dim=1)
-
-
-def stack_layers(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Return what was read in several layers as one tensor, on the device of the first of them."""
-    return torch.stack([at(part, parts[0].device) for part in parts], dim=dim)

@@ -86,10 +86,7 @@ class Draft(Kept):
             "method": name,
             "decoding": told["decoding"]["name"],
         }
-        self._answers += [
-            place | {key: None if row.get(key) is None else row[key] for key in _ANSWER}
-            for row in report.rows
-        ]
+        self._answers += [place | {key: row.get(key) for key in _ANSWER} for row in report.rows]
         parquet.write_table(
             arrow.Table.from_pylist(self._answers), self._file_of(ROWS, "answers", ".parquet")
         )

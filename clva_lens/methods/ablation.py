@@ -25,6 +25,7 @@ from clva_lens.methods.base import (
     register_method,
 )
 from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
+from clva_lens.rows import stack_layers
 from clva_lens.session import AttentionCall, Session
 from clva_lens.step import Step
 
@@ -207,8 +208,7 @@ class MeanSession(Session):
         """
         if not self._count:
             raise ParameterError("no prompt was read, so heads have no mean. Pass some prompts.")
-        first = self._sums[self.layers[0]].device  # layers may be spread over devices
-        sums = torch.stack([self._sums[layer].to(first) for layer in self.layers])
+        sums = stack_layers([self._sums[layer] for layer in self.layers], dim=0)
         return HeadMeans((sums / self._count).float(), self.site, self._count)
 
 

@@ -168,9 +168,8 @@ class ClvaSession(Session):
     ) -> None:
         """Keep the resolved layers; the anchors come with the first pass."""
         self.method, self.shape, self.site = method, shape, shape.site
-        self.positive_layer, self.edited = positive_layer, edited
-        self.passive = method.alpha == 0 and method.beta == 0
-        self.steady = () if self.passive else edited
+        self.positive_layer = positive_layer
+        self.steady = () if method.alpha == method.beta == 0 else edited
         self.layers = (method.negative_layer, positive_layer, *self.steady)
         self._read: dict[int, _LayerReading] = {}
         self._bias: tuple[Step, Bias] | None = None

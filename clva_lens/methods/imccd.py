@@ -184,8 +184,7 @@ class _Impaired(Session):
         start, rows = _text_rows(call)
         count = call.query.shape[2]
         scores = call.scores(start, count)
-        visual = rearrange(call.step.visual, "b v -> b 1 1 v").expand(*scores.shape[:3], -1)
-        looked, share = (x.gather(3, visual) for x in (scores, scores.softmax(dim=-1)))
+        looked, share = map(call.step.on_image, (scores, scores.softmax(dim=-1)))
         old = count - start - call.new_rows
         marked = looked > _means(looked, rows, old)
         taken = share * marked * rearrange(rows, "b q -> b 1 q 1")
@@ -218,8 +217,7 @@ class _Looking(Gate):
         # Read again without a cache, a pass has all steps; with one, only its own.
         start = max(0, call.step.prompt_rows - 1 - call.step.offset)
         scores = call.scores(start, call.query.shape[2])
-        visual = rearrange(call.step.visual, "b v -> b 1 1 v").expand(*scores.shape[:3], -1)
-        share = scores.gather(3, visual).sum(dim=3).mean(dim=1) / len(self.layers)
+        share = call.step.on_image(scores).sum(dim=3).mean(dim=1) / len(self.layers)
         before = None if call.layer == self.layers[0] else self._sum
         self._sum = share if before is None else before + share.to(before.device)
         if call.layer == self.layers[-1]:

@@ -20,7 +20,8 @@ def reading(keys, text):
     ids = torch.full((1, keys), 5)
     ids[:, -text:] = 7
     spans = TokenSpans.from_ids(ids, 5)
-    step = Step(0, 0, spans.text, spans, spans.visual_index(), causal=True, ordered=True)
+    visual, start = spans.visual_index(), keys - text
+    step = Step(0, 0, spans.text, spans, visual, causal=True, ordered=True, first_text=start)
     query, key = torch.randn(2, 1, HEADS, keys, 8)
     call = AttentionCall(0, step, query, key, None, None, 1.0)
     return peak_memory(lambda: read_prompt_rows(call), CPU)

@@ -74,7 +74,7 @@ def llava():
 def layers(model, method):
     """Return (site, anchor layers, edited layers) of a CLVA on a model."""
     (session,) = method.sessions(Shapes(model))
-    return session.site, (method.negative_layer, session.positive_layer), session.edited
+    return session.site, (method.negative_layer, session.positive_layer), session.steady
 
 
 def test_sizes(instructblip, llava):
