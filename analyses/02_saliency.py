@@ -22,7 +22,7 @@ from IPython.display import Markdown
 import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments.measuring import benchmarks_for
-from clva_lens.look import look_at, saliency_picture, shown_layers
+from clva_lens.lens.side_by_side import look_at, saliency_picture, shown_layers
 
 record = cl.new_record()
 lens = cl.load(model)

@@ -24,7 +24,7 @@ import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.benchmarks.mme import COGNITION, PERCEPTION
 from clva_lens.experiments.measuring import benchmarks_for, is_toy, measure_methods, one, points
-from clva_lens.paper import beside_paper
+from clva_lens.experiments.paper import beside_paper
 
 record = cl.new_record()
 lens = cl.load(model)

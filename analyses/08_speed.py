@@ -3,7 +3,7 @@
 #
 # **Question.** What do CLVA, tracing and the contrastive methods cost against plain greedy decoding?
 #
-# **Method.** `clva_lens.bench`: all cases interleaved in one run after a warm-up, each sample divided
+# **Method.** `clva_lens.experiments.speed.bench`: all cases interleaved in one run after a warm-up, each sample divided
 # by the baseline's of the same round; medians over rounds with quartiles. Costs do not depend on
 # the weights, so models are random; on a machine without a GPU they are smaller than 7B. With
 # `measured`, a folder of reports that `clva-lens bench --out` wrote on another machine (a GPU node
@@ -25,10 +25,10 @@ import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
-from clva_lens.bench import BenchReport, bench
-from clva_lens.bench_models import random_subjects, toy_subjects
+from clva_lens.experiments.paper import paper_rows
 from clva_lens.experiments.record import sha256
-from clva_lens.paper import paper_rows
+from clva_lens.experiments.speed.bench import BenchReport, bench
+from clva_lens.experiments.speed.models import random_subjects, toy_subjects
 
 record = cl.new_record()
 if measured:

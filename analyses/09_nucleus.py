@@ -22,7 +22,7 @@ from IPython.display import Markdown
 import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments.measuring import benchmarks_for, measure_methods
-from clva_lens.paper import beside_paper
+from clva_lens.experiments.paper import beside_paper
 
 record = cl.new_record()
 lens = cl.load(model)

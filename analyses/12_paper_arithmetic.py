@@ -3,7 +3,7 @@
 #
 # **Question.** Which of the numbers printed in arXiv:2603.25088v1 contradict each other?
 #
-# **Method.** Arithmetic on the tables as printed (`clva_lens/paper.py`); no model is run. POPE's
+# **Method.** Arithmetic on the tables as printed (`clva_lens/experiments/paper.py`); no model is run. POPE's
 # splits have 3,000 questions, half of them about present objects, the same ones in every split. So
 # F1 and accuracy decide the counts: with TP + FN = TN + FP = N/2, accuracy a and F1 f give
 # TP = f·N·(1 − a) / (2·(1 − f)) and FP = N/2 − (a·N − TP).
@@ -16,7 +16,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
-from clva_lens.paper import SPLITS, paper_rows
+from clva_lens.experiments.paper import SPLITS, paper_rows
 
 record = cl.new_record()
 

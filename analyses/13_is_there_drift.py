@@ -38,7 +38,7 @@ from IPython.display import Markdown
 import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments.measuring import mean_interval, measure_methods, one, points
-from clva_lens.toy.measure import object_patches, trace_questions
+from clva_lens.experiments.toy_measures import object_patches, trace_questions
 from clva_lens.toy.questions import exist_question
 from clva_lens.toy.scenes import render, sample_scenes
 from clva_lens.toy.toys import TOYS

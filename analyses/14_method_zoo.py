@@ -25,9 +25,9 @@ import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
-from clva_lens.bench import peak_memory
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments.measuring import benchmarks_for, measure_methods, one, points
+from clva_lens.experiments.speed.bench import peak_memory
 
 record = cl.new_record()
 lens = cl.load(model)

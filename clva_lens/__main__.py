@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
-from clva_lens.errors import ClvaLensError, ParameterError
 from clva_lens.experiments import commands
+from clva_lens.ground.errors import ClvaLensError, ParameterError
 
 P = ParamSpec("P")
 
@@ -37,7 +37,7 @@ Settings = Annotated[
 def _benchmark(name: str, settings: list[str] | None) -> Any:
     """Return a registered benchmark with some of its settings changed."""
     from clva_lens.benchmarks.base import BENCHMARKS
-    from clva_lens.settings import parse_settings
+    from clva_lens.ground.settings import parse_settings
 
     found = BENCHMARKS.get(name)
     return replace(found, **parse_settings(type(found), settings or []))
@@ -45,8 +45,8 @@ def _benchmark(name: str, settings: list[str] | None) -> Any:
 
 def _method(name: str, parameters: list[str] | None) -> Any:
     """Return a registered method with these parameters, or None for "none"."""
+    from clva_lens.ground.settings import parse_settings
     from clva_lens.methods.base import METHODS
-    from clva_lens.settings import parse_settings
 
     if name != "none":
         kind = METHODS.get(name)
@@ -58,8 +58,8 @@ def _method(name: str, parameters: list[str] | None) -> Any:
 
 def _decoding(name: str, parameters: list[str] | None, max_new_tokens: int) -> Any:
     """Return a decoding with these parameters."""
-    from clva_lens.generate import DECODINGS
-    from clva_lens.settings import parse_settings
+    from clva_lens.ground.settings import parse_settings
+    from clva_lens.lens.generate import DECODINGS
 
     kind = DECODINGS.get(name)
     given = parse_settings(kind, parameters or [])
@@ -95,7 +95,7 @@ def demo(
     questions: Annotated[int, typer.Option(help="Questions per split (toys only).", min=12)] = 300,
 ) -> None:
     """Show which heads look at the picture, how attention drifts, and what CLVA changes."""
-    from clva_lens.demo import demo_picture, demo_toy
+    from clva_lens.experiments.demo import demo_picture, demo_toy
     from clva_lens.toy.pretrained import names
 
     console = Console()
@@ -143,10 +143,10 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="As float16; else the weights' own.")] = None,
 ) -> None:
     """Run a benchmark and keep every answer; a run that was killed goes on with --resume."""
-    from clva_lens.evaluate import check_images, evaluate
-    from clva_lens.generate import check_decoding
-    from clva_lens.models.lens import load
-    from clva_lens.runs import check_folder
+    from clva_lens.benchmarks.run_folder import check_folder
+    from clva_lens.lens.evaluate import check_images, evaluate
+    from clva_lens.lens.generate import check_decoding
+    from clva_lens.lens.load import load
 
     # Everything that can be wrong is looked at before the model is loaded.
     chosen = _benchmark(benchmark, settings)
@@ -188,9 +188,9 @@ def score(
     out: Annotated[Path | None, typer.Option(help="Also write the score as JSON.")] = None,
 ) -> None:
     """Score a run again, without a model; with --against, as a paired comparison of two runs."""
-    from clva_lens import runs
+    from clva_lens.benchmarks import run_folder as runs
     from clva_lens.benchmarks.comparison import compare
-    from clva_lens.settings import parse_settings
+    from clva_lens.ground.settings import parse_settings
 
     def again(run: Path) -> runs.Report:
         kind = type(runs.benchmark_of(runs.read_run(run).record, {}))
@@ -249,8 +249,13 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 10,
 ) -> None:
     """Measure what interventions and tracing cost, as ratios within one interleaved run."""
-    from clva_lens.bench import bench as measure
-    from clva_lens.bench_models import Subject, dtype_of, named_subject, scaling_subjects
+    from clva_lens.experiments.speed.bench import bench as measure
+    from clva_lens.experiments.speed.models import (
+        Subject,
+        dtype_of,
+        named_subject,
+        scaling_subjects,
+    )
 
     subjects: Iterable[Subject] | None = None
     kind, only = dtype_of(dtype), tuple(case) if case else None
@@ -270,12 +275,10 @@ def bench(
 @friendly
 def methods() -> None:
     """List the methods: their papers, cost, decodings (ours: an extension) and parameters."""
-    import clva_lens as cl
     from clva_lens.methods.base import METHODS
 
     console = Console()
-    for name in cl.methods():
-        method = METHODS.get(name)
+    for name, method in METHODS.items():
         parameters = ", ".join(
             field.name if field.default is MISSING else f"{field.name}={field.default!r}"
             for field in fields(method)  # pyright: ignore[reportArgumentType]
@@ -296,8 +299,8 @@ def check_model(
     model: Annotated[str, typer.Argument(help="A toy name, a Hub id or a folder.")],
 ) -> None:
     """Say what a model is to clva_lens, check its attention, and which methods apply to it."""
-    from clva_lens.model_facts import check, facts, refusals, sample_prompt
-    from clva_lens.models.lens import load
+    from clva_lens.lens.facts import check, facts, refusals, sample_prompt
+    from clva_lens.lens.load import load
 
     console = Console()
 
@@ -371,7 +374,7 @@ def card(
     scenes: Annotated[int, typer.Option(help="Held-out scenes.", min=20)] = 340,
 ) -> None:
     """Measure a toy on held-out scenes and write its card (README.md) beside the weights."""
-    from clva_lens.toy.card import write_card
+    from clva_lens.experiments.toy_card import write_card
 
     source = folder / "model" if (folder / "model").is_dir() else folder
     Console().print(f"Written to {write_card(source, scenes, Console())}")

@@ -12,7 +12,7 @@ import pytest
 from tiny_models import HEADS, KERNELS, QUESTIONS, SITES, blip_of, double_of, lens_of, picture
 from transformers import LlavaForConditionalGeneration
 
-from clva_lens.models.lens import LensModel
+from clva_lens.lens.load import LensModel
 from clva_lens.models.prompt import Prompt
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from clva_lens.bench import (
+from clva_lens.experiments.speed.bench import (
     BenchReport,
     BenchRow,
     Clocks,
@@ -16,7 +16,7 @@ from clva_lens.bench import (
     peak_memory,
     token_samples,
 )
-from clva_lens.bench_models import (
+from clva_lens.experiments.speed.models import (
     LARGE_TARGETS,
     SCALING,
     Subject,
@@ -27,9 +27,9 @@ from clva_lens.bench_models import (
     scaling_subjects,
     toy_subjects,
 )
-from clva_lens.bench_paper import NAME, rewriting
-from clva_lens.errors import ParameterError
-from clva_lens.intervene import intervening
+from clva_lens.experiments.speed.rewriting import NAME, rewriting
+from clva_lens.ground.errors import ParameterError
+from clva_lens.lens.intervene import intervening
 from clva_lens.methods.clva import CLVA
 from clva_lens.models.family import FAMILIES
 
@@ -70,7 +70,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def report():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clva_lens.bench.ROUND_SECONDS", 1e-6)
+        patch.setattr("clva_lens.experiments.speed.bench.ROUND_SECONDS", 1e-6)
         model = random_llava(layers=4, width=16, heads=8, image_tokens=36)
         subjects = [Subject("tiny", model, LARGE_TARGETS)]
         made = bench(rounds=1, subjects=subjects, new_tokens=2, progress=False)
@@ -160,7 +160,7 @@ def test_an_instructblip_is_measured_too():
     model = random_instructblip(layers=4, width=16, heads=2)
     assert random_prompt(model).spans.visual_count == model.config.num_query_tokens == 32
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clva_lens.bench.ROUND_SECONDS", 1e-6)
+        patch.setattr("clva_lens.experiments.speed.bench.ROUND_SECONDS", 1e-6)
         subject = next(one for one in toy_subjects() if "InstructBLIP" in one.name)
         made = bench(rounds=1, subjects=[subject], new_tokens=2, progress=False)
     peaks = {(case, "peak") for case in PREFILLS | FORWARDS}
@@ -214,7 +214,7 @@ def test_a_qwen_vl_can_be_measured(tmp_path):
     FAMILIES.get("qwen-vl").tiny().config.save_pretrained(tmp_path)
     subject = named_subject(str(tmp_path), "cpu", torch.float32, 2, ("prefill, CLVA",))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clva_lens.bench.ROUND_SECONDS", 1e-6)
+        patch.setattr("clva_lens.experiments.speed.bench.ROUND_SECONDS", 1e-6)
         made = bench(rounds=1, subjects=[subject], new_tokens=1, progress=False)
     assert [(row.case, row.unit) for row in made.rows] == [
         ("prefill", "s"),
@@ -225,7 +225,7 @@ def test_a_qwen_vl_can_be_measured(tmp_path):
 
 
 def test_scaling_varies_one_thing(monkeypatch):
-    monkeypatch.setattr("clva_lens.bench.ROUND_SECONDS", 1e-6)
+    monkeypatch.setattr("clva_lens.experiments.speed.bench.ROUND_SECONDS", 1e-6)
     monkeypatch.setitem(SCALING, "tokens", (16, 64))
     monkeypatch.setitem(SCALING, "batch", (1, 2))
     monkeypatch.setitem(SCALING, "layers", (4, 5))

@@ -1,202 +1,163 @@
-"""The import order of the rooms: nothing imports what comes after it."""
+"""The order of the rooms: nothing imports what comes after it, and no files import in a circle."""
 
 import ast
+from itertools import pairwise
 from pathlib import Path
 
-import clva_lens
+import clva_lens as cl
 
-ROOT = Path(clva_lens.__file__).parent
-ORDER = [
-    {"errors"},
-    {"registry", "settings", "progress", "axes", "transformerlens"},
-    {"heads", "anchors", "drift", "pointing", "moments", "folding"},
-    {"step"},
-    {"passes", "logits", "models.twin", "windows"},
-    {"qwen_vl.configuration", "qwen_vl.tokenizer"},
-    {"qwen_vl.vision", "qwen_vl.processor"},
-    {"qwen_vl.model"},
-    {"qwen_vl.__init__"},
-    {"qwen_vl.convert"},
-    {"models.hooks"},
-    {"readout"},
-    {"models.family"},
-    {"models.grids"},
-    {
-        "models.generic",
-        "models.llava",
-        "models.instructblip",
-        "models.qwen_vl",
-        "models.__init__",
-    },
-    {"stream"},
-    {"session"},
-    {"merging"},
-    {"attention"},
-    {"rows", "logit_parts"},
-    {
-        "methods.base",
-        "methods.beams",
-        "methods.choosing",
-        "methods.ablation",
-        "methods.clearsight",
-        "methods.clva",
-        "methods.contrast",
-        "methods.deco",
-        "methods.icd",
-        "methods.imccd",
-        "methods.controls",
-        "methods.knockout",
-        "methods.memvr",
-        "methods.only",
-        "methods.opera",
-        "methods.patching",
-        "methods.vcd",
-        "methods.hooks",
-        "methods.pai",
-        "methods.scores",
-        "methods.visflow",
-        "methods.__init__",
-    },
-    {"models.prompt"},
-    {"trace"},
-    {"intervene", "models.check"},
-    {"trace_statistics"},
-    {"cache"},
-    {"toy.__init__", "toy.pretrained.__init__", "toy.scenes", "toy.questions"},
-    {"models.lens"},
-    {"generate", "bridge", "masks", "model_facts"},
-    {"benchmarks.lines", "benchmarks.metrics"},
-    {"benchmarks.base"},
-    {"benchmarks.statistics"},
-    {
-        "benchmarks.parsers",
-        "benchmarks.protocols",
-        "benchmarks.files",
-        "benchmarks.hub",
-        "benchmarks.comparison",
-    },
-    {"benchmarks.pope", "benchmarks.mme_files"},
-    {"benchmarks.pope_sets", "benchmarks.mme"},
-    {"benchmarks.pope_sampling", "benchmarks.toy_pope"},
-    {"benchmarks.toy_skills", "benchmarks.toy_mme"},
-    {"benchmarks.chair_words", "benchmarks.chair_tokens", "benchmarks.chair_singular"},
-    {"benchmarks.chair_vocabulary"},
-    {"benchmarks.chair_lemmas"},
-    {"benchmarks.chair_reading"},
-    {"benchmarks.chair", "benchmarks.chair_truth"},
-    {"benchmarks.chair_coco", "benchmarks.toy_chair", "benchmarks.llava_bench"},
-    {"benchmarks.llava_judge"},
-    {"benchmarks.__init__"},
-    {"record", "runs"},
-    {"evaluate"},
-    {"figures.base"},
-    {"figures.overlay", "figures.layer_map", "figures.of_records"},
-    {
-        "figures.accuracy",
-        "figures.attribution",
-        "figures.costs",
-        "figures.differences",
-        "figures.drift",
-        "figures.heads",
-        "figures.layer_curves",
-        "figures.logit_lens",
-        "figures.patch_maps",
-        "figures.patching",
-        "figures.pointing",
-        "figures.saliency",
-        "figures.surface",
-        "figures.task_scores",
-    },
-    {"figures.attention_records"},
-    {"figures.__init__"},
-    {"logit_lens", "attribution"},
-    {"patching", "game"},
-    {"toy.build", "toy.checkpoint"},
-    {"toy.build_instructblip"},
-    {"toy.packing", "toy.vision", "toy.measure"},
-    {"toy.reading", "toy.reading_instructblip"},
-    {"toy.train"},
-    {"toy.train_instructblip"},
-    {"toy.toys"},
-    {"toy.card"},
-    {"look", "bench_models", "bench_paper"},
-    {"bench_cases"},
-    {"bench", "demo"},
-    {"paper", "experiments.__init__", "experiments.record", "experiments.notebook"},
-    {"experiments.draft", "experiments.drawing", "experiments.measuring"},
-    {"experiments.archive"},
-    {"experiments.commands"},
-    {"__main__", "__init__"},
-]
-LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-NNSIGHT = {"models.lens", "intervene", "bench"}
-TRANSFORMER_LENS = {"transformerlens", "cache"}
-NO_TORCH = {name for name in LEVEL if name.startswith(("benchmarks.", "figures."))}
-SCIENCE = {"heads", "anchors", "drift", "pointing", "moments", "axes"}
+ROOT = Path(cl.__file__).parent
+ORDER = (
+    {"ground"},
+    {"science", "models", "toy"},
+    {"engine", "benchmarks"},
+    {"methods", "figures"},
+    {"lens"},
+    {"experiments"},
+    {""},  # the doors: the public names, and the command line
+    {"__main__"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
+NNSIGHT = ("lens", "experiments.speed")
+TRANSFORMER_LENS = {"models.transformerlens", "lens.cache"}
+NO_TORCH = ("ground.errors", "ground.registry", "benchmarks", "figures")
+NAMELESS = ("utils", "common", "helpers", "manager")
 
 
-def modules():
-    for path in sorted(ROOT.rglob("*.py")):
-        yield ".".join(path.relative_to(ROOT).with_suffix("").parts), path
+def files(root=ROOT):
+    """Every module of the package by its path: ``lens.load``; a room's own file by the room's."""
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+FILES = files()
+
+
+def room(name):
+    return name.split(".")[0]
+
+
+def within(name, places):
+    return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
 def imports(path):
+    """(module, name) of everything that a file imports, at its top or inside a function."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, []
+            yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module, [alias.name for alias in node.names]
+            yield from ((node.module, alias.name) for alias in node.names)
 
 
-def own(module, names):
-    """The clva_lens modules that an import statement reaches."""
-    if not module.startswith("clva_lens"):
-        return
-    short = module.removeprefix("clva_lens").lstrip(".")
-    for name in names:
-        inner = f"{short}.{name}".lstrip(".")
-        if inner in LEVEL:
-            yield inner
-        elif f"{inner}.__init__" in LEVEL:
-            yield f"{inner}.__init__"
-        else:
-            yield short if short in LEVEL else f"{short}.__init__".lstrip(".")
+def own_imports(known):
+    """The modules of the package that each of its modules imports."""
+    used = {}
+    for name, path in known.items():
+        used[name] = set()
+        for module, imported in imports(path):
+            if room(module) != "clva_lens":
+                continue
+            short = module.removeprefix("clva_lens").lstrip(".")
+            inner = f"{short}.{imported}".lstrip(".")
+            target = inner if inner in known else short
+            assert target in known, f"{name} imports {module}, which is not there"
+            used[name].add(target)
+    return used
 
 
-def test_every_module_has_its_place():
-    assert {name for name, _ in modules()} == set(LEVEL)
+def against_the_order(used):
+    return [
+        f"{name} imports {other}"
+        for name, others in used.items()
+        for other in sorted(others)
+        if room(name) != room(other) and FLOOR[room(other)] >= FLOOR[room(name)]
+    ]
+
+
+def circle(used):
+    """A circle of imports, as the names along it; none is an empty list."""
+    finished = set()
+
+    def walk(name, trail):
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in finished:
+            return []
+        for other in sorted(used[name]):
+            if found := walk(other, [*trail, name]):
+                return found
+        finished.add(name)
+        return []
+
+    return next((found for name in sorted(used) if (found := walk(name, []))), [])
+
+
+def functions(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+def test_the_house_has_ten_rooms_and_two_doors():
+    assert {path.name for path in ROOT.iterdir() if path.name != "__pycache__"} == {
+        *(room for rooms in ORDER[:-2] for room in rooms),
+        *("__init__.py", "__init__.pyi", "__main__.py", "py.typed"),
+    }
+    assert set(cl.ROOMS) == {room for rooms in ORDER[:-2] for room in rooms}
+    assert {room(name) for name in FILES} == set(FLOOR)
 
 
 def test_nothing_imports_what_comes_after_it():
-    wrong = [
-        f"{name} imports {used}"
-        for name, path in modules()
-        for module, names in imports(path)
-        for used in own(module, names)
-        if LEVEL[used] > LEVEL[name]
-    ]
-    assert wrong == []
+    assert against_the_order(own_imports(FILES)) == []
+
+
+def test_no_files_import_in_a_circle():
+    assert circle(own_imports(FILES)) == []
+
+
+def test_the_checks_see_a_circle_and_an_upward_import():
+    used = own_imports(FILES)
+    used["science.heads"] = {*used["science.heads"], "lens.load"}
+    assert against_the_order(used) == ["science.heads imports lens.load"]
+    seen = circle({**own_imports(FILES), "ground.axes": {"lens.load"}})
+    assert seen[0] == seen[-1] and ("ground.axes", "lens.load") in pairwise(seen)
 
 
 def test_each_upstream_stays_in_its_rooms():
     wrong = []
-    for name, path in modules():
+    for name, path in FILES.items():
         for module, _ in imports(path):
-            top = module.split(".")[0]
-            if top == "nnsight" and name not in NNSIGHT:
+            top = room(module)
+            if top == "nnsight" and not within(name, NNSIGHT):
                 wrong.append(f"{name} imports nnsight")
             if top == "transformer_lens" and name not in TRANSFORMER_LENS:
                 wrong.append(f"{name} imports transformer_lens")
-            if name in NO_TORCH and top in ("torch", "transformers"):
+            if within(name, NO_TORCH) and top in ("torch", "transformers"):
                 wrong.append(f"{name} imports {top}")
-            if name in SCIENCE and top in ("transformers", "nnsight", "pathlib"):
+            if within(name, ("science",)) and top in ("transformers", "nnsight", "pathlib"):
                 wrong.append(f"{name} imports {top}")
     assert wrong == []
 
 
-def test_files_are_short_enough_to_read():
-    long = {n: len(p.read_text().splitlines()) for n, p in modules()}
-    assert {name: lines for name, lines in long.items() if lines > 400} == {}
-    assert not {n for n in long if n.rpartition(".")[2] in ("utils", "common", "helpers")}
+def test_every_room_says_what_it_is_for():
+    for name in cl.ROOMS:
+        said = ast.get_docstring(ast.parse(FILES[name].read_text(encoding="utf-8")))
+        assert said and said.splitlines()[0].endswith((".", ";", ":")), name
+
+
+def test_files_and_functions_are_short_enough_to_read():
+    lines = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
+    assert {name: count for name, count in lines.items() if count > 400} == {}
+    long = [
+        f"{name}.{function}: {count} lines"
+        for name, path in FILES.items()
+        for function, count in functions(path)
+        if count > 60
+    ]
+    assert long == []
+    assert not {name for name in FILES if name.rpartition(".")[2] in NAMELESS}

@@ -106,7 +106,7 @@ def test_what_is_registered():
 
 
 def test_every_error_is_ours():
-    from clva_lens import errors
+    from clva_lens.ground import errors
 
     own = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
     assert len(own) >= 9

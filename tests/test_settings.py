@@ -8,9 +8,9 @@ import pytest
 
 import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
-from clva_lens.errors import ParameterError
+from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.settings import parse_settings, restore_settings
 from clva_lens.methods.base import METHODS
-from clva_lens.settings import parse_settings, restore_settings
 
 
 @dataclass(frozen=True)

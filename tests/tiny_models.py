@@ -34,8 +34,8 @@ from transformers import (
 )
 
 import clva_lens as cl
+from clva_lens.lens.load import LensModel
 from clva_lens.models.family import FAMILIES
-from clva_lens.models.lens import LensModel
 from clva_lens.toy.build import CHAT_TEMPLATE
 
 torch.set_num_threads(1)

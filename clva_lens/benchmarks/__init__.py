@@ -13,3 +13,7 @@ from clva_lens.benchmarks import toy_chair as toy_chair
 from clva_lens.benchmarks import toy_mme as toy_mme
 from clva_lens.benchmarks import toy_pope as toy_pope
 from clva_lens.benchmarks import toy_skills as toy_skills
+from clva_lens.benchmarks.base import BENCHMARKS as BENCHMARKS
+from clva_lens.ground.registry import answer_calls
+
+answer_calls(__name__, BENCHMARKS)

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from clva_lens.benchmarks.lines import broken_line, read_lines
-from clva_lens.errors import BenchmarkError, ParameterError
-from clva_lens.registry import Registry
+from clva_lens.ground.errors import BenchmarkError, ParameterError
+from clva_lens.ground.registry import Registry
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from clva_lens.benchmarks.base import Answer, Sample, Score, match, require_know
 from clva_lens.benchmarks.chair_reading import Reader
 from clva_lens.benchmarks.comparison import ROW_KINDS, RowKind
 from clva_lens.benchmarks.metrics import Metric, ratio
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 PROMPT = "Please describe this image in detail."
 KIND = "caption"

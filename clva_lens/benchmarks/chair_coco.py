@@ -33,7 +33,7 @@ from clva_lens.benchmarks.chair_truth import (
 )
 from clva_lens.benchmarks.chair_vocabulary import synonym_file, vocabulary
 from clva_lens.benchmarks.files import find_images, locate, read_object, read_rows, sha256
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 _FROM = "images.cocodataset.org (annotations_trainval2014.zip, val2014.zip)"
 

@@ -16,8 +16,8 @@ from importlib import import_module
 from clva_lens.benchmarks.chair_singular import singular
 from clva_lens.benchmarks.chair_tokens import tokenise
 from clva_lens.benchmarks.chair_vocabulary import Vocabulary
-from clva_lens.errors import BenchmarkError
-from clva_lens.registry import Registry
+from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.registry import Registry
 
 Lemmatise = Callable[[str], list[str]]
 LEMMATISERS = Registry[Callable[[Vocabulary], Lemmatise]]("lemmatiser")

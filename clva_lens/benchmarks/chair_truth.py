@@ -10,7 +10,7 @@ from typing import Any
 from clva_lens.benchmarks.base import Answer
 from clva_lens.benchmarks.chair_reading import Reader
 from clva_lens.benchmarks.files import read_rows
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 # A number, alone or at the end of a file name of COCO: COCO_val2014_000000310196.jpg. Twelve digits
 # at most, so that a date with a time is no image.

@@ -10,8 +10,8 @@ import numpy as np
 from clva_lens.benchmarks.base import Score, require_same_ids
 from clva_lens.benchmarks.metrics import METRICS, Metric, Outcomes, bias_matched
 from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index, mcnemar
-from clva_lens.errors import BenchmarkError
-from clva_lens.registry import Registry
+from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.registry import Registry
 
 
 class RowKind(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 DATA = "CLVA_LENS_DATA"
 # COCO pictures are called by number in some releases and with this prefix in others.

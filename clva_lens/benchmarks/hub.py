@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, snapshot_download
 from PIL import Image
 
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 _NAME = re.compile(r"hf://datasets/([\w.-]+)/([\w.-]+)(?:@(.+))?")
 _FILE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)@([^/]+)/(.+)")

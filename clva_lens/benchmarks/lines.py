@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 
 class Lines(NamedTuple):

@@ -30,7 +30,7 @@ from clva_lens.benchmarks.chair_reading import Reader
 from clva_lens.benchmarks.chair_vocabulary import vocabulary
 from clva_lens.benchmarks.files import find_images, locate, read_rows, sha256
 from clva_lens.benchmarks.protocols import PROTOCOLS
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 PARTS = ("coco", "wild")
 CATEGORIES = ("conv", "detail", "complex")

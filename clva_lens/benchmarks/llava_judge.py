@@ -21,7 +21,7 @@ from clva_lens.benchmarks.base import (
 )
 from clva_lens.benchmarks.files import read_object, read_rows
 from clva_lens.benchmarks.llava_bench import CATEGORIES, LlavaBench, mean
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 _JUDGE = "You are a helpful and precise assistant for checking the quality of the answer."
 

@@ -31,7 +31,7 @@ from clva_lens.benchmarks.mme_files import (
 )
 from clva_lens.benchmarks.parsers import PARSERS, count_failures, judge_rows
 from clva_lens.benchmarks.protocols import PROTOCOLS
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 HALLUCINATION = ("existence", "count", "position", "color")
 PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from clva_lens.benchmarks import hub
 from clva_lens.benchmarks.base import Answer, Sample, match
 from clva_lens.benchmarks.files import locate, read_rows
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 _FROM = (
     "the MME authors (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models) or "

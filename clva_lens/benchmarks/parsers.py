@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from clva_lens.benchmarks.base import Answer, Sample, match
-from clva_lens.errors import BenchmarkError
-from clva_lens.registry import Registry
+from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.registry import Registry
 
 
 class Parser(NamedTuple):

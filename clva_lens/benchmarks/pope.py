@@ -10,7 +10,7 @@ from typing import Any
 from clva_lens.benchmarks.base import Answer, Sample, Score
 from clva_lens.benchmarks.metrics import auc
 from clva_lens.benchmarks.parsers import count_failures, judge_rows
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 
 def pope_metrics(

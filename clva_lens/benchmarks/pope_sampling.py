@@ -13,7 +13,7 @@ from typing import Any
 
 from clva_lens.benchmarks.base import require_known
 from clva_lens.benchmarks.pope_sets import SPLITS
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 TEMPLATE = "Is there {article} {object} in the image?"
 

@@ -29,7 +29,7 @@ from clva_lens.benchmarks.files import find_images, locate, read_rows, sha256
 from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.pope import score_pope
 from clva_lens.benchmarks.protocols import PROTOCOLS
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 SOURCES = ("coco", "aokvqa", "gqa")
 SPLITS = ("random", "popular", "adversarial")

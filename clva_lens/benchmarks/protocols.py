@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from clva_lens.registry import Registry
+from clva_lens.ground.registry import Registry
 
 _CHAT = (
     "A chat between a curious {0} and an artificial intelligence assistant. The assistant gives "

@@ -17,7 +17,7 @@ from clva_lens.benchmarks.metrics import auc as auc
 from clva_lens.benchmarks.metrics import best_threshold_accuracy as best_threshold_accuracy
 from clva_lens.benchmarks.metrics import bias_matched as bias_matched
 from clva_lens.benchmarks.metrics import bias_matched_accuracy as bias_matched_accuracy
-from clva_lens.errors import BenchmarkError, UnknownName
+from clva_lens.ground.errors import BenchmarkError, UnknownName
 
 # Resamples are evaluated in blocks of at most this many weights (16 MB as float64).
 _BLOCK = 2_000_000

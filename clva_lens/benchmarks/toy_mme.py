@@ -17,7 +17,7 @@ from clva_lens.benchmarks.mme import HALLUCINATION, score_mme
 from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.protocols import PROTOCOLS
 from clva_lens.benchmarks.toy_pope import SEED
-from clva_lens.errors import ParameterError
+from clva_lens.ground.errors import ParameterError
 from clva_lens.toy.questions import (
     NUMBERS,
     Question,

@@ -1,1 +1,4 @@
-"""Experiments: what was run, kept once and for all, and shown again from what was kept."""
+"""Asked once, kept for good: analyses and their records, the demo, the toys' cards, the bench.
+
+Public: ``new_record`` and ``open_record``.
+"""

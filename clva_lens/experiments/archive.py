@@ -13,7 +13,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from clva_lens.errors import RecordError
 from clva_lens.experiments.drawing import draw_figures
 from clva_lens.experiments.record import (
     NOTEBOOK,
@@ -24,8 +23,9 @@ from clva_lens.experiments.record import (
     read_json,
     sha256,
 )
-from clva_lens.progress import progress_bar
-from clva_lens.record import HOUSE, code_digest, origin, packages
+from clva_lens.ground.checkout import HOUSE, code_digest, origin, packages
+from clva_lens.ground.errors import RecordError
+from clva_lens.ground.progress import progress_bar
 
 
 def find_root(given: Path | None = None) -> Path:

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from clva_lens.errors import RecordError
+from clva_lens.ground.errors import RecordError
 
 Root = Annotated[
     Path | None, typer.Option(help="The folder that holds analyses/; by default the checkout.")

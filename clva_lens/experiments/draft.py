@@ -13,13 +13,13 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 from numpy.typing import ArrayLike
 
-from clva_lens.errors import RecordError
+from clva_lens.benchmarks.run_folder import Report, plain
 from clva_lens.experiments.record import ARRAYS, METRICS, ROWS, Kept, Row, dump_json
 from clva_lens.figures.base import Drawing
 from clva_lens.figures.of_records import RECORD_FIGURES
-from clva_lens.models.lens import LensModel
-from clva_lens.record import identity, machine
-from clva_lens.runs import Report, plain
+from clva_lens.ground.errors import RecordError
+from clva_lens.lens.load import LensModel
+from clva_lens.lens.provenance import identity, machine
 
 STAGING = "CLVA_LENS_STAGING"
 DRAFT = "draft.json"

@@ -9,19 +9,19 @@ from numpy.typing import ArrayLike
 
 from clva_lens.benchmarks.base import BENCHMARKS, Benchmark, Sample
 from clva_lens.benchmarks.comparison import Comparison, compare
+from clva_lens.benchmarks.run_folder import Report
 from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index
-from clva_lens.errors import RecordError
-from clva_lens.evaluate import evaluate
-from clva_lens.generate import Decoding
-from clva_lens.intervene import trace_attention
+from clva_lens.experiments.paper import SPLITS
+from clva_lens.ground.errors import RecordError
+from clva_lens.ground.progress import progress_bar
+from clva_lens.lens.evaluate import evaluate
+from clva_lens.lens.generate import Decoding
+from clva_lens.lens.intervene import trace_attention
+from clva_lens.lens.load import LensModel
+from clva_lens.lens.observers import AttentionTrace
 from clva_lens.methods.base import Method
-from clva_lens.models.lens import LensModel
-from clva_lens.paper import SPLITS
-from clva_lens.progress import progress_bar
-from clva_lens.runs import Report
 from clva_lens.toy.toys import TOYS
 from clva_lens.toy.train import RECIPE
-from clva_lens.trace import AttentionTrace
 
 Row = dict[str, Any]
 

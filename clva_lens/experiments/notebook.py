@@ -15,8 +15,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
-from clva_lens.errors import RecordError
-from clva_lens.settings import parse_settings
+from clva_lens.ground.errors import RecordError
+from clva_lens.ground.settings import parse_settings
 
 PARAMETERS, INJECTED = "parameters", "injected-parameters"
 

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 
-from clva_lens.errors import RecordError
 from clva_lens.figures.base import Drawing
 from clva_lens.figures.of_records import RECORD_FIGURES
+from clva_lens.ground.errors import RecordError
 
 RECORD, METRICS, NOTEBOOK = "record.json", "metrics.json", "notebook.ipynb"
 ROWS, ARRAYS, FIGURES = "rows", "arrays", "figures"

@@ -23,3 +23,6 @@ from clva_lens.figures.saliency import SaliencyPicture as SaliencyPicture
 from clva_lens.figures.saliency import saliency_overlays as saliency_overlays
 from clva_lens.figures.surface import surface as surface
 from clva_lens.figures.task_scores import task_scores as task_scores
+from clva_lens.ground.registry import answer_calls
+
+answer_calls(__name__, FIGURES)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from clva_lens.errors import FigureError
 from clva_lens.figures.base import MARKERS, PAGE, PALETTE, Drawing, figure, plain, verbatim
+from clva_lens.ground.errors import FigureError
 
 _PANELS = {
     "accuracy": "accuracy (fraction right)",

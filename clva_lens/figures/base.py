@@ -22,8 +22,8 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.text import Text
 from numpy.typing import ArrayLike
 
-from clva_lens.errors import FigureError
-from clva_lens.registry import Registry
+from clva_lens.ground.errors import FigureError
+from clva_lens.ground.registry import Registry
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), told apart with every common colour blindness.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from clva_lens.errors import FigureError
 from clva_lens.figures.base import BLUE, PAGE, Drawing, figure, plain, verbatim
 from clva_lens.figures.of_records import record_figure
+from clva_lens.ground.errors import FigureError
 
 _LABELS = {
     "accuracy": "accuracy\n(points)",

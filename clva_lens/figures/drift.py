@@ -8,7 +8,6 @@ from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
 from clva_lens.benchmarks.statistics import cluster_index, resample_counts
-from clva_lens.errors import FigureError
 from clva_lens.figures.base import (
     BLUE,
     COLUMN,
@@ -20,6 +19,7 @@ from clva_lens.figures.base import (
     layer_numbers,
     numbers,
 )
+from clva_lens.ground.errors import FigureError
 
 # Curve: (panel, colour, words in the legend).
 _CURVES = {

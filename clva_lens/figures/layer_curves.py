@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from clva_lens.errors import FigureError
 from clva_lens.figures.base import MARKERS, PAGE, PALETTE, Drawing, figure, plain
 from clva_lens.figures.of_records import record_figure
+from clva_lens.ground.errors import FigureError
 
 _MOST_LEGEND_COLUMNS, _LABEL_WIDTH = 4, 30
 

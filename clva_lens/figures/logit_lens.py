@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from clva_lens.errors import FigureError
 from clva_lens.figures.base import Drawing, figure, layer_numbers, numbers, plain
 from clva_lens.figures.layer_map import column_names, layer_map
+from clva_lens.ground.errors import FigureError
 
 
 @figure("logit_lens")

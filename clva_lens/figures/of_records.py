@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from clva_lens.figures.base import Drawing, look
-from clva_lens.registry import Registry
+from clva_lens.ground.registry import Registry
 
 RECORD_FIGURES = Registry[Callable[..., Drawing]]("figure of records")
 

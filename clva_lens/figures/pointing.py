@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import ArrayLike
 
-from clva_lens.errors import FigureError
 from clva_lens.figures.base import (
     BLUE,
     COLUMN,
@@ -15,6 +14,7 @@ from clva_lens.figures.base import (
     layer_numbers,
     numbers,
 )
+from clva_lens.ground.errors import FigureError
 
 
 @figure("pointing")

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import seaborn as sns
 
-from clva_lens.errors import FigureError
 from clva_lens.figures.base import COLUMN, Drawing, figure, plain
 from clva_lens.figures.of_records import record_figure
+from clva_lens.ground.errors import FigureError
 
 
 @figure("surface")

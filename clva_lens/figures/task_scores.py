@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clva_lens.errors import FigureError
 from clva_lens.figures.base import MARKERS, PAGE, PALETTE, Drawing, figure, plain
 from clva_lens.figures.of_records import record_figure
+from clva_lens.ground.errors import FigureError
 
 
 @figure("task_scores")

@@ -1,5 +1,6 @@
 """The methods: one file each; importing this room registers them."""
 
+from clva_lens.ground.registry import answer_calls
 from clva_lens.methods import ablation as ablation
 from clva_lens.methods import clearsight as clearsight
 from clva_lens.methods import clva as clva
@@ -14,3 +15,6 @@ from clva_lens.methods import pai as pai
 from clva_lens.methods import patching as patching
 from clva_lens.methods import vcd as vcd
 from clva_lens.methods import visflow as visflow
+from clva_lens.methods.base import METHODS as METHODS
+
+answer_calls(__name__, METHODS)

@@ -14,20 +14,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.methods.base import (
-    Kernel,
-    Method,
-    Shape,
-    Shapes,
-    check_order,
-    edited_rows,
-    register_method,
-)
+from clva_lens.engine.row_reading import stack_layers
+from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.methods.base import Kernel, Method, check_order, edited_rows, register_method
 from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
-from clva_lens.rows import stack_layers
-from clva_lens.session import AttentionCall, Session
-from clva_lens.step import Step
+from clva_lens.methods.target import Shape, Target
+from clva_lens.models.step import Step
 
 Mode = Literal["zero", "mean", "resample"]
 """What the output of a head becomes."""
@@ -108,9 +101,9 @@ class AblateHeads(Method):
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return one session for the layers of this model."""
-        shape = shapes.at(self.site)
+        shape = target.at(self.site)
         check_order("last" if self.rows == "last" else "text", shape)
         if self.reference is not None:
             size = (len(shape.layers), shape.heads)

@@ -3,23 +3,21 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
-from clva_lens.anchors import default_positive_layer
-from clva_lens.errors import ParameterError
-from clva_lens.folding import Bias, KeyBias
-from clva_lens.models.family import find_family, find_site
-from clva_lens.models.hooks import Readout
-from clva_lens.registry import Registry
-from clva_lens.session import AttentionCall, Session
-from clva_lens.step import once
+from clva_lens.engine.bias import Bias, KeyBias
+from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.registry import Registry
+from clva_lens.methods.bridge_hooks import MethodHooks, method_hooks
+from clva_lens.methods.target import Shape, Target
+from clva_lens.models.step import once
 
 Rows = Literal["text", "last"]
 """Which prompt rows an edit is for: all text after the image, or the last one only."""
@@ -43,96 +41,6 @@ def check_variant(variant: str) -> None:
         raise ParameterError(
             f"variant must be 'released' or 'paper', but is {variant!r}. Pass variant='released'."
         )
-
-
-class Shape(NamedTuple):
-    """The size of a site that a method will act on.
-
-    ``layers`` are the numbers of its layers, 0-based, in a stack of ``depth`` layers. ``ordered``:
-    its rows have a last one.
-    """
-
-    site: str
-    layers: tuple[int, ...]
-    depth: int
-    heads: int
-    ordered: bool = True
-
-    @property
-    def positive_layer(self) -> int:
-        """The layer of the positive anchor: L/2 − 2, or the last one before that is in the site.
-
-        Raises:
-            ParameterError: if the stack has fewer than 4 layers, or the site none before that one.
-        """
-        wanted = default_positive_layer(self.depth)
-        earlier = [layer for layer in self.layers if layer <= wanted]
-        if not earlier:
-            raise ParameterError(
-                f"the default positive layer, {wanted} or one before it, is not in the "
-                f"{self.site}, which has layers {', '.join(map(str, self.layers))} (0-based). Pass "
-                "positive_layer= and negative_layer= from these."
-            )
-        return max(earlier)
-
-    def row(self, layer: int, rows: int) -> int:
-        """Return a layer's row in a table of ``rows`` rows: of the whole stack, or of the site."""
-        return layer if rows == self.depth else self.layers.index(layer)
-
-    def after(self, layer: int) -> tuple[int, ...]:
-        """Return the layers after ``layer``."""
-        return tuple(other for other in self.layers if other > layer)
-
-
-class Shapes:
-    """A model that methods are to act on: its sites, and its processor where there is one."""
-
-    def __init__(self, model: PreTrainedModel, processor: Any = None) -> None:
-        """Look at the model."""
-        self.model, self.processor = model, processor
-
-    def at(self, site: str | None = None) -> Shape:
-        """Return the shape of a site; None is the one that methods act on by default.
-
-        Raises:
-            ParameterError: if the model has no such site.
-        """
-        return shape_of(self.model, site)
-
-    def readout(self) -> Readout:
-        """Return the modules that make logits of the language model's residual stream.
-
-        Raises:
-            ModelLoadError: if nobody wrote down where they are.
-        """
-        return find_family(self.model).activations(self.model).readout
-
-
-def shape_of(model: PreTrainedModel, site: str | None = None) -> Shape:
-    """Return the size of a model's site; None is the one that methods act on by default.
-
-    Raises:
-        ModelLoadError: if no family knows the model.
-        ParameterError: if it has no such site.
-    """
-    found = find_site(model, site)
-    heads = found.config.num_attention_heads
-    return Shape(found.name, found.layers, found.depth, heads, found.ordered)
-
-
-Hook = tuple[str, Callable[[Tensor, Any], Tensor | None]]
-
-
-class MethodHooks(list[Hook]):
-    """What ``run_with_hooks(fwd_hooks=...)`` of TransformerLens takes: names and functions.
-
-    ``sessions`` are behind them; after a run, that of a CLVA has its ``anchors``.
-    """
-
-    def __init__(self, hooks: Sequence[Hook], sessions: Sequence[Session]) -> None:
-        """Keep the hooks in order."""
-        super().__init__(hooks)
-        self.sessions = tuple(sessions)
 
 
 class BiasSession(Session):
@@ -171,7 +79,7 @@ class Method(ABC):
     extended: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return fresh sessions for one run on a model with these sites.
 
         Raises:
@@ -200,9 +108,7 @@ class Method(ABC):
                 hooks.
             ParameterError: if the method does not fit the model.
         """
-        from clva_lens.methods.hooks import method_hooks
-
-        return method_hooks(self, bridge, prompt)
+        return method_hooks(self.sessions, bridge, prompt)
 
 
 METHODS = Registry[type[Method]]("method")
@@ -244,9 +150,9 @@ class Composed(Method):
     name: ClassVar[str] = "composed"
     methods: tuple[Method, ...]
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return the sessions of all methods in order."""
-        return [session for method in self.methods for session in method.sessions(shapes)]
+        return [session for method in self.methods for session in method.sessions(target)]
 
     def check_decoding(self, decoding: str) -> None:
         """Raise ParameterError unless each method works with the decoding."""

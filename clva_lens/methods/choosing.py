@@ -7,11 +7,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.heads import classify_heads
-from clva_lens.methods.base import Shape, check_layers
-from clva_lens.rows import read_prompt_rows
-from clva_lens.session import AttentionCall
+from clva_lens.engine.row_reading import read_prompt_rows
+from clva_lens.engine.session import AttentionCall
+from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.methods.base import check_layers
+from clva_lens.methods.target import Shape
+from clva_lens.science.heads import classify_heads
 
 HeadClass = Literal["sensitive", "insensitive"]
 """A class of heads by Eqs. 2-3 of arXiv:2603.25088v1."""

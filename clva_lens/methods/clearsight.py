@@ -29,11 +29,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clva_lens.errors import InterventionError, ParameterError
+from clva_lens.engine.row_reading import read_prompt_rows
+from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import (
     Kernel,
     Method,
-    Shapes,
     Variant,
     check_layers,
     check_variant,
@@ -41,8 +42,7 @@ from clva_lens.methods.base import (
     register_method,
 )
 from clva_lens.methods.scores import released_layer, score_bias, span_keys
-from clva_lens.rows import read_prompt_rows
-from clva_lens.session import AttentionCall, Session
+from clva_lens.methods.target import Target
 
 
 @register_method
@@ -90,9 +90,9 @@ class ClearSight(Method):
         default = 0.95 if self.variant == "released" else 0.9
         return self.enhance, default if self.suppress is None else self.suppress
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return one session for the layers of this model."""
-        shape = shapes.at(self.site)
+        shape = target.at(self.site)
         layers: Sequence[int] | None = self.layers
         if layers is None:
             first, end = released_layer(9, shape.depth), released_layer(15, shape.depth)

@@ -22,7 +22,23 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clva_lens.anchors import (
+from clva_lens.engine.bias import Bias, at
+from clva_lens.engine.row_reading import read_generated_rows, read_prompt_rows
+from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.methods.base import (
+    Kernel,
+    Method,
+    Rows,
+    check_layers,
+    check_order,
+    check_rows,
+    register_method,
+    row_bias,
+)
+from clva_lens.methods.target import Shape, Target
+from clva_lens.models.step import Step
+from clva_lens.science.anchors import (
     VisualAnchors,
     anchor_mask,
     check_strengths,
@@ -31,24 +47,7 @@ from clva_lens.anchors import (
     reanchor_log_weights,
     saliency_map,
 )
-from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.folding import Bias, at
-from clva_lens.heads import EmptyPolicy, HeadClasses, classify_heads
-from clva_lens.methods.base import (
-    Kernel,
-    Method,
-    Rows,
-    Shape,
-    Shapes,
-    check_layers,
-    check_order,
-    check_rows,
-    register_method,
-    row_bias,
-)
-from clva_lens.rows import read_generated_rows, read_prompt_rows
-from clva_lens.session import AttentionCall, Session
-from clva_lens.step import Step
+from clva_lens.science.heads import EmptyPolicy, HeadClasses, classify_heads
 
 
 @register_method
@@ -110,9 +109,9 @@ class CLVA(Method):
         # The empty policy and λ have one owner.
         classify_heads(torch.zeros(1, 2), self.head_threshold, self.empty)
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return one session, with the site and every layer resolved."""
-        shape = shapes.at(self.site)
+        shape = target.at(self.site)
         check_order(self.rows, shape)
         positive = self.positive_layer
         if positive is None:

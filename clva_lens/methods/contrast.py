@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
-from clva_lens.attention import open_run, open_sessions
-from clva_lens.errors import InterventionError, ParameterError
+from clva_lens.engine.run import open_run, open_sessions
+from clva_lens.engine.session import Session
+from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.models.family import Inputs, find_family, find_site
+from clva_lens.models.passes import DecoderPasses
+from clva_lens.models.readout import wide
+from clva_lens.models.step import Step
 from clva_lens.models.twin import twin
-from clva_lens.passes import DecoderPasses
-from clva_lens.readout import wide
-from clva_lens.session import Session
-from clva_lens.step import Step
 
 Form = Literal["difference", "subtraction", "guidance"]
 """(1 + a)·l − a·l′; l − a·l′; or lp′ + a·(lp − lp′) with lp = log softmax l."""

@@ -13,10 +13,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clva_lens.errors import ParameterError
-from clva_lens.folding import Bias, dense
-from clva_lens.methods.base import Method, Shapes
-from clva_lens.session import AttentionCall, Session
+from clva_lens.engine.bias import Bias, dense
+from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.ground.errors import ParameterError
+from clva_lens.methods.base import Method
+from clva_lens.methods.target import Target
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,13 @@ class Shuffled(Method):
     method: Method
     seed: int = 0
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return the method's sessions, each in a shuffling one.
 
         Raises:
             ParameterError: if the method acts on anything but attention.
         """
-        inner = self.method.sessions(shapes)
+        inner = self.method.sessions(target)
         if not inner or any(s.edits_output or s.edits_logits or s.streams for s in inner):
             raise ParameterError(
                 f"the method '{self.method.name}' does not act by biases on attention alone, so "

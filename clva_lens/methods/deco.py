@@ -22,13 +22,14 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clva_lens.errors import ParameterError
-from clva_lens.methods.base import Kernel, Method, Shapes, check_layers, register_method
-from clva_lens.models.hooks import Readout
-from clva_lens.readout import read_out, wide
-from clva_lens.session import Session
-from clva_lens.step import Step
-from clva_lens.stream import Stream, StreamCall
+from clva_lens.engine.session import Session
+from clva_lens.engine.stream import Stream, StreamCall
+from clva_lens.ground.errors import ParameterError
+from clva_lens.methods.base import Kernel, Method, check_layers, register_method
+from clva_lens.methods.target import Target
+from clva_lens.models.activations import Readout
+from clva_lens.models.readout import read_out, wide
+from clva_lens.models.step import Step
 
 FIRST, LAST, DEPTH = 19, 27, 32
 
@@ -74,7 +75,7 @@ class DeCo(Method):
             if not self.layers:
                 raise ParameterError("layers is empty, so nothing corrects. Pass layers=None.")
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return what reads the layers and corrects; nothing for α = 0.
 
         Raises:
@@ -83,12 +84,12 @@ class DeCo(Method):
         """
         if self.alpha == 0:
             return []
-        shape = shapes.at("decoder")
+        shape = target.at("decoder")
         depth = shape.depth
         layers = self.layers
         if layers is None:
             layers = range(FIRST * depth // DEPTH, LAST * depth // DEPTH + 1)
-        return [_Correcting(self, check_layers("layers", layers, shape), shapes.readout())]
+        return [_Correcting(self, check_layers("layers", layers, shape), target.readout())]
 
 
 class _Correcting(Session):

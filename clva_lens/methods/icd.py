@@ -15,18 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.methods.base import (
-    Kernel,
-    Method,
-    Shapes,
-    Variant,
-    check_variant,
-    register_method,
-)
+from clva_lens.engine.session import Session
+from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.methods.base import Kernel, Method, Variant, check_variant, register_method
 from clva_lens.methods.contrast import ContrastRule, ContrastSession
+from clva_lens.methods.target import Target
 from clva_lens.models.family import Inputs, find_family
-from clva_lens.session import Session
 
 CONFUSED = (
     "You are a confused objects detector to provide a fuzzy overview or impression of the image."
@@ -72,7 +66,7 @@ class ICD(Method):
         form = "difference" if self.variant == "released" else "subtraction"
         return ContrastRule(strength=self.alpha, beta=self.beta, form=form)
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return the contrast with the disturbed prompt; nothing for α = 0.
 
         Raises:
@@ -81,7 +75,7 @@ class ICD(Method):
         rule = self._rule()
         if rule.is_identity:
             return []
-        model, processor = shapes.model, shapes.processor
+        model, processor = target.model, target.processor
         if processor is None:
             raise InterventionError(
                 "ICD has to tokenize its instruction, but a bare transformers model has no "

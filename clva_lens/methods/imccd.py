@@ -38,11 +38,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clva_lens.errors import ParameterError
-from clva_lens.methods.base import Kernel, Method, Shapes, edited_rows, register_method, shape_of
+from clva_lens.engine.session import AttentionCall, Session, raw_scores
+from clva_lens.ground.errors import ParameterError
+from clva_lens.methods.base import Kernel, Method, edited_rows, register_method
 from clva_lens.methods.contrast import ContrastRule, ContrastSession, Gate
+from clva_lens.methods.target import Target, shape_of
 from clva_lens.models.family import Inputs, find_family, find_site
-from clva_lens.session import AttentionCall, Session, raw_scores
 
 # (α, β, c) of the release's POPE scripts.
 RELEASED = {"instructblip": (3.0, 0.3, 1.0)}
@@ -106,13 +107,13 @@ class IMCCD(Method):
         )
         return ContrastRule(strength=alpha, beta=beta), compression
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return CDAR and the contrast, each if its strength is not that of nothing.
 
         Raises:
             ParameterError: if positions are to be compressed that are not rotary.
         """
-        model = shapes.model
+        model = target.model
         rule, compression = self._resolve(RELEASED.get(find_family(model).name, RELEASED_ELSE))
         sessions: list[Session] = []
         if compression != 1:

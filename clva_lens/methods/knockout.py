@@ -14,12 +14,12 @@ from einops import rearrange
 from jaxtyping import Bool
 from torch import Tensor
 
-from clva_lens.folding import Bias, dense
+from clva_lens.engine.bias import Bias, dense
+from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.methods.base import (
     Kernel,
     Method,
     Rows,
-    Shapes,
     check_layers,
     check_order,
     check_rows,
@@ -27,8 +27,8 @@ from clva_lens.methods.base import (
     row_bias,
 )
 from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
-from clva_lens.session import AttentionCall, Session
-from clva_lens.step import Step
+from clva_lens.methods.target import Target
+from clva_lens.models.step import Step
 
 
 @register_method
@@ -66,9 +66,9 @@ class KnockOut(Method):
         if self.heads is not None:
             object.__setattr__(self, "heads", head_table(self.heads))
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return one session for the layers of this model."""
-        shape = shapes.at(self.site)
+        shape = target.at(self.site)
         check_order(self.rows, shape)
         if self.heads is not None:
             chosen = ChosenHeads(head_table(self.heads), self.layers, shape)

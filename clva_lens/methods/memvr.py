@@ -30,20 +30,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.methods.base import (
-    Kernel,
-    Method,
-    Shapes,
-    Variant,
-    check_variant,
-    register_method,
-)
-from clva_lens.models.hooks import Readout
-from clva_lens.readout import read_out, wide
-from clva_lens.session import Session
-from clva_lens.step import Step
-from clva_lens.stream import Stream, StreamCall
+from clva_lens.engine.session import Session
+from clva_lens.engine.stream import Stream, StreamCall
+from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.methods.base import Kernel, Method, Variant, check_variant, register_method
+from clva_lens.methods.target import Target
+from clva_lens.models.activations import Readout
+from clva_lens.models.readout import read_out, wide
+from clva_lens.models.step import Step
 
 CANDIDATES = 10
 START, END, DEPTH = 5, 16, 32
@@ -103,7 +97,7 @@ class MemVR(Method):
             )
         return layers
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return what asks and retraces; nothing for r = 0.
 
         Raises:
@@ -112,8 +106,8 @@ class MemVR(Method):
         """
         if self.ratio == 0:
             return []
-        layers = self.asked_layers(shapes.at("decoder").depth)
-        return [_Retracing(self, layers, shapes.readout())]
+        layers = self.asked_layers(target.at("decoder").depth)
+        return [_Retracing(self, layers, target.readout())]
 
 
 class _Retracing(Session):

@@ -39,18 +39,19 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clva_lens.axes import TokenSpans
-from clva_lens.errors import ParameterError
-from clva_lens.methods.base import Kernel, Method, Shapes, check_layers, register_method
+from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.engine.stream import Part, Stream, StreamCall
+from clva_lens.ground.axes import TokenSpans
+from clva_lens.ground.errors import ParameterError
+from clva_lens.methods.base import Kernel, Method, check_layers, register_method
 from clva_lens.methods.contrast import ContrastRule
 from clva_lens.methods.scores import span_keys
+from clva_lens.methods.target import Target
+from clva_lens.models.activations import Readout, Sublayers
 from clva_lens.models.family import matching_family
-from clva_lens.models.hooks import Readout, Sublayers
+from clva_lens.models.readout import wide
+from clva_lens.models.step import Step
 from clva_lens.models.twin import twin
-from clva_lens.readout import wide
-from clva_lens.session import AttentionCall, Session
-from clva_lens.step import Step
-from clva_lens.stream import Part, Stream, StreamCall
 
 # What is added to o in the last layer, and to norm(y) before the unembedding: the release's.
 RESIDUAL, FINAL = 0.2, 0.5
@@ -113,7 +114,7 @@ class ONLY(Method):
         """Return the contrast, and the cut-off."""
         return ContrastRule(strength=self.contrast, beta=self.beta)
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return what reads the layer and decides; nothing for α₁ = α₂ = 0.
 
         Raises:
@@ -122,16 +123,16 @@ class ONLY(Method):
         """
         if self.support == self.contrast == 0:
             return []
-        shape = shapes.at("decoder")
+        shape = target.at("decoder")
         check_layers("layer", (self.layer,), shape)
         if self.layer == shape.depth - 1:
             raise ParameterError(
                 f"layer={self.layer} is the decoder's last one, which what it reads goes through. "
                 "Pass an earlier one, as layer=0."
             )
-        family = matching_family(shapes.model)
+        family = matching_family(target.model)
         way = RELEASED_ELSE if family is None else RELEASED.get(family.name, RELEASED_ELSE)
-        return [_SecondOpinion(self, shape.depth - 1, shapes.readout(), way)]
+        return [_SecondOpinion(self, shape.depth - 1, target.readout(), way)]
 
 
 class _SecondOpinion(Session):

@@ -38,12 +38,13 @@ from torch.nn import functional
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
-from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.methods.base import Kernel, Method, MethodHooks, Shapes, register_method
+from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.methods.base import Kernel, Method, MethodHooks, register_method
 from clva_lens.methods.beams import Beams
+from clva_lens.methods.target import Target
 from clva_lens.models.family import find_site
-from clva_lens.passes import DecoderPasses
-from clva_lens.session import AttentionCall, Session
+from clva_lens.models.passes import DecoderPasses
 
 FLOOR = 1e-7
 # Of a logarithm: the largest penalty is e^600, far below float64's largest number.
@@ -103,7 +104,7 @@ class OPERA(Method):
                     f"{name} must be at least {least}, but is {value}. Pass {name}={usual}."
                 )
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return what searches; nothing for a weight of 0.
 
         Raises:
@@ -111,13 +112,13 @@ class OPERA(Method):
         """
         if self.weight == 0:
             return []
-        if not isinstance(find_site(shapes.model, "decoder").passes(), DecoderPasses):
+        if not isinstance(find_site(target.model, "decoder").passes(), DecoderPasses):
             raise InterventionError(
                 "OPERA looks at a decoder's attention to its own answer, but this "
-                f"{type(shapes.model).__name__} has an encoder-decoder (T5). Use the model with a "
+                f"{type(target.model).__name__} has an encoder-decoder (T5). Use the model with a "
                 "Llama or OPT."
             )
-        return [OperaSearch(self, shapes.at("decoder").layers[-1])]
+        return [OperaSearch(self, target.at("decoder").layers[-1])]
 
     def as_hooks(self, bridge: Any, prompt: Any) -> MethodHooks:
         """Raise InterventionError: a search is no hook."""

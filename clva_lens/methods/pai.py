@@ -30,20 +30,20 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from clva_lens.errors import ParameterError
+from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.ground.errors import ParameterError
 from clva_lens.methods.base import (
     BiasSession,
     Kernel,
     Method,
-    Shapes,
     check_layers,
     edited_rows,
     register_method,
 )
 from clva_lens.methods.contrast import ContrastRule, ContrastSession, text_only
 from clva_lens.methods.scores import score_bias, span_keys
+from clva_lens.methods.target import Target
 from clva_lens.models.family import find_family
-from clva_lens.session import AttentionCall, Session
 
 
 @register_method
@@ -90,21 +90,21 @@ class PAI(Method):
     def _rule(self) -> ContrastRule:
         return ContrastRule(strength=self.guidance, beta=self.beta, form="guidance")
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return one session for the layers of this model, and one for the guidance if any.
 
         Raises:
             InterventionError: if there is guidance, and the language model is an encoder-decoder.
         """
-        shape = shapes.at(self.site)
+        shape = target.at(self.site)
         layers: Sequence[int] | None = self.layers
         if layers is None:
             layers = [layer for layer in shape.layers if layer >= 2]
         chosen = check_layers("layers", layers, shape)
         sessions: list[Session] = [BiasSession(shape.site, chosen, self._bias)]
         if not self._rule().is_identity:
-            without = text_only(find_family(shapes.model).image_token_id(shapes.model))
-            sessions.append(ContrastSession(shapes.model, without, self._rule()))
+            without = text_only(find_family(target.model).image_token_id(target.model))
+            sessions.append(ContrastSession(target.model, without, self._rule()))
         return sessions
 
     def _bias(self, call: AttentionCall) -> Float[Tensor, "batch head query key"] | None:

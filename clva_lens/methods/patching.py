@@ -15,13 +15,14 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from clva_lens.axes import TokenSpans
-from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.methods.base import Kernel, Method, Shape, Shapes, check_layers
+from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.engine.stream import Part, Stream, StreamCall, stream_name
+from clva_lens.ground.axes import TokenSpans
+from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.methods.base import Kernel, Method, check_layers
 from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
-from clva_lens.session import AttentionCall, Session
-from clva_lens.step import Step
-from clva_lens.stream import Part, Stream, StreamCall, stream_name
+from clva_lens.methods.target import Shape, Target
+from clva_lens.models.step import Step
 
 PatchedPart = Part | Literal["z"]
 """What is patched: a part of the residual stream, or the heads' outputs z."""
@@ -97,13 +98,13 @@ class PatchActivations(Method):
             return f"blocks.{layer}.attn.hook_z"
         return f"{self.site}.blocks.{layer}.cross_attn.hook_z"
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return one session with the source's values at this model's layers.
 
         Raises:
             ParameterError: if a layer, the span or the cache does not fit.
         """
-        shape = shapes.at(self.site)
+        shape = target.at(self.site)
         stack = shape.layers if self.part == "z" else tuple(range(shape.depth))
         layers = self.layers
         if layers is None:

@@ -7,7 +7,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clva_lens.session import AttentionCall
+from clva_lens.engine.session import AttentionCall
 
 
 def score_bias(

@@ -21,18 +21,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clva_lens.errors import ParameterError
-from clva_lens.methods.base import (
-    Kernel,
-    Method,
-    Shapes,
-    Variant,
-    check_variant,
-    register_method,
-)
+from clva_lens.engine.session import Session
+from clva_lens.ground.errors import ParameterError
+from clva_lens.methods.base import Kernel, Method, Variant, check_variant, register_method
 from clva_lens.methods.contrast import ContrastRule, ContrastSession
+from clva_lens.methods.target import Target
 from clva_lens.models.family import Inputs, find_family
-from clva_lens.session import Session
 
 STEPS = 1000
 # (α, β, t): of the released scripts by family, and of the paper.
@@ -81,11 +75,11 @@ class VCD(Method):
         beta = defaults[1] if self.beta is None else self.beta
         return ContrastRule(strength=alpha, beta=beta)
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return the contrast with the noisy picture; nothing for α = 0."""
         defaults = PAPER
         if self.variant == "released":
-            defaults = RELEASED.get(find_family(shapes.model).name, RELEASED_ELSE)
+            defaults = RELEASED.get(find_family(target.model).name, RELEASED_ELSE)
         rule = self._rule(defaults)
         if rule.is_identity:
             return []
@@ -94,7 +88,7 @@ class VCD(Method):
         def second(inputs: Inputs) -> Inputs:
             return inputs | {"pixel_values": add_noise(inputs["pixel_values"], step, self.seed)}
 
-        return [ContrastSession(shapes.model, second, rule)]
+        return [ContrastSession(target.model, second, rule)]
 
 
 def noise_weights(step: int) -> tuple[float, float]:

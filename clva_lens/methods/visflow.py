@@ -26,11 +26,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.methods.base import Kernel, Method, Shape, Shapes, edited_rows, register_method
+from clva_lens.engine.row_reading import read_prompt_rows, read_received
+from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.methods.base import Kernel, Method, edited_rows, register_method
 from clva_lens.methods.scores import released_layer, span_keys
-from clva_lens.rows import read_prompt_rows, read_received
-from clva_lens.session import AttentionCall, Session
+from clva_lens.methods.target import Shape, Target
 
 # Shares of the largest R above which a token is a sink, and above which it is salient.
 SINK_SHARE, SALIENT_SHARE = 1 / 2, 1 / 20
@@ -89,9 +90,9 @@ class VisFlow(Method):
                     f"{name}=0.5."
                 )
 
-    def sessions(self, shapes: Shapes) -> list[Session]:
+    def sessions(self, target: Target) -> list[Session]:
         """Return one session; it edits tokens unless the image comes through a Q-Former."""
-        return [_VisFlowSession(self, shapes.at("decoder"), shapes.at().site == "decoder")]
+        return [_VisFlowSession(self, target.at("decoder"), target.at().site == "decoder")]
 
 
 class _Judged(NamedTuple):

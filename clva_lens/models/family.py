@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from clva_lens.axes import TokenSpans
-from clva_lens.errors import ClvaLensError, ModelLoadError, ParameterError, PromptError
-from clva_lens.models.hooks import Activations
-from clva_lens.passes import Passes
-from clva_lens.registry import Registry
+from clva_lens.ground.axes import TokenSpans
+from clva_lens.ground.errors import ClvaLensError, ModelLoadError, ParameterError, PromptError
+from clva_lens.ground.registry import Registry
+from clva_lens.models.activations import Activations
+from clva_lens.models.passes import Passes
 
 # The decoder of a family's tiny model.
 TINY_DECODER: dict[str, Any] = {

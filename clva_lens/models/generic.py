@@ -27,9 +27,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from clva_lens.axes import TokenSpans
-from clva_lens.errors import InterventionError, ModelLoadError, PromptError
-from clva_lens.models import hooks
+from clva_lens.ground.axes import TokenSpans
+from clva_lens.ground.errors import InterventionError, ModelLoadError, PromptError
+from clva_lens.models import activations
 from clva_lens.models.family import (
     FAMILIES,
     TINY_DECODER,
@@ -38,7 +38,7 @@ from clva_lens.models.family import (
     ask_by_template,
 )
 from clva_lens.models.grids import picture_grid
-from clva_lens.passes import DecoderPasses
+from clva_lens.models.passes import DecoderPasses
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 VIDEO = (
@@ -109,7 +109,7 @@ class Generic(ModelFamily):
 
         return (Site("decoder", modules, layers, len(decoder.layers), config, passes),)
 
-    def activations(self, model: PreTrainedModel) -> hooks.Activations:
+    def activations(self, model: PreTrainedModel) -> activations.Activations:
         """Return the names of a decoder that is made as Llama's; vision towers have none here.
 
         Raises:
@@ -119,7 +119,7 @@ class Generic(ModelFamily):
         assert decoder is not None and head is not None
         if not all(_like_llama(layer) for layer in decoder.layers):
             return super().activations(model)
-        return hooks.llama(decoder, head)
+        return activations.llama(decoder, head)
 
     def image_token_id(self, model: PreTrainedModel) -> int:
         """Return the id of the image token that the configuration names."""

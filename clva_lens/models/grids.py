@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clva_lens.errors import PromptError
+from clva_lens.ground.errors import PromptError
 
 
 def picture_grid(

@@ -27,9 +27,9 @@ from transformers import (
     ProcessorMixin,
 )
 
-from clva_lens.axes import TokenSpans
-from clva_lens.errors import ClvaLensError, ModelLoadError, PromptError
-from clva_lens.models import hooks
+from clva_lens.ground.axes import TokenSpans
+from clva_lens.ground.errors import ClvaLensError, ModelLoadError, PromptError
+from clva_lens.models import activations
 from clva_lens.models.family import (
     FAMILIES,
     TINY_DECODER,
@@ -39,7 +39,13 @@ from clva_lens.models.family import (
     note_inputs,
     pad_left,
 )
-from clva_lens.passes import DecoderPasses, EncoderDecoderPasses, Passes, QueryPasses, picture_spans
+from clva_lens.models.passes import (
+    DecoderPasses,
+    EncoderDecoderPasses,
+    Passes,
+    QueryPasses,
+    picture_spans,
+)
 
 CLS = 1  # keys of the Q-Former that lie on no patch
 LANGUAGE_MODELS = ("llama", "opt", "t5")
@@ -103,14 +109,14 @@ class InstructBlip(ModelFamily):
         layers = tuple(range(len(modules)))
         return Site("decoder", modules, layers, len(layers), modules[0].config, passes)
 
-    def activations(self, model: PreTrainedModel) -> hooks.Activations:
+    def activations(self, model: PreTrainedModel) -> activations.Activations:
         """Return the names of the vision tower, of the Q-Former and of the language model.
 
         Raises:
             ModelLoadError: if the language model is a T5.
         """
         inner: Any = model
-        tables = {"llama": hooks.llama, "opt": hooks.opt}
+        tables = {"llama": activations.llama, "opt": activations.opt}
         kind = inner.language_model.config.model_type
         if kind not in tables:
             raise ModelLoadError(
@@ -118,8 +124,8 @@ class InstructBlip(ModelFamily):
                 f"TransformerLens names (it has {' and '.join(tables)}). Read its activations "
                 "inside model.trace(prompt)."
             )
-        seeing = hooks.vision(inner.vision_model.encoder.layers, hooks.BLIP_VISION)
-        asking = hooks.qformer(inner.qformer.encoder.layer)
+        seeing = activations.vision(inner.vision_model.encoder.layers, activations.BLIP_VISION)
+        asking = activations.qformer(inner.qformer.encoder.layer)
         language = inner.language_model
         reading = tables[kind](language.get_decoder(), language.lm_head)
         return reading._replace(places=(*seeing, *asking, *reading.places))

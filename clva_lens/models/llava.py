@@ -13,9 +13,9 @@ from transformers import (
     ProcessorMixin,
 )
 
-from clva_lens.axes import TokenSpans
-from clva_lens.errors import PromptError
-from clva_lens.models import hooks
+from clva_lens.ground.axes import TokenSpans
+from clva_lens.ground.errors import PromptError
+from clva_lens.models import activations
 from clva_lens.models.family import (
     FAMILIES,
     TINY_DECODER,
@@ -26,7 +26,7 @@ from clva_lens.models.family import (
     note_inputs,
     pad_left,
 )
-from clva_lens.passes import DecoderPasses
+from clva_lens.models.passes import DecoderPasses
 
 PIXTRAL = "pixtral"  # its pictures differ in size, and their rows end in a token
 
@@ -60,12 +60,14 @@ class Llava(ModelFamily):
             ),
         )
 
-    def activations(self, model: PreTrainedModel) -> hooks.Activations:
+    def activations(self, model: PreTrainedModel) -> activations.Activations:
         """Return the names of the vision tower and of the decoder."""
         inner: Any = model
         tower = inner.model.vision_tower
-        seeing = hooks.vision(getattr(tower, "vision_model", tower).encoder.layers, hooks.CLIP)
-        reading = hooks.llama(model.get_decoder(), inner.lm_head)
+        seeing = activations.vision(
+            getattr(tower, "vision_model", tower).encoder.layers, activations.CLIP
+        )
+        reading = activations.llama(model.get_decoder(), inner.lm_head)
         return reading._replace(places=(*seeing, *reading.places))
 
     def image_token_id(self, model: PreTrainedModel) -> int:

@@ -10,8 +10,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clva_lens.axes import TokenSpans
-from clva_lens.errors import PromptError
+from clva_lens.ground.axes import TokenSpans
+from clva_lens.ground.errors import PromptError
 from clva_lens.models.family import find_family
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor

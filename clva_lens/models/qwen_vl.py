@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, ProcessorMixin
 
-from clva_lens.errors import PromptError
-from clva_lens.models import hooks
+from clva_lens.ground.errors import PromptError
+from clva_lens.models import activations
 from clva_lens.models.family import (
     FAMILIES,
     TINY_DECODER,
@@ -18,9 +18,9 @@ from clva_lens.models.family import (
     note_inputs,
     pad_left,
 )
-from clva_lens.passes import DecoderPasses
-from clva_lens.qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
-from clva_lens.qwen_vl.configuration import QwenVLTextConfig, QwenVLVisionConfig
+from clva_lens.models.passes import DecoderPasses
+from clva_lens.models.qwen import QwenVLConfig, QwenVLForConditionalGeneration
+from clva_lens.models.qwen.configuration import QwenVLTextConfig, QwenVLVisionConfig
 
 NO_SYSTEM = (
     "Qwen-VL's base model answers '<img>…</img>question Answer:', which has no place for a system "
@@ -50,11 +50,11 @@ class QwenVL(ModelFamily):
         watch = lambda: DecoderPasses(model, image)  # noqa: E731
         return (Site("decoder", modules, layers, len(layers), modules[0].config, watch),)
 
-    def activations(self, model: PreTrainedModel) -> hooks.Activations:
+    def activations(self, model: PreTrainedModel) -> activations.Activations:
         """Return the names of the vision tower and of the decoder; the resampler has none."""
         inner: Any = model
-        seeing = hooks.vision(inner.model.vision_tower.encoder.layers, hooks.CLIP)
-        reading = hooks.llama(model.get_decoder(), inner.lm_head)
+        seeing = activations.vision(inner.model.vision_tower.encoder.layers, activations.CLIP)
+        reading = activations.llama(model.get_decoder(), inner.lm_head)
         return reading._replace(places=(*seeing, *reading.places))
 
     def image_token_id(self, model: PreTrainedModel) -> int:

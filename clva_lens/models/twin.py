@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from clva_lens.errors import InterventionError
+from clva_lens.ground.errors import InterventionError
 
 # transformers installs the hooks behind output_hidden_states once, and remembers it here.
 CAPTURES = "_output_capturing_hooks_installed"

@@ -1,1 +1,1 @@
-"""The embedded default: a procedural world and the models trained on it."""
+"""The embedded world and the models trained on it; public are ``scenes`` and ``questions``."""

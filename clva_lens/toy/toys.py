@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from clva_lens.registry import Registry
+from clva_lens.ground.registry import Registry
 from clva_lens.toy.build import processor
 from clva_lens.toy.build_instructblip import save as save_instructblip
 from clva_lens.toy.train import CONTROL, NATURAL, Advance, Recipe

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
-from clva_lens.errors import ParameterError
+from clva_lens.ground.errors import ParameterError
 from clva_lens.toy.build import tokenizer, untrained
 from clva_lens.toy.checkpoint import EVERY, restore_training, save_tensors, save_training
 from clva_lens.toy.packing import Packed, pack, training_questions

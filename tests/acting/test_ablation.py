@@ -8,7 +8,7 @@ from test_state import state
 from tiny_models import QUESTIONS, blip_of, lens_of, picture
 
 import clva_lens as cl
-from clva_lens.errors import InterventionError, ParameterError
+from clva_lens.ground.errors import InterventionError, ParameterError
 
 HEADS = {3: [0, 2], 6: [1], 9: [0, 1, 2, 3]}
 MASK = torch.zeros(12, 4, dtype=torch.bool)

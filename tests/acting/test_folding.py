@@ -15,12 +15,12 @@ from tiny_models import QUESTIONS, lens_of, picture
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import clva_lens as cl
-from clva_lens import folding
-from clva_lens.axes import TokenSpans
-from clva_lens.folding import KeyBias
-from clva_lens.merging import Merging
-from clva_lens.session import AttentionCall
-from clva_lens.step import Step
+from clva_lens.engine import bias as folding
+from clva_lens.engine.bias import KeyBias
+from clva_lens.engine.kernels import Merging
+from clva_lens.engine.session import AttentionCall
+from clva_lens.ground.axes import TokenSpans
+from clva_lens.models.step import Step
 
 FORMS = ("masked", "split", "folded")
 COUNT, HEADS, WIDTH, FIRST, IMAGE = 40, 4, 16, 26, slice(6, 26)

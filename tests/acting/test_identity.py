@@ -12,8 +12,9 @@ from test_state import state
 from tiny_models import HEADS, KERNELS, SITES, blip_of, lens_of
 
 import clva_lens as cl
-from clva_lens.methods.base import METHODS, Method, Shapes
-from clva_lens.session import Session
+from clva_lens.engine.session import Session
+from clva_lens.methods.base import METHODS, Method
+from clva_lens.methods.target import Target
 
 STEPS = 4
 PLACES = [("llava", heads, kernel, "decoder") for heads in HEADS for kernel in KERNELS]
@@ -225,7 +226,7 @@ def test_state_is_restored(lens, ask, method):
 @every_method
 def test_a_method_has_fresh_sessions(lens, site, name, method):
     """Nothing of one run is in the next: a method makes new sessions each time."""
-    first, second = (method.sessions(Shapes(lens.hf_model, lens.processor)) for _ in range(2))
+    first, second = (method.sessions(Target(lens.hf_model, lens.processor)) for _ in range(2))
     assert method.name == name
     assert first
     assert all(isinstance(session, Session) for session in first)
@@ -248,7 +249,7 @@ def test_a_site_the_model_has_not(one, name):
     kind = METHODS.get(name)
     if "qformer" in kind.sites:
         with pytest.raises(cl.ClvaLensError, match=r"has no attention site 'qformer'"):
-            kind(site="qformer").sessions(Shapes(one.hf_model))
+            kind(site="qformer").sessions(Target(one.hf_model))
     else:
         assert "site" not in {field.name for field in fields(kind)}
 

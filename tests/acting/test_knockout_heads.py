@@ -5,7 +5,7 @@ import torch
 from tiny_models import lens_of
 
 import clva_lens as cl
-from clva_lens.errors import ParameterError
+from clva_lens.ground.errors import ParameterError
 
 
 def logits(lens, prompt, *methods):

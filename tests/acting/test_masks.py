@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clva_lens.axes import TokenSpans
-from clva_lens.merging import Merging
-from clva_lens.session import AttentionCall
-from clva_lens.step import Step
+from clva_lens.engine.kernels import Merging
+from clva_lens.engine.session import AttentionCall
+from clva_lens.ground.axes import TokenSpans
+from clva_lens.models.step import Step
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clva_lens as cl
-from clva_lens.errors import InterventionError, ModelLoadError, ParameterError, SpanError
+from clva_lens.ground.errors import InterventionError, ModelLoadError, ParameterError, SpanError
 
 METHOD = cl.CLVA(tau=1.0)
 

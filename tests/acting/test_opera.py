@@ -18,9 +18,9 @@ from tiny_models import QUESTIONS, blip_of, lens_of, picture, tiny_model
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
 import clva_lens as cl
-from clva_lens.errors import InterventionError, ParameterError
-from clva_lens.methods.base import Shapes
+from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.beams import Beams
+from clva_lens.methods.target import Target
 
 BEAMS, STEPS = 3, 16
 ERROR = 1e-4
@@ -397,7 +397,7 @@ def test_one_owner_of_the_cut_off(one, other):
 
 def test_no_encoder_decoder():
     with pytest.raises(InterventionError, match=r"encoder-decoder \(T5\)"):
-        cl.OPERA().sessions(Shapes(blip_of("sdpa", "t5").hf_model))
+        cl.OPERA().sessions(Target(blip_of("sdpa", "t5").hf_model))
 
 
 @pytest.mark.parametrize(

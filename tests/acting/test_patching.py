@@ -9,7 +9,7 @@ from tiny_models import QUESTIONS, picture
 from transformer_lens.patching import layer_pos_patch_setter
 
 import clva_lens as cl
-from clva_lens.errors import ClvaLensError, InterventionError, ParameterError
+from clva_lens.ground.errors import ClvaLensError, InterventionError, ParameterError
 
 PARTS = ("resid_pre", "attn_out", "mlp_out", "resid_post", "z")
 # The tiny model's MLPs write next to nothing: what is patched in is made louder.

@@ -211,7 +211,7 @@ def test_small_pieces_of_rows_change_nothing(lens, ask, monkeypatch):
     inputs = ask(lens, 3).inputs
     with torch.inference_mode(), cl.intervening(lens.hf_model, cl.CLVA(tau=1.0)) as whole:
         expected = lens.hf_model(**inputs).logits
-    monkeypatch.setattr("clva_lens.session.SCORES_AT_ONCE", 1)
+    monkeypatch.setattr("clva_lens.engine.session.SCORES_AT_ONCE", 1)
     with torch.inference_mode(), cl.intervening(lens.hf_model, cl.CLVA(tau=1.0)) as pieces:
         found = lens.hf_model(**inputs).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -44,7 +44,7 @@ def define(size: int, where: str = "notebook") -> type[Method]:
         name: ClassVar[str] = "mine"
         strength: int = size
 
-        def sessions(self, shapes):
+        def sessions(self, target):
             return []
 
     Mine.__module__ = where
@@ -70,7 +70,7 @@ def test_what_cannot_be_registered(forget):
     class Loose(Method):
         name: ClassVar[str] = "mine"
 
-        def sessions(self, shapes):
+        def sessions(self, target):
             return []
 
     @dataclass
@@ -96,7 +96,7 @@ class Even(Method):
     name: ClassVar[str] = "mine"
     gain: float = 3.0
 
-    def sessions(self, shapes):
+    def sessions(self, target):
         return [BiasSession("decoder", (3, 7), self.bias)]
 
     def bias(self, call):

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from clva_lens import session
-from clva_lens.axes import TokenSpans
-from clva_lens.bench import peak_memory
-from clva_lens.bench_models import random_llava, random_prompt
-from clva_lens.intervene import trace_attention
-from clva_lens.rows import read_prompt_rows
-from clva_lens.session import AttentionCall
-from clva_lens.step import Step
+from clva_lens.engine import session
+from clva_lens.engine.row_reading import read_prompt_rows
+from clva_lens.engine.session import AttentionCall
+from clva_lens.experiments.speed.bench import peak_memory
+from clva_lens.experiments.speed.models import random_llava, random_prompt
+from clva_lens.ground.axes import TokenSpans
+from clva_lens.lens.intervene import trace_attention
+from clva_lens.models.step import Step
 
 CPU, HEADS = torch.device("cpu"), 4
 

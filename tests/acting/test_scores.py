@@ -9,8 +9,8 @@ from test_reference import compare
 from tiny_models import lens_of
 
 import clva_lens as cl
-from clva_lens.methods.base import Shape, Shapes
 from clva_lens.methods.scores import released_layer
+from clva_lens.methods.target import Shape, Target
 
 CLVA = cl.CLVA(tau=1.0)
 
@@ -20,7 +20,7 @@ def logits(model, inputs, *methods):
         return model(**inputs).logits
 
 
-class Deep(Shapes):
+class Deep(Target):
     """A decoder of some depth, and a Q-Former with a layer of the picture in every second one."""
 
     def __init__(self, depth: int) -> None:
@@ -63,7 +63,7 @@ def test_layers_of_the_releases():
         (lambda: layers(cl.PAI(layers=[12], guidance=1.1), 12), r"layers names layer 12.*0 to 11"),
         (
             lambda: cl.Shuffled(cl.PAI(guidance=1.1)).sessions(
-                Shapes(lens_of("full", "sdpa").hf_model)
+                Target(lens_of("full", "sdpa").hf_model)
             ),
             r"'pai' does not act by biases",
         ),
@@ -77,7 +77,7 @@ def test_layers_of_the_releases():
         (lambda: layers(cl.PAI(layers=[3], site="qformer"), 12), r"layers names layer 3.*0, 2"),
         (lambda: layers(cl.Shuffled(cl.AblateHeads()), 12), r"'ablation' does not act by biases"),
         (
-            lambda: cl.Shuffled(cl.VCD()).sessions(Shapes(lens_of("full", "sdpa").hf_model)),
+            lambda: cl.Shuffled(cl.VCD()).sessions(Target(lens_of("full", "sdpa").hf_model)),
             r"'vcd' does not act by biases",
         ),
         (lambda: layers(cl.Shuffled(cl.compose()), 12), r"'composed' does not act by biases"),
@@ -106,7 +106,7 @@ def test_small_pieces_of_rows_change_nothing(one, ask, monkeypatch):
     methods = (cl.ClearSight(variant="paper"), cl.PAI(), cl.VisFlow())
     inputs = ask(one, 3).inputs
     expected = logits(one.hf_model, inputs, *methods)
-    monkeypatch.setattr("clva_lens.session.SCORES_AT_ONCE", 1)
+    monkeypatch.setattr("clva_lens.engine.session.SCORES_AT_ONCE", 1)
     found = logits(one.hf_model, inputs, *methods)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 

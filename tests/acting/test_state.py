@@ -6,7 +6,7 @@ from tiny_models import lens_of
 from transformers import AttentionInterface
 
 import clva_lens as cl
-from clva_lens.attention import _ACTIVE, _ROUTES
+from clva_lens.engine.run import _ACTIVE, _ROUTES
 
 METHOD = cl.CLVA(tau=1.0)
 

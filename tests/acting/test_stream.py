@@ -7,10 +7,10 @@ from test_state import state
 from tiny_models import blip_of, tiny_blip
 
 import clva_lens as cl
-from clva_lens.attention import running
-from clva_lens.errors import ModelLoadError, ParameterError
+from clva_lens.engine.run import running
+from clva_lens.engine.session import Session
+from clva_lens.ground.errors import ModelLoadError, ParameterError
 from clva_lens.methods.base import Method
-from clva_lens.session import Session
 
 PARTS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 PLACES = [(part, layer) for part in PARTS for layer in (0, 5, 11)]
@@ -41,7 +41,7 @@ class Adding(Method):
     def __init__(self, *made):
         self.made = made
 
-    def sessions(self, shapes):
+    def sessions(self, target):
         return [Add(*one) for one in self.made]
 
 

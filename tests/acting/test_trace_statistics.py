@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import clva_lens as cl
-from clva_lens import session
-from clva_lens.bench_models import random_llava, random_prompt
-from clva_lens.errors import ParameterError
-from clva_lens.trace_statistics import trace_statistics
+from clva_lens.engine import session
+from clva_lens.experiments.speed.models import random_llava, random_prompt
+from clva_lens.ground.errors import ParameterError
+from clva_lens.lens.statistics import trace_statistics
 
 FIELDS = ("entropy", "entropy_normalised", "toward_positive", "toward_negative")
 

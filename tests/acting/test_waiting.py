@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 import clva_lens as cl
-from clva_lens.merging import Merging
+from clva_lens.engine.kernels import Merging
 from clva_lens.methods.clva import ClvaSession
 
 WAITS = (

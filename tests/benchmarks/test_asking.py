@@ -10,8 +10,8 @@ import clva_lens as cl
 from clva_lens.benchmarks.pope_sets import Pope
 from clva_lens.benchmarks.protocols import LLAVA_V1
 from clva_lens.benchmarks.toy_mme import ToyMme
-from clva_lens.errors import PromptError
-from clva_lens.models.lens import LensModel
+from clva_lens.ground.errors import PromptError
+from clva_lens.lens.load import LensModel
 
 
 @pytest.fixture(scope="module")

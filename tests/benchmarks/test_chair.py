@@ -14,7 +14,7 @@ from clva_lens.benchmarks.chair_reading import Reader
 from clva_lens.benchmarks.chair_vocabulary import vocabulary
 from clva_lens.benchmarks.comparison import compare
 from clva_lens.benchmarks.toy_chair import ToyChair
-from clva_lens.errors import BenchmarkError, ParameterError
+from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.toy.questions import caption
 from clva_lens.toy.scenes import KINDS, sample_scenes
 

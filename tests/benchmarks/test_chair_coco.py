@@ -9,7 +9,7 @@ from clva_lens.benchmarks.base import BENCHMARKS, Answer
 from clva_lens.benchmarks.chair_coco import ChairCoco
 from clva_lens.benchmarks.chair_truth import image_id, read_captions, read_image_ids
 from clva_lens.benchmarks.chair_vocabulary import vocabulary
-from clva_lens.errors import BenchmarkError, UnknownName
+from clva_lens.ground.errors import BenchmarkError, UnknownName
 
 MINI = Path(__file__).parents[3] / "shared" / "data" / "coco_mini"
 with_data = pytest.mark.skipif(not MINI.is_dir(), reason="un-skip where ../shared/data is")

@@ -14,7 +14,7 @@ from clva_lens.benchmarks.chair_singular import singular
 from clva_lens.benchmarks.chair_tokens import tokenise
 from clva_lens.benchmarks.chair_truth import objects_of_images
 from clva_lens.benchmarks.chair_vocabulary import official_pairs, vocabulary
-from clva_lens.errors import BenchmarkError, UnknownName
+from clva_lens.ground.errors import BenchmarkError, UnknownName
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 OFFICIAL = DATA / "chair" / "synonyms.txt"

@@ -20,7 +20,7 @@ from clva_lens.benchmarks.llava_judge import (
     score_judgements,
 )
 from clva_lens.benchmarks.protocols import VICUNA_V1
-from clva_lens.errors import BenchmarkError, ParameterError
+from clva_lens.ground.errors import BenchmarkError, ParameterError
 
 DATA = Path(__file__).parents[2].parent / "shared/data/llava_bench"
 needs_data = pytest.mark.skipif(

@@ -16,7 +16,7 @@ from clva_lens.benchmarks.comparison import compare
 from clva_lens.benchmarks.mme import COGNITION, HALLUCINATION, PERCEPTION, Mme, score_mme
 from clva_lens.benchmarks.mme_files import read_results, write_results
 from clva_lens.benchmarks.toy_mme import ToyMme
-from clva_lens.errors import BenchmarkError, ParameterError
+from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.toy.questions import vocabulary
 
 DATA = Path(__file__).parents[2].parent / "shared/data"

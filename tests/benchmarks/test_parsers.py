@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from clva_lens.benchmarks.parsers import PARSERS, parse
 from clva_lens.benchmarks.protocols import LLAVA_V1, PROTOCOLS, VICUNA_V1
-from clva_lens.errors import BenchmarkError, UnknownName
+from clva_lens.ground.errors import BenchmarkError, UnknownName
 
 # Answer, then what it means to official/LLaVA, OPERA, VCD (for the label yes, for the label no; R
 # right, W wrong), VLMEvalKit and lmms-eval: the evaluators' own code, run by hand. "?" is other.

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from clva_lens.benchmarks.base import Answer, Sample, Score, choose, match
 from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.pope import pope_metrics, score_pope
-from clva_lens.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError
 
 
 def test_metrics_worked_by_hand():

@@ -17,7 +17,7 @@ from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.pope_sampling import choose_pictures, pope_set
 from clva_lens.benchmarks.pope_sets import Pope, read_pope_answers
 from clva_lens.benchmarks.protocols import VICUNA_V1
-from clva_lens.errors import BenchmarkError, ParameterError, UnknownName
+from clva_lens.ground.errors import BenchmarkError, ParameterError, UnknownName
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
 needs_data = pytest.mark.skipif(

@@ -18,9 +18,9 @@ import clva_lens as cl
 from clva_lens.benchmarks.base import Benchmark, Sample, choose, judge, read_answers
 from clva_lens.benchmarks.pope import score_pope
 from clva_lens.benchmarks.pope_sets import Pope
-from clva_lens.errors import BenchmarkError, ParameterError
-from clva_lens.record import describe, digest
-from clva_lens.runs import read_run
+from clva_lens.benchmarks.run_folder import read_run
+from clva_lens.ground.errors import BenchmarkError, ParameterError
+from clva_lens.lens.provenance import describe, digest
 
 COUNT = 11
 
@@ -78,7 +78,7 @@ def same_but_origin(a, b):
 CHILD = """
 import sys, torch
 import clva_lens as cl
-from clva_lens import runs
+from clva_lens.benchmarks import run_folder as runs
 torch.set_num_threads(1)
 append = runs._append
 def half(path, rows):
@@ -151,7 +151,7 @@ def test_wherever_the_answers_were_cut(one, tmp_path, decoding):
 
 def test_a_finished_run_is_scored_again_and_not_run_again(one, tmp_path, monkeypatch):
     first = go(one, tmp_path / "run")
-    monkeypatch.setattr(sys.modules["clva_lens.generate"], "_generate_batch", None)
+    monkeypatch.setattr(sys.modules["clva_lens.lens.generate"], "_generate_batch", None)
     again = go(one, tmp_path / "run", resume=True)
     assert (again.rows, again.metrics) == (first.rows, first.metrics)
     assert again.record["seconds"] == 0
@@ -285,7 +285,7 @@ def test_a_sample_that_fails_is_counted_and_never_dropped(one, tmp_path):
 
 
 def test_only_the_sample_that_breaks_the_model_fails(one, monkeypatch):
-    generate = sys.modules["clva_lens.generate"]
+    generate = sys.modules["clva_lens.lens.generate"]
     inner, sizes = generate._generate_batch, []
 
     def fragile(model, prompt, method, decoding):
@@ -310,7 +310,7 @@ def test_only_the_sample_that_breaks_the_model_fails(one, monkeypatch):
     ],
 )
 def test_too_little_memory_ends_the_run_and_keeps_the_answers(one, tmp_path, monkeypatch, error):
-    generate = sys.modules["clva_lens.generate"]
+    generate = sys.modules["clva_lens.lens.generate"]
     inner = generate._generate_batch
 
     def fragile(model, prompt, method, decoding):
@@ -329,7 +329,7 @@ def test_too_little_memory_ends_the_run_and_keeps_the_answers(one, tmp_path, mon
 
 
 def test_ctrl_c_keeps_the_whole_batches(one, tmp_path, monkeypatch):
-    from clva_lens import runs
+    from clva_lens.benchmarks import run_folder as runs
 
     append = runs.OpenRun.append
 
@@ -421,7 +421,7 @@ def test_a_bar_shows_answers_their_rate_and_what_is_left(one, tmp_path, monkeypa
 
 
 def test_files_are_where_the_table_says(one, tmp_path):
-    from clva_lens import runs
+    from clva_lens.benchmarks import run_folder as runs
 
     go(one, tmp_path / "run")
     for path in Path(tmp_path / "run").iterdir():

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import clva_lens as cl
 from clva_lens.__main__ import app
 from clva_lens.benchmarks.base import BENCHMARKS
-from clva_lens.runs import plain
+from clva_lens.benchmarks.run_folder import plain
 
 
 def run(*args, code=0):

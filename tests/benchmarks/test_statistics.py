@@ -18,7 +18,7 @@ from clva_lens.benchmarks.statistics import (
     paired_bootstrap,
     wilson_interval,
 )
-from clva_lens.errors import BenchmarkError, UnknownName
+from clva_lens.ground.errors import BenchmarkError, UnknownName
 
 # Rows of a run: label, prediction and a margin from few values, so that ties are common.
 ROWS = st.lists(

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import clva_lens as cl
-from clva_lens.errors import InterventionError, ModelLoadError
+from clva_lens.ground.errors import InterventionError, ModelLoadError
 from clva_lens.models.family import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("no_process")

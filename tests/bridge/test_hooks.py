@@ -5,8 +5,8 @@ import torch
 from tiny_models import lens_of
 
 import clva_lens as cl
-from clva_lens.anchors import anchor_mask, reanchor, reanchor_weights, saliency_map
-from clva_lens.errors import InterventionError, ParameterError
+from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.science.anchors import anchor_mask, reanchor, reanchor_weights, saliency_map
 
 pytestmark = pytest.mark.usefixtures("no_process")
 SOME_HEADS = cl.HeadClasses.from_indices({4: [0, 1]}, {0: [3]}, layers=12, heads=4)

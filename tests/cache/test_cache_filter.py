@@ -9,8 +9,8 @@ from tiny_models import blip_of, lens_of, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clva_lens as cl
-from clva_lens.bench import PeakMemory, peak_memory
-from clva_lens.errors import (
+from clva_lens.experiments.speed.bench import PeakMemory, peak_memory
+from clva_lens.ground.errors import (
     InterventionError,
     ModelLoadError,
     ParameterError,

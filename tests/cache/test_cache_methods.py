@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import blip_of, lens_of
 
-from clva_lens.errors import ParameterError
-from clva_lens.models.lens import LensModel
+from clva_lens.ground.errors import ParameterError
+from clva_lens.lens.load import LensModel
 
 MODELS = {
     "llava": lambda: lens_of("full", "sdpa"),

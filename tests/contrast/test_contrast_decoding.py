@@ -7,7 +7,7 @@ from test_contrast_reference import TextGuidance, decode, lens_for, lens_inputs
 from tiny_models import QUESTIONS, lens_of, picture
 
 import clva_lens as cl
-from clva_lens.attention import _ACTIVE
+from clva_lens.engine.run import _ACTIVE
 
 STEPS = 5
 ATOL = 1e-4

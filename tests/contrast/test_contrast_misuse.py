@@ -8,8 +8,8 @@ from test_contrast_reference import TextGuidance, lens_for, lens_inputs
 from tiny_models import QUESTIONS, blip_of, lens_of, picture, tiny_model
 
 import clva_lens as cl
-from clva_lens.attention import _ACTIVE
-from clva_lens.errors import InterventionError, ParameterError, PromptError
+from clva_lens.engine.run import _ACTIVE
+from clva_lens.ground.errors import InterventionError, ParameterError, PromptError
 from clva_lens.methods.contrast import ContrastRule
 from clva_lens.models.twin import twin
 

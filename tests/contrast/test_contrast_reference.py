@@ -24,9 +24,9 @@ class TextGuidance(Method):
 
     name = "text guidance"
 
-    def sessions(self, shapes):
+    def sessions(self, target):
         rule = ContrastRule(strength=1.7, beta=0.1, form="guidance")
-        return [ContrastSession(shapes.model, text_only(5), rule)]
+        return [ContrastSession(target.model, text_only(5), rule)]
 
 
 def lens_for(family, kernel="sdpa"):

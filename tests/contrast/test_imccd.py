@@ -10,7 +10,7 @@ from test_contrast_reference import decode, lens_inputs
 from tiny_models import blip_of, double_of, exact_blip, lens_of
 
 import clva_lens as cl
-from clva_lens.errors import ParameterError
+from clva_lens.ground.errors import ParameterError
 
 STEPS = 3
 ERROR = 3e-4

@@ -13,8 +13,8 @@ from test_imccd import model_parts
 from tiny_models import blip_of, lens_of
 
 import clva_lens as cl
-from clva_lens.attention import _ACTIVE
-from clva_lens.errors import ParameterError
+from clva_lens.engine.run import _ACTIVE
+from clva_lens.ground.errors import ParameterError
 from clva_lens.methods import imccd
 
 STEPS, WINDOW = 7, 2

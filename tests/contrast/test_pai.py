@@ -12,8 +12,8 @@ from test_contrast_reference import TextGuidance, decode, lens_for, lens_inputs
 from tiny_models import blip_of
 
 import clva_lens as cl
-from clva_lens.attention import _ACTIVE
-from clva_lens.errors import InterventionError
+from clva_lens.engine.run import _ACTIVE
+from clva_lens.ground.errors import InterventionError
 
 ERROR = 2e-4
 BOTH = cl.PAI(alpha=0.5, guidance=1.7)

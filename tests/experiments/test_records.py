@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 
 import clva_lens as cl
 from clva_lens.__main__ import app
-from clva_lens.errors import ParameterError, RecordError, UnknownName
 from clva_lens.experiments import notebook as notebooks
 from clva_lens.experiments.archive import Archive, analyse, differences
 from clva_lens.experiments.draft import Draft
 from clva_lens.experiments.drawing import check_figures, draw_figures
 from clva_lens.experiments.record import Record, sha256
-from clva_lens.models.lens import LensModel
+from clva_lens.ground.errors import ParameterError, RecordError, UnknownName
+from clva_lens.lens.load import LensModel
 
 
 def run(*args):

@@ -11,7 +11,6 @@ import pytest
 from matplotlib.image import imread
 from PIL import Image
 
-from clva_lens.errors import BenchmarkError, FigureError
 from clva_lens.figures import (
     FIGURES,
     costs,
@@ -33,6 +32,7 @@ from clva_lens.figures import (
 from clva_lens.figures.base import PAGE, plain
 from clva_lens.figures.overlay import outline
 from clva_lens.figures.saliency import SaliencyPicture
+from clva_lens.ground.errors import BenchmarkError, FigureError
 
 PROVENANCE = {"record": "demo/v1", "commit": "abc"}
 INTENSITY = np.array([[0.1, 0.5, 0.9], [0.3, 0.2, 0.4]])

@@ -12,7 +12,7 @@ import torch
 from tiny_models import QUESTIONS, blip_of, exact_blip, picture
 
 import clva_lens as cl
-from clva_lens.errors import InterventionError
+from clva_lens.ground.errors import InterventionError
 
 STEPS = 5
 ATOL = 1e-4

@@ -11,7 +11,7 @@ import torch
 from tiny_models import KERNELS, LANGUAGES, blip_of
 
 import clva_lens as cl
-from clva_lens.errors import InterventionError
+from clva_lens.ground.errors import InterventionError
 
 STEPS = 4
 ERROR = 1e-4

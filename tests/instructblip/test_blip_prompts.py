@@ -7,7 +7,7 @@ from PIL import Image
 from tiny_models import QUESTIONS, blip_of, blip_processor, picture, tiny_blip
 
 import clva_lens as cl
-from clva_lens.errors import PromptError
+from clva_lens.ground.errors import PromptError
 
 STRONG = {"qformer": cl.CLVA(tau=1.0), "decoder": cl.CLVA(tau=1.0, site="decoder")}
 

@@ -15,14 +15,14 @@ from tiny_models import (
 )
 
 import clva_lens as cl
-from clva_lens.errors import (
+from clva_lens.ground.errors import (
     InterventionError,
     ModelCheckError,
     ModelLoadError,
     ParameterError,
     PromptError,
 )
-from clva_lens.models.check import check_family
+from clva_lens.lens.check import check_family
 from clva_lens.models.family import FAMILIES
 from clva_lens.models.instructblip import InstructBlip
 

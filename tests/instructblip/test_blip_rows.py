@@ -7,7 +7,7 @@ import torch
 from tiny_models import LANGUAGES, blip_of, exact_blip, picture
 
 import clva_lens as cl
-from clva_lens.errors import ParameterError
+from clva_lens.ground.errors import ParameterError
 
 ATOL = 2e-5
 STRONG = {"qformer": cl.CLVA(tau=1.0), "decoder": cl.CLVA(tau=1.0, site="decoder")}

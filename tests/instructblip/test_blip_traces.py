@@ -6,8 +6,8 @@ import torch
 from tiny_models import LANGUAGES, blip_of
 
 import clva_lens as cl
-from clva_lens.attention import _ACTIVE
-from clva_lens.errors import InterventionError, ParameterError
+from clva_lens.engine.run import _ACTIVE
+from clva_lens.ground.errors import InterventionError, ParameterError
 
 STEPS = 4
 ATOL = 1e-6

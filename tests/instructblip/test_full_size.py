@@ -16,8 +16,8 @@ from transformers import (
 )
 
 import clva_lens as cl
-from clva_lens.errors import ParameterError, PromptError
-from clva_lens.methods.base import Shapes
+from clva_lens.ground.errors import ParameterError, PromptError
+from clva_lens.methods.target import Target
 from clva_lens.models.family import find_family, find_site
 
 VICUNA = {
@@ -73,7 +73,7 @@ def llava():
 
 def layers(model, method):
     """Return (site, anchor layers, edited layers) of a CLVA on a model."""
-    (session,) = method.sessions(Shapes(model))
+    (session,) = method.sessions(Target(model))
     return session.site, (method.negative_layer, session.positive_layer), session.steady
 
 
@@ -93,9 +93,9 @@ def test_instructblip_sites(instructblip):
         assert module is stack[index].crossattention.attention
     for index, module in enumerate(answering.modules):
         assert module is instructblip.language_model.model.layers[index].self_attn
-    shapes = Shapes(instructblip)
-    assert (shapes.at().site, shapes.at().heads, shapes.at().ordered) == ("qformer", 12, False)
-    assert (shapes.at("decoder").heads, shapes.at("decoder").depth) == (32, 32)
+    target = Target(instructblip)
+    assert (target.at().site, target.at().heads, target.at().ordered) == ("qformer", 12, False)
+    assert (target.at("decoder").heads, target.at("decoder").depth) == (32, 32)
     assert reading.config is stack[0].crossattention.attention.config
     assert answering.config is instructblip.language_model.model.layers[0].self_attn.config
 
@@ -129,7 +129,7 @@ def test_instructblip_layers(instructblip):
     """Eq. 14: anchors at 0 and 4, edits at 6, 8 and 10; in the decoder 0 and 14, edits from 15."""
     assert layers(instructblip, cl.CLVA()) == ("qformer", (0, 4), (6, 8, 10))
     assert layers(instructblip, cl.CLVA(site="decoder")) == ("decoder", (0, 14), LATER)
-    (blind,) = cl.KnockOut().sessions(Shapes(instructblip))
+    (blind,) = cl.KnockOut().sessions(Target(instructblip))
     assert (blind.site, blind.layers) == ("qformer", (6, 8, 10))
     with pytest.raises(ParameterError, match=r"layer 14.*qformer has layers 0, 2, 4, 6, 8, 10"):
         layers(instructblip, cl.CLVA(positive_layer=14))

@@ -15,8 +15,8 @@ from tiny_models import QUESTIONS, make_processor, picture, tiny_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 import clva_lens as cl
-from clva_lens.errors import ModelLoadError
-from clva_lens.models.check import check_family
+from clva_lens.ground.errors import ModelLoadError
+from clva_lens.lens.check import check_family
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from tiny_models import QUESTIONS, make_processor, picture, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clva_lens as cl
-from clva_lens.errors import ModelCheckError, ModelLoadError, PromptError, UnknownName
-from clva_lens.models.check import check_family
+from clva_lens.ground.errors import ModelCheckError, ModelLoadError, PromptError, UnknownName
+from clva_lens.lens.check import check_family
+from clva_lens.lens.load import LensModel
 from clva_lens.models.family import FAMILIES
-from clva_lens.models.lens import LensModel
 from clva_lens.models.llava import Llava
 
 

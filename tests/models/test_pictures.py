@@ -6,11 +6,11 @@ import torch
 from test_survey import anchored, apart, read
 
 import clva_lens as cl
-from clva_lens.attention import running
-from clva_lens.errors import InterventionError, ParameterError, PromptError
-from clva_lens.methods.base import shape_of
+from clva_lens.engine.run import running
+from clva_lens.ground.errors import InterventionError, ParameterError, PromptError
+from clva_lens.lens.observers import Observer
+from clva_lens.methods.target import shape_of
 from clva_lens.models.family import find_family
-from clva_lens.trace import Observer
 
 SOFTMAX = ("full_attention", "sliding_attention")
 

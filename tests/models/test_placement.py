@@ -16,11 +16,12 @@ from tiny_models import QUESTIONS, blip_of, lens_of, make_processor, picture, ti
 from two_devices import FIRST, HOST, SECOND, Emulated, place_of, split
 
 import clva_lens as cl
-from clva_lens.attention import running
-from clva_lens.errors import InterventionError, ModelLoadError
-from clva_lens.methods.base import METHODS, shape_of
+from clva_lens.engine.run import running
+from clva_lens.ground.errors import InterventionError, ModelLoadError
+from clva_lens.lens.observers import Observer
+from clva_lens.methods.base import METHODS
+from clva_lens.methods.target import shape_of
 from clva_lens.models.family import find_family
-from clva_lens.trace import Observer
 
 # Contrastive methods read a second input with a copy of the model, and refuse a split one; OPERA
 # is a search of its own.

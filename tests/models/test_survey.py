@@ -14,13 +14,13 @@ import torch
 from survey_table import NAMES, OWN, PROVEN, REASONS, table
 
 import clva_lens as cl
-from clva_lens.attention import running
-from clva_lens.errors import ModelLoadError, PromptError
-from clva_lens.methods.base import shape_of
-from clva_lens.models.check import check_family
+from clva_lens.engine.run import running
+from clva_lens.ground.errors import ModelLoadError, PromptError
+from clva_lens.lens.check import check_family
+from clva_lens.lens.observers import Observer
+from clva_lens.methods.target import shape_of
 from clva_lens.models.family import find_family
 from clva_lens.models.prompt import Prompt, VisualTokens
-from clva_lens.trace import Observer
 
 STEPS = 3
 VARIANTS = ("llava (pixtral)",)

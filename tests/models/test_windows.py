@@ -5,7 +5,7 @@ import torch
 from transformers.models.gemma3 import modeling_gemma3
 
 import clva_lens as cl
-from clva_lens.errors import InterventionError
+from clva_lens.ground.errors import InterventionError
 from clva_lens.models.family import FAMILIES
 
 IMAGE, COUNT, LONG = 5, 16, 70

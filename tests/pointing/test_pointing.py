@@ -11,10 +11,10 @@ from tiny_models import lens_of, make_processor
 from transformers import BlipImageProcessorPil, CLIPImageProcessorPil, LlavaImageProcessorPil
 
 import clva_lens as cl
-from clva_lens.errors import BenchmarkError
-from clva_lens.masks import coco_mask, pixel_mask
-from clva_lens.pointing import pointing
-from clva_lens.toy.measure import object_patches, trace_questions
+from clva_lens.experiments.toy_measures import object_patches, trace_questions
+from clva_lens.ground.errors import BenchmarkError
+from clva_lens.lens.patch_masks import coco_mask, pixel_mask
+from clva_lens.science.pointing import pointing
 from clva_lens.toy.questions import exist_question
 from clva_lens.toy.scenes import sample_scenes
 

@@ -11,9 +11,9 @@ import torch
 from qwen_models import official_config, picture, publish
 
 import clva_lens as cl
-from clva_lens.errors import ModelCheckError, ModelLoadError, PromptError
+from clva_lens.ground.errors import ModelCheckError, ModelLoadError, PromptError
+from clva_lens.lens.check import check_family
 from clva_lens.methods.base import METHODS
-from clva_lens.models.check import check_family
 
 QUESTIONS = ["is there a cup ?", "what is it ?", "is there a red car in the image ?"]
 CONFIG = official_config(num_hidden_layers=12, seq_length=256)

@@ -13,15 +13,15 @@ from qwen_models import official_config, picture, publish, special_id, tensors
 from safetensors.torch import save_file
 
 import clva_lens as cl
-from clva_lens.errors import ModelLoadError
-from clva_lens.qwen_vl.configuration import (
+from clva_lens.ground.errors import ModelLoadError
+from clva_lens.models.qwen.configuration import (
     QwenVLConfig,
     QwenVLTextConfig,
     QwenVLVisionConfig,
     is_official,
 )
-from clva_lens.qwen_vl.convert import convert, native_tensors, published_folder, targets
-from clva_lens.qwen_vl.model import QwenVLForConditionalGeneration
+from clva_lens.models.qwen.convert import convert, native_tensors, published_folder, targets
+from clva_lens.models.qwen.model import QwenVLForConditionalGeneration
 
 CONFIG = official_config(num_hidden_layers=6)
 WEIGHTS = tensors(CONFIG)

@@ -10,10 +10,10 @@ from transformers import StaticCache
 
 import clva_lens as cl
 from clva_lens.models.family import FAMILIES
-from clva_lens.qwen_vl.configuration import QwenVLConfig
-from clva_lens.qwen_vl.convert import native_tensors
-from clva_lens.qwen_vl.model import QwenVLForConditionalGeneration, ntk_alpha
-from clva_lens.qwen_vl.vision import on_another_grid, sine_cosine_positions
+from clva_lens.models.qwen.configuration import QwenVLConfig
+from clva_lens.models.qwen.convert import native_tensors
+from clva_lens.models.qwen.model import QwenVLForConditionalGeneration, ntk_alpha
+from clva_lens.models.qwen.vision import on_another_grid, sine_cosine_positions
 
 CONFIG = official_config()
 WEIGHTS = tensors(CONFIG)

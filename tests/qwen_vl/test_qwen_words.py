@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from qwen_models import SPECIAL, picture, ranks, special_id, write_vocabulary
 
-from clva_lens.errors import ModelLoadError, PromptError
-from clva_lens.qwen_vl.processor import CHAT_TEMPLATE, QwenVLProcessor, image_processor
-from clva_lens.qwen_vl.tokenizer import make_tokenizer, read_ranks
+from clva_lens.ground.errors import ModelLoadError, PromptError
+from clva_lens.models.qwen.processor import CHAT_TEMPLATE, QwenVLProcessor, image_processor
+from clva_lens.models.qwen.tokenizer import make_tokenizer, read_ranks
 
 PIECES = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"""

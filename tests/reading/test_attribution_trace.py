@@ -9,10 +9,10 @@ import torch
 from tiny_models import QUESTIONS, blip_of, lens_of, picture
 
 import clva_lens as cl
-from clva_lens.attribution import Attributing
-from clva_lens.errors import InterventionError, ParameterError, PromptError
-from clva_lens.generate import yes_margins
-from clva_lens.intervene import transformers_model
+from clva_lens.ground.errors import InterventionError, ParameterError, PromptError
+from clva_lens.lens.attribution import Attributing
+from clva_lens.lens.generate import yes_margins
+from clva_lens.lens.intervene import transformers_model
 from clva_lens.toy.scenes import render, sample_scenes
 
 FIELDS = ("embedding", "heads", "mlps", "edits", "bias", "image", "elsewhere", "difference")
@@ -329,7 +329,7 @@ def test_what_runs_the_model_says_so_in_a_trace(one, ask, name):
 
 def test_what_runs_nothing_works_in_a_trace(ask):
     """Masks, the pointing game and the logit lens of a layer's output, on values of the run."""
-    from clva_lens.logit_lens import lens_logits
+    from clva_lens.lens.logit_lens import lens_logits
 
     one = lens_of("full", "sdpa")
     prompt = ask(one)

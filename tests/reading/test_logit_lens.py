@@ -8,9 +8,9 @@ import torch
 from tiny_models import blip_of
 
 import clva_lens as cl
-from clva_lens.errors import InterventionError, ParameterError, PromptError
-from clva_lens.generate import yes_margins
-from clva_lens.logit_lens import lens_logits
+from clva_lens.ground.errors import InterventionError, ParameterError, PromptError
+from clva_lens.lens.generate import yes_margins
+from clva_lens.lens.logit_lens import lens_logits
 
 
 def plain(model, prompt):
@@ -134,7 +134,7 @@ def test_a_bare_handle_has_no_words(one, ask):
 def test_pieces_do_not_matter(one, ask, monkeypatch):
     prompt = ask(one)
     whole = cl.logit_lens(one, prompt, "image")
-    monkeypatch.setattr(sys.modules["clva_lens.logit_lens"], "LOGITS_AT_ONCE", 64 * 3)
+    monkeypatch.setattr(sys.modules["clva_lens.lens.logit_lens"], "LOGITS_AT_ONCE", 64 * 3)
     parts = cl.logit_lens(one, prompt, "image")
     assert (whole.margin - parts.margin).abs().max() < 1e-5
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from clva_lens.anchors import (
+from clva_lens.ground.errors import ParameterError
+from clva_lens.science.anchors import (
     VisualAnchors,
     anchor_mask,
     check_strengths,
@@ -19,7 +20,6 @@ from clva_lens.anchors import (
     saliency_map,
     z_scores,
 )
-from clva_lens.errors import ParameterError
 
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=50, deadline=None)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clva_lens.drift import attention_drift, correlation, drift_curves, entropy
-from clva_lens.errors import ParameterError
+from clva_lens.ground.errors import ParameterError
+from clva_lens.science.drift import attention_drift, correlation, drift_curves, entropy
 
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=50, deadline=None)

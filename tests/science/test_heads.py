@@ -9,8 +9,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from clva_lens.errors import ParameterError, SpanError
-from clva_lens.heads import (
+from clva_lens.ground.errors import ParameterError, SpanError
+from clva_lens.science.heads import (
     HeadClasses,
     classify_heads,
     intensity_from_mass,

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from clva_lens.errors import ParameterError
-from clva_lens.moments import RunningMoments
+from clva_lens.ground.errors import ParameterError
+from clva_lens.science.moments import RunningMoments
 
 
 def reference(samples):

@@ -16,9 +16,9 @@ from tiny_models import QUESTIONS, blip_of, double_of, exact_blip, lens_of, pict
 from torch import Tensor
 
 import clva_lens as cl
-from clva_lens.attention import running
-from clva_lens.errors import InterventionError, ModelLoadError, ParameterError
-from clva_lens.methods.base import Shapes
+from clva_lens.engine.run import running
+from clva_lens.ground.errors import InterventionError, ModelLoadError, ParameterError
+from clva_lens.methods.target import Target
 
 STEPS, ERROR = 5, 2e-4
 FED = 8.0  # FFNs that matter
@@ -230,7 +230,7 @@ def test_with_clva_in_one_trace(ask, method):
 
 
 def test_uncut_is_kept_for_margins(one, ask):
-    session = cl.DeCo().sessions(Shapes(one.hf_model))[0]
+    session = cl.DeCo().sessions(Target(one.hf_model))[0]
     with torch.inference_mode(), running(one.hf_model, [session]):
         found = one.hf_model(**ask(one, 3).inputs).logits[:, -1]
     assert session.uncut is not None and session.uncut.isfinite().all()
@@ -253,7 +253,7 @@ def test_other_language_models(ask, method, language):
     lens = blip_of("sdpa", language)
     if language == "t5":
         with pytest.raises(ModelLoadError, match=r"'t5'"):
-            method.sessions(Shapes(lens.hf_model))
+            method.sessions(Target(lens.hf_model))
         return
     method = cl.MemVR(ratio=0.5, gamma=0.1) if method.name == "memvr" else method
     inputs = ask(lens, 2).inputs
@@ -281,4 +281,4 @@ def test_other_language_models(ask, method, language):
 )
 def test_refused(one, untyped, kind, parameters):
     with pytest.raises(ParameterError, match=next(iter(parameters))):
-        kind(**parameters).sessions(Shapes(one.hf_model))
+        kind(**parameters).sessions(Target(one.hf_model))

@@ -17,11 +17,11 @@ from test_layer_methods import FED, STEPS, decode, inputs_of, lens_for, referenc
 from tiny_models import QUESTIONS, blip_of, double_of, exact_blip, lens_of, picture
 
 import clva_lens as cl
-from clva_lens.attention import _ACTIVE, running
-from clva_lens.axes import TokenSpans
-from clva_lens.errors import InterventionError, ModelLoadError, ParameterError
-from clva_lens.methods.base import Shapes
+from clva_lens.engine.run import _ACTIVE, running
+from clva_lens.ground.axes import TokenSpans
+from clva_lens.ground.errors import InterventionError, ModelLoadError, ParameterError
 from clva_lens.methods.only import text_keys, textual
+from clva_lens.methods.target import Target
 
 ERROR = 5e-4
 # Distances of the distributions on these models lie on both sides of it.
@@ -205,7 +205,7 @@ def test_nothing_of_the_model_runs_twice(one, ask):
 
 
 def test_uncut_is_kept_for_margins(one, ask):
-    session = METHOD.sessions(Shapes(one.hf_model))[0]
+    session = METHOD.sessions(Target(one.hf_model))[0]
     with torch.inference_mode(), running(one.hf_model, [session]):
         found = one.hf_model(**ask(one, 3).inputs).logits[:, -1]
     assert session.uncut is not None and session.uncut.isfinite().all()
@@ -229,7 +229,7 @@ def test_other_language_models(ask, language):
     lens = blip_of("sdpa", language)
     if language == "t5":
         with pytest.raises(ModelLoadError, match=r"'t5'"):
-            METHOD.sessions(Shapes(lens.hf_model))
+            METHOD.sessions(Target(lens.hf_model))
         return
     inputs = ask(lens, 2).inputs
     found = decode(lens, inputs, METHOD, max_new_tokens=3)[1]
@@ -283,4 +283,4 @@ def test_strengths_of_0_have_no_cut_off_either(one, ask):
 @pytest.mark.usefixtures("untyped")
 def test_refused(one, parameters, message):
     with pytest.raises(ParameterError, match=message):
-        cl.ONLY(**parameters).sessions(Shapes(one.hf_model))
+        cl.ONLY(**parameters).sessions(Target(one.hf_model))

@@ -9,10 +9,10 @@ import torch
 
 import clva_lens as cl
 from clva_lens.benchmarks.toy_pope import ToyPope
-from clva_lens.pointing import pointing
+from clva_lens.experiments.toy_card import card_text
+from clva_lens.experiments.toy_measures import object_patches, trace_questions
+from clva_lens.science.pointing import pointing
 from clva_lens.toy import pretrained
-from clva_lens.toy.card import card_text
-from clva_lens.toy.measure import object_patches, trace_questions
 from clva_lens.toy.questions import exist_question
 from clva_lens.toy.scenes import sample_scenes
 from clva_lens.toy.toys import TOYS

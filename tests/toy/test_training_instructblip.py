@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot, pad
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.instructblip.modeling_instructblip import eager_attention_forward
 
-from clva_lens.errors import ParameterError
+from clva_lens.ground.errors import ParameterError
 from clva_lens.toy import train_instructblip as training
 from clva_lens.toy import vision
 from clva_lens.toy.build_instructblip import (

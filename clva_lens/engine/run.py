@@ -1,0 +1,375 @@
+"""The one attention function: it lets sessions look at attention rows and put a bias on them.
+
+Sessions may also edit the residual stream (stream.py) and the logits (logits.py), in the same run.
+
+Multiplying attention weights by w and renormalising is the same as adding log w to the scores:
+softmax(s + log w) = w·softmax(s) / Σ w·softmax(s). So every edit of Eqs. 10–11 of
+arXiv:2603.25088v1 is a bias, the fused kernels keep working, and no pattern is ever formed. What
+methods need to *see* is formed from queries and keys, for the rows in question only.
+
+``clva_sdpa`` and ``clva_eager`` are registered with transformers once, each with the mask builder
+of its base kernel. While a ``Run`` is installed its site's configuration names one of them; modules
+of no run are passed through. Nothing is stored on any module, and ``remove`` restores everything.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from clva_lens.engine import bias as folding
+from clva_lens.engine import windows
+from clva_lens.engine.kernels import Acting, Merging
+from clva_lens.engine.logits import watch_logits
+from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.engine.stream import Part, StreamCall, stream_hooks, stream_name
+from clva_lens.ground.errors import InterventionError
+from clva_lens.models.family import Site, find_family, find_site
+from clva_lens.models.step import Step
+
+
+class Run:
+    """One site of a model whose attention goes through sessions, from ``install`` to ``remove``."""
+
+    def __init__(self, site: Site) -> None:
+        """Look at the site; nothing is changed before ``install``.
+
+        Raises:
+            InterventionError: if its attention kernel cannot be intercepted.
+        """
+        self.site = site
+        self.passes = site.passes()
+        self.sessions: list[Session] = []
+        self.kernel = site.config._attn_implementation or "eager"
+        if self.kernel.startswith("clva_"):
+            raise InterventionError(
+                "another model that shares this model's configuration object is in a run, or this "
+                "model is a copy made during one. Give the models configurations of their own, or "
+                "end the other run first."
+            )
+        if self.kernel not in KERNELS:
+            raise InterventionError(
+                f"the {site.name} runs attention kernel '{self.kernel}', which cannot be "
+                f"intercepted (only {' and '.join(sorted(KERNELS))} can). Load the model with "
+                "attn_implementation='sdpa'."
+            )
+        self._layers = dict(zip(map(id, site.modules), site.layers, strict=True))
+        self.merging = Merging(fused=self.kernel == "sdpa")
+        self._hooks: list[RemovableHandle] = []
+        self._streams: dict[tuple[Part, int], RemovableHandle] = {}
+        self._watches_logits = False
+        self._open: tuple[AttentionCall, Acting] | None = None
+        self._moved: dict[torch.device, tuple[Step, Step]] = {}
+
+    def install(self) -> None:
+        """Route the site's attention through this run, and watch the model's inputs."""
+        if any(id(module) in _ACTIVE for module in self.site.modules):
+            raise InterventionError(
+                "this model's attention is already routed through a run. This is a bug in "
+                "clva_lens: open_run() should have joined it."
+            )
+        self._hooks = self.passes.hooks()
+        self.site.config._attn_implementation = f"clva_{self.kernel}"
+        for module in self.site.modules:
+            _ACTIVE[id(module)] = self
+
+    def remove(self) -> None:
+        """Undo ``install``."""
+        for module in self.site.modules:
+            _ACTIVE.pop(id(module), None)
+            _ROUTES.pop(id(module), None)
+        self.site.config._attn_implementation = self.kernel
+        for hook in (*self._hooks, *self._streams.values()):
+            hook.remove()
+        self._streams.clear()
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """Have hooks on the residual stream where this run's sessions want them, nowhere else."""
+        wanted = {place for session in self.sessions for place in session.streams}
+        for place in self._streams.keys() - wanted:
+            self._streams.pop(place).remove()
+        missing = sorted(wanted - self._streams.keys())
+        if missing:
+            for place, hook in stream_hooks(model, self.site.name, missing, self.stream):
+                self._streams[place] = hook
+
+    def add(self, session: Session) -> None:
+        """Let one more session see everything, after those that are there.
+
+        Raises:
+            InterventionError: if two would make tokens impossible.
+        """
+        if session.cuts_off and any(other.cuts_off for other in self.sessions):
+            raise InterventionError(
+                "two methods of this run cut implausible tokens off (each contrasts the logits "
+                "with a second input), and neither could judge by the unedited logits. Use one of "
+                "them; methods that edit attention go with each."
+            )
+        if session.edits_logits and not self._watches_logits:
+            self._hooks += watch_logits(self.passes.entry, self.logits)
+            self._watches_logits = True
+        self.sessions.append(session)
+        self._arrange()
+
+    def drop(self, session: Session) -> None:
+        """Let a session see nothing any more."""
+        self.sessions.remove(session)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Note which modules' attention sessions act on; the others cost nothing."""
+        self.merging = Merging(self.merging.fused)
+        for module, layer in self._layers.items():
+            acting = Acting.at(layer, self.sessions)
+            if acting is None:
+                _ROUTES.pop(module, None)
+            else:
+                _ROUTES[module] = self, acting
+
+    def step_on(self, device: torch.device) -> Step | None:
+        """Return the pass that is running, on the device of the layer that asks.
+
+        Layers may be spread over devices. Within a pass all layers of a device get one object.
+        """
+        step = self.passes.step
+        if step is None or step.text_rows.device == device:
+            return step
+        known = self._moved.get(device)
+        if known is None or known[0] is not step:
+            known = self._moved[device] = (step, step.to(device))
+        return known[1]
+
+    def logits(self, last: Tensor) -> Tensor:
+        """Return the logits of a pass's last position as the sessions leave them."""
+        step = self.step_on(last.device)
+        for session in self.sessions:
+            if step is not None and session.edits_logits:
+                edited = session.logits(step, last)
+                last = last if edited is None else edited
+        return last
+
+    def edit(
+        self,
+        acting: Acting,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        window: int | None = None,
+    ) -> AttentionCall | None:
+        """Show one layer to the sessions; return it with their biases, None without any.
+
+        Raises:
+            InterventionError: if the layer got other rows than the model read.
+        """
+        self._open = None
+        if isinstance(query, FakeTensor):
+            return None
+        step = self.step_on(query.device)
+        if step is None:
+            raise InterventionError(
+                f"layer {acting.layer} ran, but the model around it was not called, so it is "
+                "unknown which positions are the image. Call the model as model(**inputs) or "
+                "model.generate(**inputs): not its forward function, nor a part of it."
+            )
+        layer = acting.layer
+        if step.ids is not None and step.ids.shape[1] != query.shape[2]:
+            raise InterventionError(
+                f"the model reads {step.ids.shape[1]} positions, but layer {layer} got "
+                f"{query.shape[2]} of them, so they cannot be told apart. Call the model without "
+                "logits_to_keep, or with use_cache=False."
+            )
+        call = AttentionCall(layer, step, query, key, mask, None, scaling, value, window=window)
+        for session in acting.sessions:
+            bias = session.attention(call)
+            if bias is not None:
+                call.bias = folding.add(call.bias, folding.on(bias, query.device))
+        self._open = (call, acting) if acting.output else None
+        return None if call.bias is None else call
+
+    def output(self, out: Tensor) -> Tensor:
+        """Return the output of the layer that ``edit`` was for, as the sessions leave it."""
+        opened, self._open = self._open, None
+        if opened is not None:
+            call, acting = opened
+            call.z = out
+            for session in acting.sessions:
+                edited = session.output(call, out) if session.edits_output else None
+                out = out if edited is None else edited
+        return out
+
+    def stream(self, part: Part, layer: int, value: Tensor) -> Tensor | None:
+        """Show a part of the residual stream to the sessions; return what replaces it, or None."""
+        step = None if isinstance(value, FakeTensor) else self.step_on(value.device)
+        if step is None:
+            return None
+        call = StreamCall(part, layer, step)
+        batch = len(step.text_rows)
+        hidden = value if value.ndim == 3 else value.unflatten(0, (batch, -1))  # OPT's MLPs
+        found = hidden
+        for session in self.sessions:
+            if (part, layer) in session.streams:
+                edited = session.stream(call, found)
+                found = found if edited is None else edited
+        return None if found is hidden else found.reshape(value.shape)
+
+
+_ACTIVE: dict[int, Run] = {}
+"""The runs that modules, by their ids, are in."""
+
+_ROUTES: dict[int, tuple[Run, Acting]] = {}
+"""Those modules whose attention sessions act on; the others go past the run."""
+
+
+def edited_streams(model: PreTrainedModel) -> set[str]:
+    """Return TransformerLens' names of what sessions of open runs may edit in the stream."""
+    runs = [_ACTIVE.get(id(site.modules[0])) for site in find_family(model).sites(model)]
+    return {
+        stream_name(run.site.name, *place)
+        for run in runs
+        if run is not None
+        for session in run.sessions
+        for place in session.streams
+    }
+
+
+def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[], None]:
+    """Add sessions to the runs of their sites, starting those there are not; return what undoes it.
+
+    Raises:
+        ModelLoadError: if no family knows the model.
+        InterventionError: if a site's attention kernel cannot be intercepted.
+        ParameterError: if a session names a part of the residual stream that there is not.
+    """
+    joined: list[tuple[Run, Session]] = []
+
+    def close() -> None:
+        for run, session in joined:
+            if session in run.sessions:
+                run.drop(session)
+                session.end()
+        for run in {id(run): run for run, _ in joined}.values():
+            if run.sessions:
+                run.follow(model)
+            elif _ACTIVE.get(id(run.site.modules[0])) is run:
+                run.remove()
+
+    try:
+        for session in sessions:
+            site = find_site(model, session.site)
+            run = _ACTIVE.get(id(site.modules[0]))
+            if run is None:
+                run = Run(site)
+                run.install()
+            run.add(session)
+            joined.append((run, session))
+            if session.streams:
+                run.follow(model)
+            session.begin()
+    except BaseException:
+        close()
+        raise
+    return close
+
+
+def open_sessions(model: PreTrainedModel) -> list[Session]:
+    """Return the sessions of all runs that a model is in."""
+    runs = (_ACTIVE.get(id(site.modules[0])) for site in find_family(model).sites(model))
+    return [session for run in runs if run is not None for session in run.sessions]
+
+
+@contextmanager
+def running(model: PreTrainedModel, sessions: Sequence[Session]) -> Iterator[None]:
+    """Have sessions in the model's run inside the ``with`` block.
+
+    An error of the model that its family understands is raised as a clearer one.
+    """
+    close = open_run(model, sessions)
+    try:
+        yield
+    except TypeError as error:
+        clearer = find_family(model).explain(error)
+        if clearer is None:
+            raise
+        raise clearer from error
+    finally:
+        close()
+
+
+def _base_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return the eager attention function of the file that defines the module."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+KERNELS = {"sdpa": sdpa_mask, "eager": eager_mask}
+"""The kernels that can be intercepted, with what builds their masks."""
+
+
+def _check_formula(site: str, kwargs: dict[str, Any]) -> None:
+    """Refuse attention that is no softmax of scaled products under a mask."""
+    if "softcap" not in kwargs and "s_aux" not in kwargs:
+        return
+    odd = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if odd:
+        raise InterventionError(
+            f"the {site}'s attention has more in it than queries, keys and a mask ({odd[0]}: "
+            "capped scores, or sinks), so its rows cannot be formed from these. Use a model "
+            "without."
+        )
+
+
+def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the base kernel, under the bias of the run that the module belongs to."""
+        base = sdpa_attention_forward if kernel == "sdpa" else _base_eager(module)
+        route = _ROUTES.get(id(module))
+        if route is None:
+            return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        run, acting = route
+        ready = run.merging.ready(acting, run.passes.step, key, attention_mask)
+        if ready is not None:
+            return base(module, query, key, value, ready, scaling=scaling, **kwargs)
+        _check_formula(run.site.name, kwargs)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        count, step, mask, values = query.shape[2], run.passes.step, attention_mask, value
+        seen = key
+        # A static cache hands over its empty end too: leave it out, as the kernel would.
+        if attention_mask is None and step is not None and step.causal and count > 1:
+            seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
+        if step is not None and step.causal:
+            seen, values, mask = windows.widen(seen, values, mask, step.offset + count, count)
+        window = kwargs.get("sliding_window")
+        call = run.edit(acting, query, seen, values, mask, scale, window)
+        if call is None:
+            out, weights = base(
+                module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            )
+        else:
+            bound = partial(base, module, scaling=scale, **kwargs)
+            out, weights = run.merging.attend(bound, call, acting)
+        return run.output(out), weights
+
+    return attend
+
+
+for _kernel, _mask in KERNELS.items():
+    AttentionInterface.register(f"clva_{_kernel}", _attend(_kernel))
+    AttentionMaskInterface.register(f"clva_{_kernel}", _mask)

@@ -1,0 +1,192 @@
+"""What acts during a run: sessions, and what they are shown of a layer's attention."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from clva_lens.engine import bias as folding
+from clva_lens.engine.bias import Bias
+from clva_lens.engine.stream import Part, Stream, StreamCall
+from clva_lens.models.step import Step
+
+# Rows of the pattern are formed in pieces of at most this many scores (64 MiB of float32).
+SCORES_AT_ONCE = 2**24
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """Queries, keys and values of one layer in one pass, and the bias that earlier sessions put.
+
+    Sessions read it; the run sets ``bias`` and ``z`` as they act. Queries and keys are as the
+    kernel gets them: after the rotary embedding, with the whole cache.
+    ``z`` is what the heads put out before any session replaces it; None until they have.
+    ``window`` is how many positions a row of this layer looks back, itself included; None is all.
+    """
+
+    layer: int
+    step: Step
+    query: Float[Tensor, "batch head query width"]
+    key: Float[Tensor, "batch kv_head key width"]
+    mask: Tensor | None
+    bias: Bias | None
+    scaling: float
+    value: Float[Tensor, "batch kv_head key value_width"] | None = None
+    z: Float[Tensor, "batch query head value_width"] | None = None
+    window: int | None = None
+
+    @property
+    def sees_image(self) -> bool:
+        """Whether the last row of this pass looks back to the first image token."""
+        last = self.step.offset + self.query.shape[2] - 1
+        return self.window is None or self.step.image_start > last - self.window
+
+    @property
+    def new_rows(self) -> int:
+        """How many of this pass's query rows, at its end, are generated tokens."""
+        count = self.query.shape[2]
+        return count - self.step.old_rows(count)
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
+        """Return the pattern of query rows ``start`` to ``stop``; each row sums to 1.
+
+        Softmax in float32 over all keys, under the mask and the bias. Rows are relative to this
+        pass; those of padding are meaningless.
+        """
+        return self.scores(start, stop).softmax(dim=-1)
+
+    def scores(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
+        """Return what the softmax of ``rows`` is taken of, in float32, under mask and bias."""
+        scores = self.products(start, stop)
+        allowed = self.additive_mask(start, stop)
+        if allowed is not None:
+            scores += allowed
+        if self.bias is not None:
+            scores += folding.part(self.bias, start, stop)
+        return scores
+
+    def products(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
+        """Return the scores of ``rows`` as the model forms them, before mask and bias: q·k/√d."""
+        return raw_scores(self.query[:, :, start:stop], self.key, self.scaling)
+
+    def row_pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return (start, stop) of pieces of these rows that hold few scores each."""
+        batch, heads = self.query.shape[:2]
+        each = max(1, SCORES_AT_ONCE // (batch * heads * self.key.shape[2]))
+        return [(at, min(at + each, stop)) for at in range(start, stop, each)]
+
+    def additive_mask(self, start: int, stop: int) -> Float[Tensor, "..."] | None:
+        """Return 0 where a row may look, the lowest float32 elsewhere; None if it may anywhere."""
+        keys, count = self.key.shape[2], self.query.shape[2]
+        if self.mask is not None:
+            rows = slice(start, stop) if self.mask.shape[2] > 1 else slice(None)
+            return as_additive(self.mask[:, :, rows, :keys])
+        if not self.step.causal or (count == 1 and keys == self.step.offset + 1):
+            return None
+        place, known = (start, stop, keys, self.key.device), self.step.of_pass
+        # The last one is kept for the next layer; all pieces of many rows would be a whole mask.
+        if "future" not in known or known["future"][0] != place:
+            known["future"] = place, self._future(start, stop)
+        return known["future"][1]
+
+    def _future(self, start: int, stop: int) -> Float[Tensor, "row key"]:
+        """Return the additive mask of rows that see all that came before them."""
+        position = torch.arange(self.key.shape[2], device=self.key.device)
+        row = torch.arange(start, stop, device=self.key.device) + self.step.offset
+        future = position[None, :] > row[:, None]
+        return torch.zeros(future.shape, device=self.key.device).masked_fill_(
+            future, torch.finfo(torch.float32).min
+        )
+
+
+def raw_scores(
+    query: Float[Tensor, "batch head row width"],
+    key: Float[Tensor, "batch kv_head key width"],
+    scaling: float | int,
+) -> Float[Tensor, "batch head row key"]:
+    """Return the scaled products of queries and keys in float32; keys may be of grouped heads."""
+    query, key = query.float(), key.float()
+    batch, heads, count, width = query.shape
+    groups = heads // key.shape[1]
+    grouped = query.reshape(batch, key.shape[1], groups * count, width)
+    return (grouped @ key.mT).reshape(batch, heads, count, -1) * scaling
+
+
+def as_additive(mask: Tensor) -> Float[Tensor, "..."]:
+    """Return a mask, of truths or of summands, as float32 summands of the scores."""
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(torch.float32).min
+    )
+
+
+class Session:
+    """One method's state during one run; it dies with the run.
+
+    ``site`` is where it acts, ``layers`` are those whose attention it reads or edits: only there
+    are ``attention`` and ``output`` called. ``edits_output`` and ``edits_logits`` (at the site
+    "decoder" only) say whether it wants ``output`` and ``logits`` called, ``streams`` for which
+    parts of which layers of the site's stack it wants ``stream`` called. ``steady`` are those of
+    ``layers`` whose bias is the same in one pass, so that one of them need be asked only. All stay
+    as they are during a run. ``cuts_off``: it makes tokens impossible, which only one session of a
+    run may do; ``uncut`` are the prompt's logits as they were before that. ``again`` makes the same
+    session for a second model, None if it only looks, or is for the prompt alone and for no second
+    input of a contrast (``prompt_only``). ``decode``: it decides the tokens itself, as
+    ``generate(custom_generate=...)`` wants it.
+    """
+
+    site: str
+    layers: tuple[int, ...] = ()
+    steady: Collection[int] = ()
+    edits_output: bool = False
+    streams: Collection[tuple[Part, int]] = ()
+    edits_logits: bool = False
+    cuts_off: bool = False
+    prompt_only: bool = False
+    uncut: Float[Tensor, "batch vocabulary"] | None = None
+    again: Callable[[PreTrainedModel], "Session"] | None = None
+    decode: Callable[..., Any] | None = None
+
+    def begin(self) -> None:
+        """Start watching what else is needed of the model; the session is in its run now."""
+
+    def attention(self, call: AttentionCall) -> Bias | None:
+        """Look at one layer's attention; return a bias on its scores, or None for no edit.
+
+        A bias is Float["batch _ query key"], or a ``KeyBias`` where it is the same for all rows.
+        """
+        return None
+
+    def output(
+        self, call: AttentionCall, out: Float[Tensor, "batch query head width"]
+    ) -> Float[Tensor, "batch query head width"] | None:
+        """Look at what the heads of one layer put out, z; return what replaces it, or None.
+
+        ``call`` has the bias of all sessions.
+        """
+        return None
+
+    def stream(self, call: StreamCall, hidden: Stream) -> Stream | None:
+        """Look at a part of the residual stream; return what replaces it, or None for no edit.
+
+        "resid_pre" and "resid_post" are what enters and leaves a layer, "attn_out" and "mlp_out"
+        (and a Q-Former's "cross_attn_out") what its blocks put out, as in TransformerLens; "mlp_in"
+        is what the MLP reads, after the norm. With a key-value cache, ``hidden`` has this pass's
+        rows only, from position ``call.step.offset``.
+        nnsight serves a module's own ``.output`` before this, inputs and later modules after it.
+        """
+        return None
+
+    def logits(
+        self, step: Step, logits: Float[Tensor, "batch vocabulary"]
+    ) -> Float[Tensor, "batch vocabulary"] | None:
+        """Look at the logits of a pass's last position; return what replaces them, or None."""
+        return None
+
+    def end(self) -> None:
+        """Undo ``begin``."""

@@ -1,0 +1,87 @@
+"""Hooks on the residual stream of a site's stack: what its layers read from it and write to it.
+
+They are there only while a session of a run wants them, and only at the places that it names.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from clva_lens.ground.errors import ParameterError
+from clva_lens.models.activations import Place
+from clva_lens.models.family import find_family
+from clva_lens.models.step import Step
+
+Part = Literal["resid_pre", "attn_out", "cross_attn_out", "mlp_in", "mlp_out", "resid_post"]
+"""What of a layer: TransformerLens' name of it, without "hook_".
+
+"mlp_in" is what the MLP reads: the stream after the norm, a bridge's "mlp.hook_in". A Q-Former,
+which normalises after each sum, has none.
+"""
+
+Stream = Float[Tensor, "batch query width"]
+
+
+class StreamCall(NamedTuple):
+    """Which part of which layer (0-based) a session is shown, and in which pass."""
+
+    part: Part
+    layer: int
+    step: Step
+
+
+def stream_name(site: str, part: str, layer: int) -> str:
+    """Return TransformerLens' name of a part of a layer, as ``run_with_cache`` has it."""
+    prefix = "" if site == "decoder" else f"{site}."
+    hook = "mlp.hook_in" if part == "mlp_in" else f"hook_{part}"
+    return f"{prefix}blocks.{layer}.{hook}"
+
+
+def stream_hooks(
+    model: PreTrainedModel,
+    site: str,
+    wanted: Iterable[tuple[Part, int]],
+    edit: Callable[[Part, int, Tensor], Tensor | None],
+) -> Iterator[tuple[tuple[Part, int], RemovableHandle]]:
+    """Put a hook at each (part, layer); ``edit`` returns what replaces a value, or None.
+
+    Raises:
+        ModelLoadError: if nobody wrote down where these are in the model.
+        ParameterError: if the site's stack has no such part or layer.
+    """
+    places = {place.name: place for place in find_family(model).activations(model).places}
+    for name, place in list(places.items()):
+        if name.endswith("ln2.hook_normalized"):  # what this norm puts out, the MLP reads
+            after = place._replace(tap=place.tap._replace(side="output"))
+            places[name.replace("ln2.hook_normalized", "mlp.hook_in")] = after
+    for part, layer in wanted:
+        name = stream_name(site, part, layer)
+        if part not in get_args(Part) or name not in places:
+            known = [one for one in get_args(Part) if stream_name(site, one, 0) in places]
+            depth = sum(stream_name(site, "resid_pre", i) in places for i in range(len(places)))
+            raise ParameterError(
+                f"there is no '{name}' to read or edit. The {site} has {', '.join(known)} of "
+                f"layers 0 to {depth - 1} (0-based). Name one of these."
+            )
+        yield (part, layer), _hook(places[name], part, edit)
+
+
+def _hook(
+    place: Place, part: Part, edit: Callable[[Part, int, Tensor], Tensor | None]
+) -> RemovableHandle:
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = edit(part, place.layer, args[0] if args else kwargs["hidden_states"])
+        if found is None:
+            return None
+        return ((found, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": found})
+
+    def after(_: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return edit(part, place.layer, output)
+
+    if place.tap.side == "input":
+        return place.module.register_forward_pre_hook(before, with_kwargs=True)
+    return place.module.register_forward_hook(after)

@@ -1,0 +1,83 @@
+"""A name → object table that says "did you mean" when asked for a name it does not have."""
+
+import sys
+from collections.abc import Iterator
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+from clva_lens.ground.errors import ParameterError, UnknownName
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Named objects of one kind, such as methods or benchmarks.
+
+    >>> colours = Registry[str]("colour")
+    >>> colours.register("red", "#f00")
+    '#f00'
+    >>> colours.get("rde")
+    Traceback (most recent call last):
+        ...
+    clva_lens.ground.errors.UnknownName: no colour 'rde'. Did you mean 'red'? Known: red.
+    """
+
+    def __init__(self, kind: str) -> None:
+        """Name the kind of thing kept here; the word appears in error messages."""
+        self.kind = kind
+        self._items: dict[str, T] = {}
+
+    def register(self, name: str, item: T) -> T:
+        """Add ``item`` under ``name`` and return it.
+
+        Raises:
+            ParameterError: if the name is taken by another object.
+        """
+        if self._items.setdefault(name, item) is not item:
+            raise ParameterError(f"the {self.kind} '{name}' is registered twice. Rename one.")
+        return item
+
+    def get(self, name: str) -> T:
+        """Return the object registered as ``name``.
+
+        Raises:
+            UnknownName: listing the known names and the nearest one.
+        """
+        if name in self._items:
+            return self._items[name]
+        near = get_close_matches(name, self._items, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        known = ", ".join(self.names()) or "none"
+        raise UnknownName(f"no {self.kind} '{name}'.{hint} Known: {known}.")
+
+    def remove(self, name: str) -> None:
+        """Take the object registered as ``name`` out again.
+
+        Raises:
+            UnknownName: listing the known names and the nearest one.
+        """
+        self.get(name)
+        del self._items[name]
+
+    def names(self) -> tuple[str, ...]:
+        """Return the registered names, sorted."""
+        return tuple(sorted(self._items))
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """Iterate over (name, object) pairs in the order of the names."""
+        return ((name, self._items[name]) for name in self.names())
+
+
+def answer_calls(package: str, known: Registry[Any]) -> None:
+    """Let a package be called for the names registered in it, as ``cl.methods()`` is.
+
+    The import system puts a package into its parent under its own name, where ``cl.methods()``
+    is looked up too, so one object has to be both.
+    """
+
+    class Room(ModuleType):
+        def __call__(self) -> tuple[str, ...]:
+            return known.names()
+
+    sys.modules[package].__class__ = Room

@@ -1,0 +1,254 @@
+"""Direct logit attribution: what each head, MLP and image token adds to an answer's logit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from clva_lens.engine.run import open_sessions, running
+from clva_lens.engine.session import Session
+from clva_lens.figures import Drawing, head_attribution, patch_maps
+from clva_lens.figures.base import evenly
+from clva_lens.figures.patch_maps import MOST_MAPS
+from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.lens.generate import answer_tokens
+from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
+from clva_lens.lens.load import LensModel
+from clva_lens.lens.logit_parts import LogitParts
+from clva_lens.lens.observers import Observer
+from clva_lens.methods.base import Method
+from clva_lens.methods.target import shape_of
+from clva_lens.models.family import find_family
+from clva_lens.models.prompt import Prompt, VisualTokens, visual_tokens
+from clva_lens.models.readout import CacheModel, token_ids
+from clva_lens.science.heads import HeadClasses
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LogitAttribution:
+    """What each part of the model adds to a logit difference at the last position, in logits.
+
+    The final norm's scale is that of the pass, frozen, so that parts add up: ``total`` is the sum
+    of ``embedding`` (what enters the first layer), ``heads``, ``mlps``, ``edits`` and ``bias`` (all
+    biases of attention, norm and unembedding), and is the model's own ``difference``. ``edits`` is
+    what the stream after each layer holds beyond the stream before it, its heads and its MLP: what
+    a patch or an edit by hand put there, 0 but for rounding without one. ``image`` and
+    ``elsewhere`` divide each head's part among the image tokens and all other keys; a head whose
+    output a method replaced (an ablation) has all of its part elsewhere. A part that another one
+    undoes later still counts: this is what is written, not what is needed.
+
+    ``label`` says which logits; ``classes`` are the heads' (Eqs. 2–3, arXiv:2603.25088v1);
+    ``visual`` are the image tokens; ``prompt`` is None where a trace was read.
+    """
+
+    embedding: Float[Tensor, "*batch"]
+    heads: Float[Tensor, "*batch layer head"]
+    mlps: Float[Tensor, "*batch layer"]
+    edits: Float[Tensor, "*batch layer"]
+    bias: Float[Tensor, "*batch"]
+    image: Float[Tensor, "*batch layer head visual"]
+    elsewhere: Float[Tensor, "*batch layer head"]
+    difference: Float[Tensor, "*batch"]
+    classes: HeadClasses
+    label: str
+    batched: bool
+    visual: VisualTokens
+    prompt: Prompt | None
+
+    @property
+    def total(self) -> Float[Tensor, "*batch"]:
+        """The sum of all parts, in logits."""
+        written = self.heads.sum(dim=(-2, -1)) + self.mlps.sum(dim=-1) + self.edits.sum(dim=-1)
+        return self.embedding + written + self.bias
+
+    @property
+    def image_tokens(self) -> Float[Tensor, "*batch layer visual"]:
+        """What each layer's heads together bring from each image token, in logits."""
+        return self.image.sum(dim=-2)
+
+    def on_grid(self) -> Float[Tensor, "*batch layer row column"]:
+        """Return ``image_tokens`` on the patch grid.
+
+        Raises:
+            PromptError: if the image tokens lie on no grid.
+        """
+        return self.image_tokens.unflatten(-1, self.visual.shape)
+
+    def draw(self) -> Drawing:
+        """Return the heat map of layers and heads, with the head classes marked.
+
+        Raises:
+            ParameterError: if this is a batch.
+        """
+        self._single()
+        marked = [one.cpu().numpy() for one in (self.classes.sensitive, self.classes.insensitive)]
+        return head_attribution(self.heads.cpu().numpy(), *marked, label=self.label)
+
+    def draw_image(self) -> Drawing:
+        """Return the image tokens' parts on the patch grid, for up to 12 evenly spaced layers.
+
+        Raises:
+            ParameterError: if this is a batch.
+            PromptError: if the image tokens lie on no grid.
+        """
+        self._single()
+        maps = self.on_grid()
+        chosen = evenly(len(maps), MOST_MAPS)
+        label = f"part of {self.label} (logits)"
+        return patch_maps(maps[chosen].cpu().numpy(), layers=chosen, label=label)
+
+    def _single(self) -> None:
+        if self.batched:
+            raise ParameterError(
+                "this attribution is of a batch. Run the prompts one at a time to draw them."
+            )
+
+    def _repr_png_(self) -> bytes | None:
+        """Return the picture that a notebook shows; a batch has none."""
+        return None if self.batched else self.draw()._repr_png_()
+
+    def __repr__(self) -> str:
+        """Return the sums of the kinds of parts, averaged over samples."""
+
+        def mean(values: Tensor) -> str:
+            return f"{float(values.mean()):+.2f}"
+
+        return (
+            f"LogitAttribution({self.label} {mean(self.difference)} = embedding "
+            f"{mean(self.embedding)}, heads {mean(self.heads.sum(dim=(-2, -1)))} (of it image "
+            f"{mean(self.image.sum(dim=(-3, -2, -1)))}), MLPs {mean(self.mlps.sum(dim=-1))}, edits "
+            f"{mean(self.edits.sum(dim=-1))}, bias {mean(self.bias)})"
+        )
+
+
+class Attributing:
+    """The attribution of a run that is traced; ``parts`` is there once the prompt was read."""
+
+    def __init__(self, reading: "_Reading") -> None:
+        """Keep what the run is read by."""
+        self._reading = reading
+
+    @property
+    def parts(self) -> LogitAttribution:
+        """What each part added to the logits, with a batch axis if the run was a batch.
+
+        Raises:
+            InterventionError: if no prompt was read yet.
+        """
+        return self._reading.attribution()
+
+
+@overload
+def direct_logit_attribution(
+    model: LensModel,
+    prompt: Prompt,
+    tokens: str | int | Sequence[str | int] = ...,
+    method: Method | None = ...,
+) -> LogitAttribution: ...
+
+
+@overload
+def direct_logit_attribution(*, tokens: str | int | Sequence[str | int] = ...) -> Attributing: ...
+
+
+def direct_logit_attribution(
+    model: LensModel | None = None,
+    prompt: Prompt | None = None,
+    tokens: str | int | Sequence[str | int] = ("yes", "no"),
+    method: Method | None = None,
+) -> LogitAttribution | Attributing:
+    """Return what each head, MLP and image token adds to a logit at the prompt's last position.
+
+    ``tokens`` is a token (a text that is one, or an id), or two: the first's logit minus the
+    second's. ("yes", "no") takes the likeliest spelling of each, as margins do. Interventions
+    that are open hold, and ``method`` beside them. One forward pass; only the last row of a
+    layer's pattern is formed, and reduced to its parts at once.
+
+    In an nnsight trace, leave ``model`` and ``prompt`` out: the trace's own run is read, under the
+    methods opened before, and what is returned has the attribution as ``parts`` after the block.
+    Of a ``model.generate`` the prompt's pass is read. A bare nnsight handle has no tokenizer, so
+    ``tokens`` are ids there.
+
+    Raises:
+        ParameterError: if there are not one or two tokens, or one of them is none.
+        ModelLoadError: if nobody wrote the names of this model down.
+        InterventionError: if the attention kernel cannot be intercepted, an open method edits the
+            logits, the prompt is padded on the right, or the arguments are those of the other
+            form: none in a trace, both outside.
+    """
+    if model is None and prompt is None and method is None:
+
+        def make(root: Any, found: PreTrainedModel) -> tuple[list[Session], Attributing]:
+            reading = _Reading(found, getattr(root, "words", None), tokens)
+            return reading.sessions, Attributing(reading)
+
+        outside = "cl.direct_logit_attribution(model, prompt)"
+        return join_trace("direct_logit_attribution", outside, make)
+    refuse_in_trace(
+        "direct_logit_attribution(model, prompt)",
+        ", or direct_logit_attribution() in it, after cl.intervene(method)",
+    )
+    if model is None or prompt is None:
+        raise InterventionError(
+            "direct_logit_attribution was called outside a trace without a model and a prompt. "
+            "Pass both."
+        )
+    found = model.hf_model
+    methods = () if method is None else (method,)
+    with torch.no_grad(), intervening(model, *methods):
+        reading = _Reading(found, model.words, tokens)
+        with running(found, reading.sessions):
+            found(**prompt.inputs, logits_to_keep=1)
+    return reading.attribution(prompt)
+
+
+class _Reading:
+    """The sessions that read a run which is open with its methods, and what they found."""
+
+    def __init__(self, model: PreTrainedModel, words: Any, tokens: Any) -> None:
+        for session in open_sessions(model):
+            if session.edits_logits and not isinstance(session, LogitParts):
+                raise InterventionError(
+                    "an open method replaces the model's logits (a contrast), so they are no sum "
+                    "over its parts. Leave that method out."
+                )
+        readout = find_family(model).activations(model).readout
+        standing = CacheModel(readout, words, model.config.get_text_config(), "")
+        groups, self.label = _chosen(standing, words, tokens)
+        self.model = model
+        self.parts = LogitParts(standing, groups)
+        self.observer = Observer("all", shape_of(model, "decoder"))
+        self.sessions: list[Session] = [self.parts, self.observer]
+
+    def attribution(self, prompt: Prompt | None = None) -> LogitAttribution:
+        parts, step = self.parts.parts(), self.parts.step
+        assert step is not None
+        batched = len(parts["difference"]) > 1 if prompt is None else prompt.batched
+        return LogitAttribution(
+            **{name: (one if batched else one[0]).float() for name, one in parts.items()},
+            classes=self.observer.trace(batched).heads(),
+            label=self.label,
+            batched=batched,
+            visual=visual_tokens(self.model, "decoder", step.spans),
+            prompt=prompt,
+        )
+
+
+def _chosen(standing: CacheModel, words: Any, tokens: Any) -> tuple[list[list[int]], str]:
+    """Return the ids of one or two tokens, in each of their spellings, and what is made of them."""
+    wanted = [tokens] if isinstance(tokens, str | int) else list(tokens)
+    if len(wanted) not in (1, 2):
+        raise ParameterError(f"tokens are {wanted}, but 1 or 2 are needed. Pass ('yes', 'no').")
+    label = " − ".join(f"logit({one})" for one in wanted)
+    if wanted == ["yes", "no"] and words is not None:
+        spelled = answer_tokens(words)
+        if not all(spelled):
+            raise ParameterError(
+                "the tokenizer has no single token for yes or no. Pass two token ids as tokens=."
+            )
+        return list(spelled), label
+    return [[one] for one in token_ids(standing, words, wanted)], label

@@ -1,0 +1,88 @@
+"""The check at the door: is attention where the family says, and does editing it move the model?"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from clva_lens.engine.run import running
+from clva_lens.ground.errors import InterventionError, ModelCheckError
+from clva_lens.lens.observers import Observer
+from clva_lens.methods.knockout import KnockOut
+from clva_lens.methods.target import Target, shape_of
+from clva_lens.models.family import ModelFamily, find_family
+from clva_lens.models.prompt import Prompt
+
+
+@torch.inference_mode()
+def check_family(model: PreTrainedModel, prompt: Callable[[np.ndarray, str], Prompt]) -> float:
+    """Return how far the logits move when text may not see the image; it must be more than 0.
+
+    Runs a short prompt about a small noise picture. Checks, at every site, that the number of image
+    tokens is the family's, that the rows of every layer sum to 1 (within 1e-3), and that removing
+    the attention to the image in all layers changes the logits; the smallest change is returned.
+
+    Raises:
+        ModelCheckError: naming what does not fit.
+    """
+    name = model.name_or_path or type(model).__name__
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    asked = prompt(noise, "What is in the image?")
+    family = find_family(model)
+    _check_pixels(name, model, asked)
+    return min(_check_site(name, model, family, site.name, asked) for site in family.sites(model))
+
+
+def _check_pixels(name: str, model: PreTrainedModel, asked: Prompt) -> None:
+    """Check that the processor's pictures have the size that the vision tower takes."""
+    side = find_family(model).picture_size(model)
+    if side is None:
+        return
+    height, width = asked["pixel_values"].shape[-2:]
+    if (height, width) != (side, side):
+        raise ModelCheckError(
+            f"{name}: the image processor makes pictures of {height} × {width} pixels, but the "
+            f"vision tower takes {side} × {side}. Set the image processor's size (and crop_size)."
+        )
+
+
+def _check_site(
+    name: str, model: PreTrainedModel, family: ModelFamily, site: str, asked: Prompt
+) -> float:
+    shape = shape_of(model, site)
+    found, wanted = asked.spans_at(site).visual_count, family.visual_count(model, site)
+    if wanted is not None and found != wanted:
+        raise ModelCheckError(
+            f"{name}: the prompt has {found} image tokens at the {site}, but the model makes "
+            f"{wanted}. Check the processor's patch_size, vision_feature_select_strategy and "
+            "num_additional_image_tokens."
+        )
+    observer = Observer("all", shape)
+    with running(model, [observer]):
+        before = model(**asked.inputs).logits[:, -1].float()
+    try:
+        seen = observer.trace(batched=True)
+    except InterventionError:
+        raise ModelCheckError(
+            f"{name}: no attention was seen in some layers of the {site}. The modules or the "
+            f"configuration named in the family '{family.name}' are probably not on the path."
+        ) from None
+    total = seen.intensity + seen.system + seen.text
+    worst = float((total - 1).abs().max())
+    if not worst <= 1e-3:
+        raise ModelCheckError(
+            f"{name}: rows of the {site}'s attention pattern sum to {1 - worst:.4f} instead of 1. "
+            f"The modules named in the family '{family.name}' are probably not this "
+            "model's attention."
+        )
+    blind = KnockOut(layers=shape.layers, site=site)
+    with running(model, blind.sessions(Target(model))):
+        after = model(**asked.inputs).logits[:, -1].float()
+    moved = float((after - before).abs().max())
+    if not moved > 0:
+        raise ModelCheckError(
+            f"{name}: removing the {site}'s attention to the image left the logits unchanged. The "
+            f"modules named in the family '{family.name}' are probably not on the path."
+        )
+    return moved

@@ -1,0 +1,162 @@
+"""A benchmark run: samples to prompts, prompts to answers, answers to a score with its record."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Score, judge
+from clva_lens.benchmarks.run_folder import ORIGIN, Report, class_name, open_run
+from clva_lens.ground.checkout import origin
+from clva_lens.ground.errors import BenchmarkError, ParameterError
+from clva_lens.lens.generate import Decoding, Greedy, check_decoding, generate_batches
+from clva_lens.lens.load import LensModel
+from clva_lens.lens.provenance import describe, identity, machine
+from clva_lens.methods.base import Method
+from clva_lens.methods.target import Target
+
+
+def evaluate(
+    model: LensModel,
+    benchmark: str | Benchmark,
+    method: Method | None = None,
+    decoding: Decoding | None = None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool = True,
+    out: str | Path | None = None,
+    resume: bool = False,
+) -> Report:
+    """Return the report of ``model`` on a benchmark, under ``method`` if one is given.
+
+    ``limit`` takes that many samples only, drawn with ``seed``: the same ones for every method.
+
+    With ``out`` every answer is written to that folder as it comes (see
+    ``clva_lens.benchmarks.run_folder``), and ``resume`` continues a run that was stopped, however
+    it was stopped; the answers and the score are then those of a run that was not. A run that is
+    finished is only scored again.
+
+    A sample that fails (a broken picture, a prompt that is too long, an exception in the model) is
+    asked again alone, and is then recorded with its error, scored as wrong, and counted as
+    ``failed``. A method that does not fit, or too little memory, ends the run; so does Ctrl-C. All
+    whole batches before are kept.
+
+    Raises:
+        UnknownName: if there is no such benchmark.
+        BenchmarkError: if the limit does not fit, pictures are missing, memory runs out, or the
+            folder cannot be used (see ``run_folder.open_run``).
+        ParameterError: if the method or the batch size does not fit, or ``resume`` has no ``out``.
+    """
+    chosen = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
+    decoding = decoding or Greedy(max_new_tokens=chosen.max_new_tokens)
+    if batch_size < 1:
+        raise ParameterError(f"batch_size must be >= 1, but is {batch_size}. Pass batch_size=16.")
+    check_decoding(method, decoding)
+    if method is not None:
+        method.sessions(
+            Target(model.hf_model, model.processor)
+        )  # an error of the settings is no sample's error
+    if resume and out is None:
+        raise ParameterError("resume=True was passed without a folder. Pass out='…' with it.")
+    samples = chosen.samples(limit, seed)
+    check_images(samples)
+    # A setting that cannot be scored should not be found out after hours of answers.
+    judge(chosen, samples, [Answer(sample.id, "") for sample in samples])
+    record = {
+        "benchmark": chosen.name,
+        "benchmark_class": class_name(type(chosen)),
+        "benchmark_version": chosen.version,
+        "settings": chosen.settings,
+        "data": chosen.digests(),
+        "samples": len(samples),
+        "limit": limit,
+        "seed": seed,
+        "model": model.name,
+        "method": describe(method),
+        "decoding": {"name": type(decoding).__name__, **asdict(decoding)},
+        "batch_size": batch_size,
+        **machine(model),
+    }
+    asking = _Asking(model, samples, method, decoding, batch_size, progress)
+    if out is None:
+        answers = [answer for batch in asking.batches(0) for answer in batch]
+        return _report(judge(chosen, samples, answers), record, asking.seconds)
+    record |= {**identity(model), ORIGIN: origin()}
+    with open_run(Path(out), record, samples, batch_size, resume) as run:
+        for batch in asking.batches(len(run.answers)):
+            run.append(batch)
+        report = _report(judge(chosen, samples, run.answers), record, asking.seconds)
+        run.finish(report)
+    return report
+
+
+def _report(score: Score, record: dict[str, Any], seconds: float) -> Report:
+    return Report(score.metrics, score.rows, {**record, "seconds": seconds})
+
+
+def check_images(samples: Sequence[Sample]) -> None:
+    """Raise if pictures that are named by a path are not there, before anything slow is done.
+
+    Raises:
+        BenchmarkError: with the number of missing files and the first names.
+    """
+    paths = {Path(s.image) for s in samples if isinstance(s.image, str | Path)}
+    missing = sorted(str(path) for path in paths if not path.is_file())
+    if missing:
+        shown = ", ".join(f"'{name}'" for name in missing[:5])
+        more = "" if len(missing) <= 5 else f" and {len(missing) - 5} more"
+        raise BenchmarkError(
+            f"{len(missing)} of {len(paths)} pictures are missing: {shown}{more}. Check the folder "
+            "of the images."
+        )
+
+
+@dataclass
+class _Asking:
+    """The questions of a run to a model; ``seconds`` is the time spent in it so far."""
+
+    model: LensModel
+    samples: Sequence[Sample]
+    method: Method | None
+    decoding: Decoding
+    batch_size: int
+    progress: bool
+    seconds: float = 0.0
+
+    def batches(self, done: int) -> Iterator[list[Answer]]:
+        """Yield the answers to the samples after the first ``done``, batch by batch.
+
+        Raises:
+            BenchmarkError: if memory runs out.
+        """
+        chats = self.model.family.chats
+        asked = [(s.image, s.question, s.system if chats else None) for s in self.samples]
+        made = generate_batches(
+            self.model,
+            asked,
+            self.method,
+            self.decoding,
+            batch_size=self.batch_size,
+            progress=self.progress,
+            done=done,
+            record_errors=True,
+        )
+        with closing(made):
+            try:
+                for batch in made:
+                    self.seconds += batch.seconds
+                    answered = zip(batch.texts, batch.margins, batch.errors, strict=True)
+                    ids = [sample.id for sample in self.samples[done : done + len(batch.texts)]]
+                    done += len(ids)
+                    yield [Answer(i, *one) for i, one in zip(ids, answered, strict=True)]
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise BenchmarkError(
+                    f"memory ran out at sample {done + 1} with batch_size={self.batch_size}. Run "
+                    "again with a smaller batch_size, into another folder: batches decide the "
+                    "last digits of the margins."
+                ) from error

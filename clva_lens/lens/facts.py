@@ -1,0 +1,98 @@
+"""What ``clva-lens check-model`` says of a model: its facts, its check, and which methods apply."""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from clva_lens.ground.errors import ClvaLensError
+from clva_lens.lens.check import check_family
+from clva_lens.lens.generate import Beam, Greedy, generate
+from clva_lens.lens.load import LensModel
+from clva_lens.methods.base import METHODS
+from clva_lens.models.family import Site
+from clva_lens.models.prompt import Prompt
+
+QUESTION = "Is there a cup in the image?"
+
+
+def sample_prompt(model: LensModel) -> Prompt:
+    """Return a prompt about a picture of noise, 336 × 336 pixels."""
+    noise = np.random.default_rng(0).integers(0, 255, (336, 336, 3), dtype=np.uint8)
+    return model.prompt(noise, QUESTION)
+
+
+def facts(model: LensModel, prompt: Prompt) -> Iterator[str]:
+    """Yield sentences on a model's parts, its attention sites, and where a prompt's image is."""
+    found = model.hf_model
+    parameters = found.num_parameters()  # packed weights count as what they stand for
+    kinds = sorted({str(one.dtype).removeprefix("torch.") for one in found.parameters()})
+    places = {str(one.device) for one in found.parameters()}
+    devices = sorted("meta (offloaded)" if one == "meta" else one for one in places)
+    yield (
+        f"{type(found).__name__}, model type '{found.config.model_type}', family "
+        f"'{model.family.name}'; {parameters / 1e6:,.1f} million parameters, "
+        f"{' and '.join(kinds)}, on {', '.join(devices)}"
+    )
+    for site in model.sites:
+        yield _site_fact(site)
+    yield from model.family.notes(found)
+    yield f"a sample picture: {prompt!r}"
+    for site, tokens in prompt.sites.items():
+        yield f"image tokens at the {site}: {_runs(prompt, site)}"
+        if isinstance(tokens.grid, str):
+            yield f"no grid at the {site}: {tokens.grid}"
+        else:
+            yield f"grid at the {site}: {tokens.grid[0]} × {tokens.grid[1]}"
+
+
+def check(model: LensModel) -> str:
+    """Return what ``check_family`` found.
+
+    Raises:
+        ModelCheckError: naming what does not fit.
+    """
+    moved = check_family(model.hf_model, model.prompt)
+    return (
+        "rows of every layer sum to 1, and hiding the image moves the logits by "
+        f"{moved:.3g} or more"
+    )
+
+
+@torch.inference_mode()
+def refusals(model: LensModel, prompt: Prompt) -> Iterator[tuple[str, str | None]]:
+    """Yield each registered method's name, and why the model refuses it; None if it applies.
+
+    Found by answering with it, with its default parameters, in two tokens: greedily, or by the
+    beam search that a method is. An error that is none of clva_lens' own is raised.
+    """
+    for name, kind in METHODS.items():
+        greedy = "greedy" in kind.decodings
+        decoding = Greedy(max_new_tokens=2) if greedy else Beam(num_beams=2, max_new_tokens=2)
+        try:
+            generate(model, prompt, method=kind(), decoding=decoding)
+        except ClvaLensError as error:
+            yield name, str(error)
+        else:
+            yield name, None
+
+
+def _site_fact(site: Site) -> str:
+    heads = getattr(site.config, "num_attention_heads", None)
+    keys = getattr(site.config, "num_key_value_heads", None) or heads
+    shared = f" ({keys} of keys)" if keys != heads else ""
+    count = f"{len(site.layers)} of {site.depth}" if len(site.layers) < site.depth else site.depth
+    kernel = site.config._attn_implementation
+    return f"site '{site.name}': {count} layers, {heads} heads{shared}, kernel '{kernel}'"
+
+
+def _runs(prompt: Prompt, site: str) -> str:
+    """Return where the first sample's image tokens are, as ranges, at most four of them."""
+    positions = prompt.spans_at(site).image[0].nonzero()[:, 0].tolist()
+    runs = []
+    for _, group in groupby(enumerate(positions), lambda pair: pair[1] - pair[0]):
+        members = [position for _, position in group]
+        runs.append(f"{members[0]}–{members[-1]}")
+    more = f" and {len(runs) - 4} more stretches" if len(runs) > 4 else ""
+    return f"{len(positions)} at positions {', '.join(runs[:4])}{more}"

@@ -1,0 +1,321 @@
+"""``load()``: a model by toy name, Hub id, folder or as it is, with everything a prompt needs."""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnsight.modeling.transformers import TransformersModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import logging
+
+from clva_lens.ground.errors import ModelLoadError, PromptError
+from clva_lens.lens.cache import CachedRun, NamesFilter, run_with_cache
+from clva_lens.lens.check import check_family
+from clva_lens.methods.base import Method
+from clva_lens.models.family import ModelFamily, Site, find_family
+from clva_lens.models.prompt import ImageLike, Prompt, as_lists, visual_tokens
+from clva_lens.models.qwen.convert import published_folder, read_published
+from clva_lens.toy import pretrained
+
+
+class LensModel(TransformersModel):
+    """An nnsight model with its family: ``prompt`` makes what ``trace`` and ``generate`` run on.
+
+    The transformers model itself is ``hf_model``; ``family`` and ``name`` say what it is.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any, name: str) -> None:
+        """Wrap a loaded model and its processor."""
+        with warnings.catch_warnings():
+            # A Q-Former has submodules called "output", which nnsight serves as "E_output".
+            warnings.filterwarnings("ignore", "Module '.*' has a submodule named 'output'")
+            super().__init__(
+                model,
+                task="image-text-to-text",
+                processor=processor,
+                tokenizer=getattr(processor, "tokenizer", processor),
+            )
+        self.processor = processor
+        self.name = name
+        self.family: ModelFamily = find_family(model)
+
+    @property
+    def hf_model(self) -> PreTrainedModel:
+        """The transformers model."""
+        assert isinstance(self._module, PreTrainedModel)
+        return self._module
+
+    @property
+    def words(self) -> Any:
+        """The tokenizer."""
+        return self.tokenizer
+
+    @property
+    def images(self) -> Any:
+        """The image processor."""
+        return getattr(self.processor, "image_processor", None)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The places of attention; the first is the one that methods act on by default."""
+        return self.family.sites(self.hf_model)
+
+    @property
+    def site(self) -> Site:
+        """The attention that methods read and edit by default."""
+        return self.sites[0]
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers of the stack that the site is in."""
+        return self.site.depth
+
+    def prompt(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        question: str | Sequence[str],
+        *,
+        system: str | None = None,
+    ) -> Prompt:
+        """Return the prompt that asks ``question`` about ``image``; lists make a batch.
+
+        Batches are padded on the left. ``system`` is the system message: None leaves the model's
+        own, "" leaves it out.
+
+        Raises:
+            PromptError: if an image cannot be read, a question is empty or has no image, or the
+                lists differ in length.
+        """
+        images, questions, batched = as_lists(image, question)
+        processor: Any = self.processor
+        placeholder = str(getattr(processor, "image_token", "<image>"))
+        for text in questions:
+            if placeholder in text:
+                raise PromptError(
+                    f"the question contains '{placeholder}', which stands for an image. Leave it "
+                    "out: the image is put before the question."
+                )
+        model, family = self.hf_model, self.family
+        texts = [family.ask(processor, text, system) for text in questions]
+        inputs = {}
+        for name, value in family.encode(model, processor, images, texts).items():
+            dtype = model.dtype if value.is_floating_point() else value.dtype
+            inputs[name] = value.to(model.device, dtype)
+        sites = {
+            site.name: visual_tokens(
+                model, site.name, family.spans(model, site.name, inputs), inputs
+            )
+            for site in self.sites
+        }
+        return Prompt(inputs, sites, batched, tuple(images), tuple(questions), system)
+
+    def run_with_cache(
+        self,
+        prompt: Prompt,
+        names_filter: NamesFilter = None,
+        *,
+        method: Method | None = None,
+    ) -> CachedRun:
+        """Return (logits, ``transformer_lens.ActivationCache``) of one forward pass.
+
+        Names and axes are TransformerLens': ``blocks.{i}.hook_resid_pre|mid|post``,
+        ``.hook_attn_out``, ``.hook_mlp_out``, ``.attn.hook_q|k|v|z`` [batch, pos, head, d_head]
+        (``rot_q|rot_k`` after the rotary embedding), ``.attn.hook_pattern|attn_scores`` [batch,
+        head, query_pos, key_pos], ``.attn.hook_result``, ``.ln1|ln2.hook_scale|normalized``,
+        ``.mlp.hook_pre|post``, ``hook_embed``, ``ln_final.hook_scale|normalized``. The vision
+        tower has the same under ``vision.``, the Q-Former under ``qformer.``, where
+        ``cross_attn`` reads the picture. ``hook_embed`` is what enters the first layer, with the
+        picture's features in their places.
+
+        ``names_filter`` is a name, a list of names or a function of a name, and nothing else is
+        kept; None keeps all but patterns, scores and results. Patterns and scores are float32 and
+        show the attention under ``method`` and under interventions that are open; rows of padding
+        are meaningless. No gradients are kept.
+
+        Raises:
+            UnknownName: if ``names_filter`` has a name that the model does not.
+            ParameterError: if ``names_filter`` selects nothing, or is of another kind.
+            ModelLoadError: if nobody wrote the names of this model down.
+            InterventionError: inside a trace, or if attention is asked for and its kernel cannot
+                be intercepted.
+        """
+        return run_with_cache(self, prompt, names_filter, method)
+
+
+def load(
+    model: str | Path | tuple[Any, Any],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    check: bool = True,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> LensModel:
+    """Load a vision-language model: a toy name, a Hub id, a folder, or (hf_model, processor).
+
+    ``dtype``, ``device_map``, ``attn_implementation`` and ``options`` go to ``from_pretrained``;
+    toys are float32 unless ``dtype`` says otherwise. Only safetensors are read, but for Qwen-VL,
+    which is published as pickles and converted here (``clva_lens.models.qwen.convert``). ``check``
+    runs one short forward pass that proves that attention can be read and edited
+    (``check_family``). ``hf_model`` may be a PEFT model; its adapters stay active.
+
+    Raises:
+        ModelLoadError: if there is no such model, it has no safetensors weights or no processor,
+            needs remote code, or belongs to no known family.
+        ModelCheckError: if the check fails.
+    """
+    if trust_remote_code:
+        raise ModelLoadError(
+            "trust_remote_code=True was passed, but clva_lens never runs code from a model "
+            "repository. Load the model yourself, and pass (hf_model, processor)."
+        )
+    if isinstance(model, tuple):
+        hf_model, processor = _pair(model)
+        name = hf_model.name_or_path or type(hf_model).__name__
+        given = {"dtype": dtype, "device_map": device_map}
+        given |= {"attn_implementation": attn_implementation, **options}
+        unused = [option for option, value in given.items() if value is not None]
+        if unused:
+            raise ModelLoadError(
+                f"{' and '.join(unused)} was passed with a model that is loaded already. Pass it "
+                "to the model's own from_pretrained()."
+            )
+    else:
+        name = str(model)
+        published = published_folder(name, **options)  # Qwen-VL has a reader of its own
+        source = _source(name) if published is None else published
+        if source.parent == pretrained.FOLDER and dtype is None:
+            dtype = torch.float32
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        if device_map is not None:
+            options["device_map"] = device_map
+        with _quiet(source.parent == pretrained.FOLDER):
+            if published is None:
+                hf_model = _from_pretrained(name, source, dtype=dtype or "auto", **options)
+                processor = _processor(name, source)
+            else:
+                hf_model, processor = read_published(published, dtype=dtype or "auto", **options)
+    find_family(hf_model)
+    if not hasattr(processor, "image_processor"):
+        raise ModelLoadError(
+            f"'{name}' has a {type(processor).__name__} but no image processor. Save the model's "
+            "processor beside the weights, or pass (hf_model, processor)."
+        )
+    hf_model.eval()
+    if hf_model.device.type == "meta":
+        raise ModelLoadError(
+            f"the first weights of '{name}' are on the device 'meta' (offloaded, or never loaded), "
+            "so nnsight cannot tell where inputs go. Load it with a device_map that keeps what "
+            "comes first (vision tower, embeddings) on a device, or use cl.intervening(hf_model, "
+            "method) around the model itself."
+        )
+    lens = LensModel(hf_model, processor, name)
+    if check:
+        check_family(lens.hf_model, lens.prompt)
+    return lens
+
+
+def _pair(model: tuple[Any, ...]) -> tuple[PreTrainedModel, Any]:
+    """Return a loaded model and its processor; a PEFT model as what its adapters act in."""
+    if len(model) == 2 and hasattr(model[0], "get_base_model"):
+        if any(one.is_prompt_learning for one in model[0].peft_config.values()):
+            raise ModelLoadError(
+                f"the adapter of this {type(model[0]).__name__} puts virtual tokens before the "
+                "prompt, which the model itself does not have. Use one that changes weights, such "
+                "as LoRA."
+            )
+        model = (model[0].get_base_model(), model[1])
+    if len(model) != 2 or not isinstance(model[0], PreTrainedModel):
+        raise ModelLoadError(
+            "a tuple must be (hf_model, processor) with a transformers model first. Pass "
+            "cl.load((hf_model, processor))."
+        )
+    return model[0], model[1]
+
+
+@contextmanager
+def _quiet(wanted: bool) -> Iterator[None]:
+    """Keep transformers from showing a progress bar for a load of milliseconds."""
+    if not (wanted and logging.is_progress_bar_enabled()):
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _source(name: str) -> Path:
+    """Return the folder of a toy or a local model, or a Hub id as a path that does not exist."""
+    if name in pretrained.names():
+        return pretrained.FOLDER / name
+    folder = Path(name)
+    if folder.is_file():
+        raise ModelLoadError(
+            f"'{name}' is a file. Pass the folder that holds config.json and the weights."
+        )
+    if not folder.is_dir():
+        looks_local = name.count("/") != 1 or name.startswith((".", "~", os.sep))
+        if looks_local:
+            raise ModelLoadError(
+                f"there is no model '{name}': no toy (known: {', '.join(pretrained.names())}), no "
+                "folder, and no Hub id ('owner/name'). Check the spelling."
+            )
+        return folder
+    if not (folder / "config.json").is_file():
+        raise ModelLoadError(
+            f"the folder '{name}' has no config.json, so it holds no transformers model. Pass the "
+            "folder that save_pretrained() wrote."
+        )
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if pickles:
+            raise ModelLoadError(
+                f"the folder '{name}' has its weights as a pickle ({pickles[0]}), which can run "
+                "code when it is read, and is refused. Convert it to safetensors: load it where "
+                "you trust it, then model.save_pretrained(folder)."
+            )
+        raise ModelLoadError(
+            f"the folder '{name}' has no weights (*.safetensors). Download or save the whole model."
+        )
+    return folder
+
+
+def _from_pretrained(name: str, source: Path, **options: Any) -> PreTrainedModel:
+    where = str(source) if source.is_dir() else name
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        return AutoModelForImageTextToText.from_pretrained(
+            where, config=config, use_safetensors=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise ModelLoadError(
+            f"the model '{name}' could not be loaded: {_first_line(error)} Check the name, and "
+            "that it is an image-text-to-text model with safetensors weights; without a network, "
+            "pass a local folder."
+        ) from error
+
+
+def _processor(name: str, source: Path) -> Any:
+    where = str(source) if source.is_dir() else name
+    try:
+        processor = AutoProcessor.from_pretrained(where, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelLoadError(
+            f"the processor of '{name}' could not be loaded: {_first_line(error)} Save it beside "
+            "the weights with processor.save_pretrained(folder), or pass (hf_model, processor)."
+        ) from error
+    return processor
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if line.endswith((".", "!", "?")) else f"{line}."

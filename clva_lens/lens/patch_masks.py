@@ -1,0 +1,158 @@
+"""Objects as patches: annotations become pixel masks, and pixel masks the patches a model has.
+
+A mask goes through the model's own image processor, so it is scaled, cropped and padded as the
+picture is, whatever the processor does.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from clva_lens.ground.errors import BenchmarkError
+from clva_lens.lens.load import LensModel
+
+COVERED = 0.25
+"""The share of a patch that an object has to cover."""
+
+
+def pixel_mask(
+    size: tuple[int, int],
+    *,
+    polygons: Sequence[Sequence[float | int]] = (),
+    box: Sequence[float | int] | None = None,
+    counts: Sequence[int] | None = None,
+) -> Bool[np.ndarray, "height width"]:
+    """Return an object's pixels in a picture of ``size`` (height, width).
+
+    One of: ``polygons`` [x, y, x, y, …] in pixels, which are joined; a ``box`` (x, y, width,
+    height); or ``counts``, COCO's uncompressed run lengths: of pixels outside, inside, outside and
+    so on, column by column.
+
+    Raises:
+        BenchmarkError: if none or several are given, or one does not fit the picture.
+    """
+    height, width = size
+    if bool(polygons) + (box is not None) + (counts is not None) != 1:
+        raise BenchmarkError(
+            "an object is given by polygons=, box= or counts=, one of them. Pass one."
+        )
+    if counts is not None:
+        if sum(counts) != height * width or min(counts) < 0:
+            raise BenchmarkError(
+                f"the run lengths add up to {sum(counts)} pixels, but the picture has "
+                f"{height} × {width}. Pass size as (height, width) of the annotated picture."
+            )
+        inside = np.arange(len(counts)) % 2 == 1
+        return np.repeat(inside, counts).reshape(width, height).T
+    if box is not None:
+        x, y, wide, high = box
+        polygons = [[x, y, x + wide - 1, y, x + wide - 1, y + high - 1, x, y + high - 1]]
+    canvas = Image.new("1", (width, height))
+    drawing = ImageDraw.Draw(canvas)
+    for polygon in polygons:
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise BenchmarkError(
+                f"a polygon has {len(polygon)} numbers, but 3 or more points (x, y) are needed. "
+                "Pass [x, y, x, y, x, y, ...]."
+            )
+        drawing.polygon([float(one) for one in polygon], fill=1)
+    return np.array(canvas, dtype=bool)
+
+
+def coco_mask(
+    annotation: Mapping[str, Any], size: tuple[int, int]
+) -> Bool[np.ndarray, "height width"]:
+    """Return the pixels of one of COCO's instances, in a picture of ``size`` (height, width).
+
+    Raises:
+        BenchmarkError: if its run lengths are compressed, or do not fit the picture.
+    """
+    shape = annotation["segmentation"]
+    if not isinstance(shape, Mapping):
+        return pixel_mask(size, polygons=shape)
+    if not isinstance(shape["counts"], Sequence) or isinstance(shape["counts"], str | bytes):
+        raise BenchmarkError(
+            "the run lengths are compressed, which is not read here. Decode them with pycocotools."
+        )
+    return pixel_mask(size, counts=shape["counts"])
+
+
+def patch_mask(
+    model: LensModel, mask: Bool[np.ndarray, "height width"], site: str | None = None
+) -> Bool[Tensor, " visual"]:
+    """Return the image tokens of which an object covers a quarter or more.
+
+    ``mask`` has the object's pixels in the picture as it is before the processor; ``site`` is the
+    attention site whose image tokens are meant, None the family's own. What the processor crops
+    away is on no patch; what it pads, in whatever colour, is no object.
+
+    Raises:
+        PromptError: if the site's image tokens lie on no grid.
+        BenchmarkError: if the processor does not make one picture of one picture, changes its
+            colours although asked for raw ones, or does more than scale, crop, turn and pad it
+            with a colour (repeats its edge, for example).
+    """
+    site = model.site.name if site is None else site
+    rows, columns = model.family.grid(model.hf_model, site)
+    x, y = (np.linspace(0, 1, size, dtype=np.float32) for size in mask.shape[::-1])
+    painted = [mask.astype(np.float32), (x[None] + y[:, None]) / 2, np.ones_like(mask, np.float32)]
+    thing, ramp, picture = _followed(model, np.stack(painted, axis=2))
+    if not 0.8 < float(picture.max()) < 1.2:
+        raise BenchmarkError(
+            "the image processor changes colours although do_normalize and do_rescale are off, so "
+            "an object cannot be followed through it. Make the mask of image tokens yourself."
+        )
+    _check_even(ramp, picture, 1 / max(1, min(mask.shape) - 1))
+    share = ((thing + picture) / 2).clamp(0, 1)
+    high, wide = share.shape[0] // rows, share.shape[1] // columns
+    share = share[: rows * high, : columns * wide].reshape(rows, high, columns, wide)
+    return (share.mean(dim=(1, 3)) >= COVERED).flatten()
+
+
+def _followed(
+    model: LensModel, colours: Float[np.ndarray, "height width 3"]
+) -> Float[Tensor, "3 row column"]:
+    """Return colours, in [0, 1], as the processor leaves them, from −1 (for 0) to 1.
+
+    Half the difference of a painting and its negative, so 0 where the processor padded, whatever
+    its colour. Both keep away from black and white, so that sharpening by resizing is not cut off.
+    """
+    made = []
+    for sign in (1, -1):
+        painted = Image.fromarray((128 + sign * 63.5 * (2 * colours - 1)).astype(np.uint8))
+        raw = {"do_normalize": False, "do_rescale": False}
+        out = model.images(painted, return_tensors="pt", **raw)["pixel_values"]
+        if out.ndim != 4 or out.shape[:2] != (1, 3):
+            raise BenchmarkError(
+                f"the image processor makes {tuple(out.shape)} of a picture, so patches cannot be "
+                "told from its pixels. Make the mask of image tokens yourself."
+            )
+        made.append(out[0].double())
+    return (made[0] - made[1]) / 127
+
+
+def _check_even(
+    ramp: Float[Tensor, "row column"], picture: Float[Tensor, "row column"], pixel: float
+) -> None:
+    """Raise BenchmarkError unless an even ramp is still one where the picture is.
+
+    ``ramp`` is the mean of two, along the axes. ``pixel`` is the step of one from a pixel to the
+    next, which resizing may blur, in [0, 1].
+    """
+    inside = picture > 0.9
+    place = inside.nonzero().double()
+    place = torch.cat([place, torch.ones(len(place), 1, dtype=place.dtype)], dim=1)
+    values = (ramp / picture)[inside][:, None]
+    off = float((place @ torch.linalg.lstsq(place, values).solution - values).abs().max()) / 2
+    if off > pixel + 0.03:
+        raise BenchmarkError(
+            f"the image processor moves parts of a picture by at least {off:.0%} of its size "
+            "from where even scaling would put them (it may pad with the picture itself, or cut "
+            "and rearrange it), so an object cannot be followed. Make the mask of image tokens "
+            "yourself."
+        )

@@ -1,0 +1,333 @@
+"""Which rows and keys of a forward pass are what: watched on the model's inputs during a run.
+
+Attention functions see queries and keys only. What they stand for (system, image, text, generated;
+prompt or decoding step) is worked out here, before each pass, by a hook that a run puts on the
+module where the pass begins and takes away when it ends.
+"""
+
+import weakref
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
+
+from clva_lens.ground.axes import TokenSpans
+from clva_lens.ground.errors import InterventionError
+from clva_lens.models.step import Step
+
+NO_IMAGE = (
+    "the prompt has no image tokens, so there is no visual attention to read or edit. Pass an "
+    "image: model.prompt(image, question)."
+)
+
+# Spans are lengthened by this many positions at a time.
+ROOM = 256
+
+
+class Passes(ABC):
+    """Watches one site of one model during a run; ``step`` is the pass that is running."""
+
+    def __init__(
+        self, entry: nn.Module, image_token_id: int, embedding: nn.Module | None = None
+    ) -> None:
+        """Name the module whose call begins a pass, and one that token ids go through."""
+        self.entry = entry
+        self.image_token_id, self.embedding = image_token_id, embedding
+        self.step: Step | None = None
+
+    def hooks(self) -> list[RemovableHandle]:
+        """Start watching; the handles stop it."""
+        handles = [self.entry.register_forward_pre_hook(self._before, with_kwargs=True)]
+        if self.embedding is not None:
+            handles.append(self.embedding.register_forward_pre_hook(self._embed, with_kwargs=True))
+        return handles
+
+    def _embed(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = next(iter((*args, *kwargs.values())), None)
+        # Transformers also embeds the image token alone, to compare embeddings with it.
+        if isinstance(ids, Tensor) and ids.ndim == 2 and not isinstance(ids, FakeTensor):
+            self.embed(ids)
+
+    @abstractmethod
+    def embed(self, ids: Int[Tensor, "batch sequence"]) -> None:
+        """Take note of token ids that are embedded."""
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # nnsight's scan() leaves the inputs real, but whatever is computed from them is fake.
+        given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+        if any(isinstance(one[:0], FakeTensor) for one in given):
+            self.step = None
+        else:
+            self.watch(args, kwargs)
+
+    @abstractmethod
+    def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Work out ``step`` from the arguments of the entry module.
+
+        Raises:
+            InterventionError: if it cannot be known from them.
+        """
+
+
+class _TokenPasses(Passes):
+    """Passes of a language model, which reads a prompt and then what it generates.
+
+    Image tokens are known from token ids. Where a model hands embeddings to its language model,
+    ``embedding`` is the module that made them, and the ids are those that it saw last.
+    """
+
+    def __init__(
+        self, entry: nn.Module, image_token_id: int, embedding: nn.Module | None = None
+    ) -> None:
+        super().__init__(entry, image_token_id, embedding)
+        self._embedded: Tensor | None = None
+        self._prompt: Int[Tensor, "batch prompt_row"] | None = None
+
+    def embed(self, ids: Int[Tensor, "batch sequence"]) -> None:
+        """Remember the ids that are embedded."""
+        self._embedded = ids
+
+    def _embedded_ids(self, batch: int, length: int | None) -> Tensor:
+        """Return the token ids behind the embeddings of a prompt, one row a beam."""
+        ids, self._embedded = self._embedded, None
+        fits = ids is not None and batch % len(ids) == 0 and length in (None, ids.shape[1])
+        if not fits:
+            raise InterventionError(
+                "the model was called with inputs_embeds only, so the image tokens cannot be "
+                "found. Pass input_ids (and pixel_values) instead."
+            )
+        assert ids is not None
+        return ids.repeat_interleave(batch // len(ids), dim=0)
+
+    def _is_rerun(self, rows: Tensor, offset: int, kwargs: dict[str, Any]) -> bool:
+        """Whether an uncached pass reads the known prompt again, and more."""
+        known = self._prompt
+        return (
+            offset == 0
+            and kwargs.get("use_cache") is False
+            and known is not None
+            and known.shape[1] < rows.shape[1]
+            and known.shape[0] == rows.shape[0]
+            and torch.equal(known, rows[:, : known.shape[1]])
+        )
+
+    def _begin(self, rows: Tensor, ids: Tensor, mask: Tensor | None) -> TokenSpans:
+        """Take a new prompt; return the spans of its tokens, on the CPU.
+
+        The ids are fetched once, so that what is asked of them does not wait for a GPU each time.
+        """
+        padding = _padding(mask, ids)
+        padding = None if padding is None else padding.cpu()
+        spans = TokenSpans.from_ids(ids.cpu(), self.image_token_id, padding)
+        if not spans.image.any():
+            raise InterventionError(NO_IMAGE)
+        self._prompt = rows
+        return spans
+
+    def _next(self, rows: Tensor, offset: int) -> Step:
+        """Return the step before this pass, which reads generated tokens."""
+        known = self.step
+        if known is None or known.spans.image.shape[0] != rows.shape[0]:
+            raise InterventionError(
+                "the first pass under this run already had a filled key-value cache (or another "
+                "batch), so its image tokens are unknown. Start the run before the prompt is read."
+            )
+        if offset > 0 and rows.shape[1] > 1:
+            raise InterventionError(
+                f"a pass reads {rows.shape[1]} tokens onto a filled key-value cache (a prefill cut "
+                "into chunks, assisted decoding, or another turn), so it is unclear which of them "
+                "are prompt. Read the whole prompt in one pass: leave prefill_chunk_size and "
+                "assistant_model unset."
+            )
+        return known
+
+
+class DecoderPasses(_TokenPasses):
+    """Causal self-attention over a sequence that holds the image tokens."""
+
+    _room: TokenSpans | None = None
+    _cache: weakref.ref[Cache] | None = None
+    _end = 0
+
+    def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin with a prompt, or extend its spans by generated positions."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            embeds = kwargs.get("inputs_embeds")
+            batch, length = (1, None) if embeds is None else embeds.shape[:2]
+            ids = self._embedded_ids(batch, length)
+        offset, cache = self._position(ids.shape[1], kwargs), kwargs.get("past_key_values")
+        self._end = offset + ids.shape[1]
+        self._cache = weakref.ref(cache) if isinstance(cache, Cache) else None
+        if offset == 0 and not self._is_rerun(ids, offset, kwargs):
+            self._room = None
+            spans = self._begin(ids, ids, kwargs.get("attention_mask"))
+            visual = spans.visual_index()
+            if not spans.text.any(dim=1).all():
+                raise InterventionError(
+                    "a prompt ends with its image (or its prefill is cut into chunks), so there is "
+                    "no text row to read anchors from. Put the question after the image, and leave "
+                    "prefill_chunk_size unset."
+                )
+            start, stop = int(visual.min()), int(visual.max()) + 1
+            step = Step(
+                0,
+                0,
+                spans.text,
+                spans,
+                visual,
+                causal=True,
+                ordered=True,
+                ids=ids,
+                image_start=start,
+                first_text=int(spans.text.any(dim=0).nonzero()[0]),
+                block=(start, stop) if stop - start == visual.shape[1] else None,
+            )
+            self.step = step.to(ids.device)
+            return
+        known = self._next(ids, offset)
+        spans, keys = known.spans, offset + ids.shape[1]
+        if keys != known.keys:
+            spans = self._reaching(spans, keys)
+        number = known.number + 1
+        self.step = replace(known, number=number, offset=offset, spans=spans, ids=ids)
+
+    def _reaching(self, spans: TokenSpans, keys: int) -> TokenSpans:
+        """Return spans of so many keys, the last ones generated: views of ones with more room."""
+        if self._room is None or self._room.image.shape[1] < keys:
+            self._room = _with_room(spans, keys - spans.image.shape[1] + ROOM)
+        room = self._room
+        parts = (room.system, room.image, room.text, room.generated)
+        return TokenSpans(*(part[:, :keys] for part in parts))
+
+    def _position(self, rows: int, kwargs: dict[str, Any]) -> int:
+        """Return the position of the pass's first row.
+
+        A static cache holds its length on the device. To read it at every token would have the CPU
+        wait each time, so single rows onto the cache of the last pass are counted instead.
+        """
+        cache = kwargs.get("past_key_values")
+        last = None if self._cache is None else self._cache()
+        known = rows == 1 and self.step is not None and cache is last
+        if known and last is not None and isinstance(last.get_seq_length(), Tensor):
+            return self._end
+        return _cached(kwargs)
+
+
+def _with_room(spans: TokenSpans, more: int) -> TokenSpans:
+    """Return spans with this many more positions, all of them generated."""
+    parts = [
+        functional.pad(part, (0, more), value=part is spans.generated)
+        for part in (spans.system, spans.image, spans.text, spans.generated)
+    ]
+    return TokenSpans(*parts)
+
+
+class EncoderDecoderPasses(_TokenPasses):
+    """Cross-attention of a decoder to an encoder's sequence, which holds the image tokens.
+
+    The rows are the decoder's: its start token is the prompt's only row.
+    """
+
+    def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin with an encoded prompt, or go on to the next rows of the decoder."""
+        rows = kwargs.get("decoder_input_ids")
+        if rows is None:
+            raise InterventionError(
+                "the encoder-decoder model was called without decoder_input_ids, so the decoder's "
+                "rows are unknown. Pass them: model.prompt(image, question) has them."
+            )
+        offset = _cached(kwargs)
+        if offset == 0 and not self._is_rerun(rows, offset, kwargs):
+            spans = self._begin(
+                rows, self._embedded_ids(len(rows), None), kwargs.get("attention_mask")
+            )
+            text = torch.ones_like(rows, dtype=torch.bool)
+            visual = spans.visual_index()
+            step = Step(0, 0, text, spans, visual, causal=False, ordered=True, ids=rows)
+            self.step = step.to(rows.device)
+            return
+        known = self._next(rows, offset)
+        self.step = replace(known, number=known.number + 1, offset=offset, ids=rows)
+
+
+class QueryPasses(Passes):
+    """Cross-attention of learned queries to a picture: every call reads a new prompt.
+
+    The first ``lead`` keys lie on no patch (the CLS token); they are ``system``. ``patches`` is the
+    number of the others.
+    """
+
+    def __init__(
+        self,
+        entry: nn.Module,
+        image_token_id: int,
+        embedding: nn.Module,
+        *,
+        lead: int,
+        patches: int,
+    ) -> None:
+        """Name the Q-Former and the embedding of the language model's prompt, which follows it."""
+        super().__init__(entry, image_token_id, embedding)
+        self.lead, self.patches = lead, patches
+        self._unplaced = False
+
+    def embed(self, ids: Int[Tensor, "batch sequence"]) -> None:
+        """Check that the prompt has a place for what the Q-Former made of the picture."""
+        unplaced, self._unplaced = self._unplaced, False
+        if unplaced and not (ids == self.image_token_id).any():
+            raise InterventionError(NO_IMAGE)
+
+    def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin with the pictures of this call."""
+        queries, pictures = kwargs.get("query_embeds"), kwargs.get("encoder_hidden_states")
+        if queries is None or pictures is None:
+            raise InterventionError(
+                "the Q-Former was called without queries or without a picture, so there is no "
+                "visual attention to read or edit. Pass pixel_values."
+            )
+        batch, keys = pictures.shape[:2]
+        if keys != self.lead + self.patches:
+            raise InterventionError(
+                f"the picture came as {keys - self.lead} patches, but the vision tower's grid has "
+                f"{self.patches}. Pass pixel_values of the size that the image processor makes."
+            )
+        self._unplaced = True
+        spans = picture_spans(batch, keys, self.lead, pictures.device)
+        rows = torch.ones(batch, queries.shape[1], dtype=torch.bool, device=pictures.device)
+        visual = spans.visual_index()
+        block = (self.lead, keys)
+        self.step = Step(0, 0, rows, spans, visual, causal=False, ordered=False, block=block)
+
+
+def picture_spans(
+    batch: int, keys: int, lead: int, device: torch.device | str = "cpu"
+) -> TokenSpans:
+    """Return the spans of a vision tower's output: ``lead`` tokens on no patch, then patches."""
+    none = torch.zeros(batch, keys, dtype=torch.bool, device=device)
+    image = none.clone()
+    image[:, lead:] = True
+    return TokenSpans(system=~image, image=image, text=none, generated=none)
+
+
+def _cached(kwargs: dict[str, Any]) -> int:
+    """Return the number of positions in the key-value cache."""
+    cache = kwargs.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _padding(mask: Any, ids: Tensor) -> Tensor | None:
+    """Return the prompt's padding mask, from the 4-D masks of a static cache too."""
+    if isinstance(mask, dict):  # one for each kind of layer
+        mask = next((one for one in mask.values() if isinstance(one, Tensor)), None)
+    if not isinstance(mask, Tensor) or mask.ndim == 2:
+        return mask if isinstance(mask, Tensor) else None
+    last = mask[:, 0, -1, : ids.shape[1]]
+    return (last if last.dtype == torch.bool else last == 0).long()

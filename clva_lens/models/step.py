@@ -1,0 +1,94 @@
+"""One forward pass of a run, as sessions see it: which rows and keys are what.
+
+Kept for them: what is worked out once for all passes of a prompt, or for all layers of a pass.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from clva_lens.ground.axes import TokenSpans, last_true
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One forward pass of a run: step 0 reads the prompt, later ones the generated tokens.
+
+    ``spans`` cover the keys up to the last one of this pass, ``visual`` are the positions of the
+    image tokens among them. ``offset`` is the position of the pass's first query row;
+    ``text_rows`` marks the rows of the prompt that are text. ``causal``: keys are the positions of
+    the rows, which do not see later ones. ``ordered``: the rows have a last one, which makes the
+    maps of Eq. 4; otherwise all of them do, averaged. ``ids`` are the token ids of this
+    pass's rows, None where rows are no tokens. ``image_start`` is the position of the first image
+    token in any sample, ``first_text`` the first row that is text in any. ``block`` is where the
+    image tokens lie if that is one piece, the same in all samples; else None. ``of_prompt`` keeps
+    what is worked out once for all passes of a prompt, ``of_pass`` what is once for all layers of
+    this pass.
+    """
+
+    number: int
+    offset: int
+    text_rows: Bool[Tensor, "batch prompt_row"]
+    spans: TokenSpans
+    visual: Int[Tensor, "batch visual"]
+    causal: bool
+    ordered: bool
+    ids: Int[Tensor, "batch row"] | None = None
+    image_start: int = 0
+    first_text: int = 0
+    block: tuple[int, int] | None = None
+    of_prompt: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    of_pass: dict[Hashable, Any] = field(default_factory=dict, repr=False, init=False)
+
+    @property
+    def prompt_rows(self) -> int:
+        """The number of the prompt's rows."""
+        return self.text_rows.shape[1]
+
+    def to(self, device: torch.device) -> "Step":
+        """Return the pass with all that it knows on a device."""
+        return replace(
+            self,
+            text_rows=self.text_rows.to(device),
+            spans=self.spans.to(device),
+            visual=self.visual.to(device),
+            ids=None if self.ids is None else self.ids.to(device),
+        )
+
+    def old_rows(self, count: int) -> int:
+        """Return how many of this pass's ``count`` rows, at its beginning, are the prompt's."""
+        return max(0, min(count, self.prompt_rows - self.offset))
+
+    @property
+    def keys(self) -> int:
+        """The number of keys that ``spans`` cover."""
+        return self.spans.image.shape[1]
+
+    @property
+    def last_text(self) -> Int[Tensor, " batch"]:
+        """The position of each sample's last prompt row: the "last query row" of Eq. 4."""
+        return once(
+            self.of_prompt, ("last", self.text_rows.device), lambda: last_true(self.text_rows)
+        )
+
+    def on_image(
+        self, values: Float[Tensor, "batch *axes key"]
+    ) -> Float[Tensor, "batch *axes visual"]:
+        """Return what stands at the image keys, in their order; a view where they are a block."""
+        if self.block is not None:
+            return values[..., slice(*self.block)]
+        visual = self.visual[(slice(None), *[None] * (values.ndim - 2))]
+        return torch.take_along_dim(values, visual, dim=-1)
+
+
+def once(known: dict[Hashable, Any], key: Hashable, make: Callable[[], Value]) -> Value:
+    """Return what ``known`` has under a key, made if it is not there."""
+    if key not in known:
+        known[key] = make()
+    return known[key]

@@ -1,0 +1,189 @@
+"""Attention drift: how a layer's map departs from the visual anchors. Eqs. 5-6, arXiv:2603.25088v1.
+
+Tensors in, tensors out; ``*batch`` stands for any leading axes, also none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from clva_lens.ground.errors import ParameterError
+from clva_lens.science.anchors import default_positive_layer
+
+
+@runtime_checkable
+class LayerMaps(Protocol):
+    """What ``attention_drift`` reads of an AttentionTrace."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The traced layers, 0-based, in the order of the maps."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of the model, traced or not."""
+        ...
+
+    def saliency(
+        self, heads: Literal["all", "sensitive", "insensitive"], /
+    ) -> Float[Tensor, "*batch layer visual"]:
+        """Return the saliency map (Eq. 4) of a head set at each traced layer."""
+        ...
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AttentionDrift:
+    """Four curves over the layers: two entropies and two correlations with the anchors.
+
+    ``entropy``: of the sensitive heads' map as printed in Eq. 5, arXiv:2603.25088v1, which mixes
+    dispersion with visual mass; ``entropy_normalised``: of the same map divided by its sum, which
+    is dispersion alone. Both in nats. ``toward_positive``, ``toward_negative``: Pearson r (Eq. 6)
+    of the map of all heads with the positive and the negative anchor map, in [−1, 1]; NaN where a
+    map is constant. ``layers`` are the traced layers; all layers are 0-based.
+    """
+
+    entropy: Float[Tensor, "*batch layer"]
+    entropy_normalised: Float[Tensor, "*batch layer"]
+    toward_positive: Float[Tensor, "*batch layer"]
+    toward_negative: Float[Tensor, "*batch layer"]
+    positive_layer: int
+    negative_layer: int
+    layers: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        """Return the values at the first and the last traced layer, averaged over samples."""
+
+        def ends(curve: Float[Tensor, "*batch layer"]) -> str:
+            mean = curve.reshape(-1, curve.shape[-1]).mean(dim=0)
+            return f"{float(mean[0]):.2f} → {float(mean[-1]):.2f}"
+
+        *batch, layers = self.entropy.shape
+        samples = f"mean of {self.entropy.numel() // layers} samples, " if batch else ""
+        return (
+            f"AttentionDrift({samples}layers {self.layers[0]} → {self.layers[-1]}: "
+            f"entropy {ends(self.entropy)} nats, normalised {ends(self.entropy_normalised)} nats; "
+            f"r toward positive (layer {self.positive_layer}) {ends(self.toward_positive)}, "
+            f"toward negative (layer {self.negative_layer}) {ends(self.toward_negative)})"
+        )
+
+
+def entropy(
+    saliency: Float[Tensor, "*batch visual"], normalised: bool = False
+) -> Float[Tensor, "*batch"]:
+    """Return the entropy of a saliency map, in nats: −Σ M log M with 0 log 0 = 0.
+
+    Eq. 5, arXiv:2603.25088v1; M is ``saliency``, whose sum is the visual mass and not 1, so that
+    the printed value also falls when the map merely gets fainter. ``normalised=True`` divides M by
+    its sum first. In [0, ln V] over V tokens (the printed one for V >= 3); float32 or better. A map
+    without any mass has no normalised entropy: NaN; as printed, its entropy is 0.
+
+    >>> entropy(torch.tensor([0.25, 0.25, 0.0]))  # 0.5 ln 4
+    tensor(0.6931)
+    >>> entropy(torch.tensor([0.25, 0.25, 0.0]), normalised=True)  # ln 2
+    tensor(0.6931)
+    """
+    saliency = saliency.to(torch.promote_types(saliency.dtype, torch.float32))
+    if normalised:
+        saliency = saliency / saliency.sum(dim=-1, keepdim=True)
+    return torch.special.entr(saliency).sum(dim=-1)
+
+
+def correlation(
+    a: Float[Tensor, "*#batch visual"], b: Float[Tensor, "*#batch visual"]
+) -> Float[Tensor, "*#batch"]:
+    """Return Pearson's r of two maps over their visual tokens; other axes are broadcast.
+
+    Eq. 6, arXiv:2603.25088v1. Dimensionless, in [−1, 1]; NaN where a map is constant (a map of
+    zeros too), because r is undefined there. Computed in float64 on the CPU, returned on the
+    device of ``a`` in the wider dtype of the two, at least float32.
+
+    >>> correlation(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.6, 0.4, 0.2]))
+    tensor(-1.)
+    """
+    x, y = _centred(a), _centred(b)
+    covariance = (x * y).sum(dim=-1)
+    r = covariance / (x.square().sum(dim=-1).sqrt() * y.square().sum(dim=-1).sqrt())
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return r.clamp(-1, 1).to(dtype).to(a.device)
+
+
+def drift_curves(
+    saliency_all: Float[Tensor, "*batch layer visual"],
+    saliency_sensitive: Float[Tensor, "*batch layer visual"],
+    positive_anchor: Float[Tensor, "*batch visual"],
+    negative_anchor: Float[Tensor, "*batch visual"],
+    positive_layer: int,
+    negative_layer: int,
+    *,
+    layers: Sequence[int] | None = None,
+) -> AttentionDrift:
+    """Return the entropy of each layer's sensitive heads and its correlation with both anchors.
+
+    Eqs. 5-6 and Fig. 2b, arXiv:2603.25088v1: ``saliency_all`` is M(l, H_all),
+    ``saliency_sensitive`` is M(l, H_sens); ``negative_anchor`` is M(1, H_insens) and
+    ``positive_anchor`` the map of the sensitive heads at a middle layer. The two layer numbers are
+    only recorded. ``layers`` names the layers of the curves where they are not 0, 1, 2, …
+    """
+    names = range(saliency_all.shape[-2]) if layers is None else layers
+    return AttentionDrift(
+        entropy=entropy(saliency_sensitive),
+        entropy_normalised=entropy(saliency_sensitive, normalised=True),
+        toward_positive=correlation(saliency_all, _for_each_layer(positive_anchor)),
+        toward_negative=correlation(saliency_all, _for_each_layer(negative_anchor)),
+        positive_layer=positive_layer,
+        negative_layer=negative_layer,
+        layers=tuple(names),
+    )
+
+
+def attention_drift(
+    attn: LayerMaps, positive_layer: int | None = None, negative_layer: int = 0
+) -> AttentionDrift:
+    """Return the drift curves of a traced forward pass.
+
+    Eqs. 5-6, arXiv:2603.25088v1, over the layers that ``attn`` traced. The positive anchor is the
+    sensitive heads' map at ``positive_layer`` (default: num_layers // 2 - 2), the negative anchor
+    the insensitive heads' map at ``negative_layer``; both 0-based. Where a head set is empty and
+    was left so (``empty="skip"``), its map is zeros and the correlation with it NaN.
+
+    Raises:
+        ParameterError: if an anchor layer was not traced, or the model has fewer than 4 layers and
+            no ``positive_layer`` is given.
+    """
+    if positive_layer is None:
+        positive_layer = default_positive_layer(attn.num_layers)
+    layers = tuple(attn.layers)
+    for name, layer in (("positive_layer", positive_layer), ("negative_layer", negative_layer)):
+        if layer not in layers:
+            raise ParameterError(
+                f"{name} is {layer}, but the traced layers are {', '.join(map(str, layers))} "
+                f"(0-based). Pass {name}= one of them, or trace that layer too."
+            )
+    sensitive = attn.saliency("sensitive")
+    return drift_curves(
+        attn.saliency("all"),
+        sensitive,
+        positive_anchor=sensitive[..., layers.index(positive_layer), :],
+        negative_anchor=attn.saliency("insensitive")[..., layers.index(negative_layer), :],
+        positive_layer=positive_layer,
+        negative_layer=negative_layer,
+        layers=layers,
+    )
+
+
+def _centred(saliency: Float[Tensor, "*batch visual"]) -> Float[Tensor, "*batch visual"]:
+    """Return the deviations from the mean, exactly 0 on a constant map."""
+    wide = saliency.cpu().double()
+    wide = wide - wide[..., :1]
+    return wide - wide.mean(dim=-1, keepdim=True)
+
+
+def _for_each_layer(anchor: Float[Tensor, "*batch visual"]) -> Float[Tensor, "*batch 1 visual"]:
+    """Return the anchor with a layer axis to broadcast over."""
+    return rearrange(anchor, "... visual -> ... 1 visual")

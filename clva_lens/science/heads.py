@@ -1,0 +1,251 @@
+"""Which heads look at the image: visual intensity and head classes, Eqs. 1-3 of arXiv:2603.25088v1.
+
+Tensors in, tensors out. ``*batch`` stands for any leading axes, also none.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from clva_lens.ground.errors import ParameterError, SpanError
+
+EmptyPolicy = Literal["tail", "skip"]
+"""What happens to an empty head set: filled from the tail of the ranking, or left empty."""
+
+
+def visual_mass(
+    pattern: Float[Tensor, "*batch head query key"], visual: Bool[Tensor, "*batch key"]
+) -> Float[Tensor, "*batch head query"]:
+    """Return the attention mass that each row of each head puts on the visual keys.
+
+    The inner sum of Eq. 1, arXiv:2603.25088v1. A fraction in [0, 1], in float32 or better. The row
+    of a padding query may be NaN and stays so; ``intensity_from_mass`` leaves such rows out.
+    """
+    dtype = torch.promote_types(pattern.dtype, torch.float32)
+    on_visual = rearrange(visual, "... key -> ... 1 1 key")
+    return pattern.where(on_visual, 0.0).sum(dim=-1, dtype=dtype)
+
+
+def intensity_from_mass(
+    mass: Float[Tensor, "*batch head query"], text: Bool[Tensor, "*batch query"] | None = None
+) -> Float[Tensor, "*batch head"]:
+    """Return the visual intensity of each head from the row masses that ``visual_mass`` gives.
+
+    The outer mean of Eq. 1, arXiv:2603.25088v1, for code that sees the rows one layer or one chunk
+    at a time. Rows outside ``text`` are excluded, whatever they hold; ``None`` means that every
+    row is a text row. A fraction in [0, 1], in float32 or better.
+
+    Raises:
+        SpanError: if an item has no text row.
+    """
+    mass = mass.to(torch.promote_types(mass.dtype, torch.float32))
+    if text is None:
+        text = mass.new_ones(mass.shape[:-2] + mass.shape[-1:], dtype=torch.bool)
+    _require_some(text, "text rows", "Pass a question after the image")
+    total = mass.where(rearrange(text, "... query -> ... 1 query"), 0.0).sum(dim=-1)
+    return total / text.sum(dim=-1, keepdim=True)
+
+
+def visual_intensity(
+    pattern: Float[Tensor, "*batch head query key"],
+    text: Bool[Tensor, "*batch query"],
+    visual: Bool[Tensor, "*batch key"],
+) -> Float[Tensor, "*batch head"]:
+    """Return the share of each head's attention that lands on the image, averaged over text rows.
+
+    Eq. 1, arXiv:2603.25088v1: their Φ is the result, A is ``pattern`` (post-softmax), T_txt is
+    ``text`` and T_vis is ``visual``. A fraction in [0, 1], computed in float32 or better.
+    Excluded: every row outside ``text`` (system, image, padding), also when it holds NaN.
+
+    Raises:
+        SpanError: if an item has no text row or no visual key.
+
+    >>> pattern = torch.tensor([[[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.6, 0.2]]])  # 1 head
+    >>> image, question = torch.tensor([True, True, False]), torch.tensor([False, False, True])
+    >>> visual_intensity(pattern, text=question, visual=image)
+    tensor([0.8000])
+    """
+    _require_some(visual, "visual keys", "Pass the image to model.prompt(image, question)")
+    return intensity_from_mass(visual_mass(pattern, visual), text)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadClasses:
+    """The visually sensitive and insensitive heads of each layer.
+
+    ``sensitive``, ``insensitive``: the two head sets. ``sensitive_fallback``,
+    ``insensitive_fallback``: layers where the rule of Eqs. 2-3 selected no head, so that the
+    policy ``empty`` decided ("tail" filled the set, "skip" left it empty). ``threshold`` is their
+    λ_vis, or None where the heads were given explicitly.
+    """
+
+    sensitive: Bool[Tensor, "*batch layer head"]
+    insensitive: Bool[Tensor, "*batch layer head"]
+    sensitive_fallback: Bool[Tensor, "*batch layer"]
+    insensitive_fallback: Bool[Tensor, "*batch layer"]
+    threshold: float | None
+    empty: str
+
+    @classmethod
+    def from_indices(
+        cls,
+        sensitive: Mapping[int, Iterable[int]],
+        insensitive: Mapping[int, Iterable[int]],
+        *,
+        layers: int,
+        heads: int,
+    ) -> "HeadClasses":
+        """Return the classes with the heads named explicitly, as layer → heads, both 0-based.
+
+        A layer that is not named has an empty set there; an anchor read from it is a no-op
+        (``empty`` is "skip"). A head may be in both sets. No layer counts as a fallback.
+
+        Raises:
+            ParameterError: if a layer or a head does not exist.
+
+        >>> HeadClasses.from_indices({4: [0, 1]}, {0: [3]}, layers=12, heads=8)
+        HeadClasses(12 layers × 8 heads, given explicitly: 2 sensitive, 1 insensitive)
+        """
+        none = torch.zeros(layers, dtype=torch.bool)
+        return cls(
+            sensitive=_mask_from_indices("sensitive", sensitive, layers, heads),
+            insensitive=_mask_from_indices("insensitive", insensitive, layers, heads),
+            sensitive_fallback=none,
+            insensitive_fallback=none.clone(),
+            threshold=None,
+            empty="skip",
+        )
+
+    def __repr__(self) -> str:
+        """Return the size of both head sets and how often the policy for empty sets decided."""
+        *batch, layers, heads = self.sensitive.shape
+        samples = f"{math.prod(batch)} samples × " if batch else ""
+        rule = "given explicitly" if self.threshold is None else f"λ = {self.threshold:g}"
+        text = (
+            f"{samples}{layers} layers × {heads} heads, {rule}: "
+            f"{int(self.sensitive.sum())} sensitive, {int(self.insensitive.sum())} insensitive"
+        )
+        if self.threshold is not None:
+            done = "filled from the tail" if self.empty == "tail" else "left empty"
+            text += (
+                f"; empty sets {done}: {int(self.sensitive_fallback.sum())} sensitive, "
+                f"{int(self.insensitive_fallback.sum())} insensitive"
+            )
+        return f"HeadClasses({text})"
+
+
+def classify_heads(
+    intensity: Float[Tensor, "*batch layer head"],
+    threshold: float | int = 1.0,
+    empty: EmptyPolicy = "tail",
+    *,
+    check: bool = True,
+) -> HeadClasses:
+    """Return the heads that look at the image far more, and far less, than their layer's mean.
+
+    Eqs. 2-3, arXiv:2603.25088v1: sensitive where Φ > μ + λσ, insensitive where Φ < μ − λσ, both
+    strict; Φ is ``intensity``, λ_vis is ``threshold``, μ and σ (population, ddof 0) are taken over
+    the heads of one layer of one sample. Computed in float64, so that heads that are equal in
+    float32 have σ = 0 exactly. Nothing is read back from the device, except to see that all is
+    finite; ``check=False`` leaves that out, and heads that are not are in no class.
+
+    **Departs from the paper:** on skewed layers μ − λσ is often below 0, and a set is empty. With
+    ``empty="tail"`` it is then made of the ⌈(1 − N(λ))·H⌉ lowest (or highest) of the H heads, N
+    the standard normal distribution function: the share that a normal Φ would give, at least one
+    head. With ``empty="skip"`` it stays empty, and the anchor read from it is a no-op. Both are
+    counted in the result's fallback masks. Ties: of equal heads, the one with the lower index
+    ranks as the lower one, so that the two tails are disjoint whenever they fit into H heads.
+
+    Raises:
+        ParameterError: if ``intensity`` is not finite, ``threshold`` is negative or not finite,
+            or ``empty`` is not a known policy.
+
+    >>> layer = torch.tensor([[0.1, 0.1, 0.1, 0.9]])  # μ = 0.3, σ = 0.346, so μ − σ < 0
+    >>> classes = classify_heads(layer)
+    >>> classes.sensitive
+    tensor([[False, False, False,  True]])
+    >>> classes.insensitive, classes.insensitive_fallback  # ⌈0.159·4⌉ = 1 head
+    (tensor([[ True, False, False, False]]), tensor([True]))
+    """
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise ParameterError(
+            f"threshold must be a finite number of standard deviations >= 0, but is {threshold}. "
+            "Pass threshold=1.0 for the paper's setting."
+        )
+    if empty not in get_args(EmptyPolicy):
+        raise ParameterError(
+            f"empty must be 'tail' or 'skip', but is {empty!r}. Pass empty='tail'."
+        )
+    if check:
+        _require_finite(intensity)
+    # Less the first head's: of equal heads, μ and σ are exactly 0.
+    phi = intensity.detach()
+    phi = (phi.cpu() if phi.device.type == "mps" else phi).double()
+    phi = phi - phi[..., :1]
+    deviation = phi - phi.mean(dim=-1, keepdim=True)
+    limit = threshold * phi.std(dim=-1, correction=0, keepdim=True)
+    sensitive, insensitive = deviation > limit, deviation < -limit
+    no_sensitive, no_insensitive = ~sensitive.any(dim=-1), ~insensitive.any(dim=-1)
+    if empty == "tail":
+        heads = phi.shape[-1]
+        count = max(1, math.ceil(0.5 * math.erfc(threshold / math.sqrt(2)) * heads))
+        rank = phi.argsort(dim=-1, stable=True).argsort(dim=-1)
+        sensitive |= no_sensitive[..., None] & (rank >= heads - count)
+        insensitive |= no_insensitive[..., None] & (rank < count)
+    return HeadClasses(
+        sensitive=sensitive.to(intensity.device),
+        insensitive=insensitive.to(intensity.device),
+        sensitive_fallback=no_sensitive.to(intensity.device),
+        insensitive_fallback=no_insensitive.to(intensity.device),
+        threshold=float(threshold),
+        empty=empty,
+    )
+
+
+def _require_finite(intensity: Float[Tensor, "*batch layer head"]) -> None:
+    """Raise ParameterError, naming the first one, unless every head's intensity is finite."""
+    finite = intensity.isfinite()
+    if not bool(finite.all()):
+        *_, layer, head = (~finite).nonzero()[0].tolist()
+        raise ParameterError(
+            f"intensity must be finite, but layer {layer}, head {head} is "
+            f"{float(intensity[~finite][0])}. Check the model's dtype and the padding mask."
+        )
+
+
+def _require_some(mask: Bool[Tensor, "*batch position"], what: str, remedy: str) -> None:
+    """Raise SpanError, naming the first item, unless every item has at least one True."""
+    some = mask.any(dim=-1).reshape(-1)
+    if not bool(some.all()):
+        item = int((~some).nonzero()[0])
+        raise SpanError(
+            f"item {item} of the batch has 0 {what}, but visual intensity (Eq. 1) needs at least "
+            f"1. {remedy}, or drop the item."
+        )
+
+
+def _mask_from_indices(
+    name: str, indices: Mapping[int, Iterable[int]], layers: int, heads: int
+) -> Bool[Tensor, "layer head"]:
+    """Return the mask that is True at the given heads of the given layers."""
+    mask = torch.zeros(layers, heads, dtype=torch.bool)
+    for layer, chosen in indices.items():
+        if not 0 <= layer < layers:
+            raise ParameterError(
+                f"{name} names layer {layer}, but the layers are 0 to {layers - 1}. "
+                f"Correct {name}, or pass layers=."
+            )
+        for head in chosen:
+            if not 0 <= head < heads:
+                raise ParameterError(
+                    f"{name} names head {head} of layer {layer}, but the heads are 0 to "
+                    f"{heads - 1}. Correct {name}, or pass heads=."
+                )
+            mask[layer, head] = True
+    return mask
