@@ -25,6 +25,7 @@ import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments.measuring import benchmarks_for, measure_methods, one, points
 from clva_lens.experiments.paper import beside_paper
+from clva_lens.lens.asking import Asking
 
 record = cl.new_record()
 lens = cl.load(model)
@@ -45,11 +46,9 @@ methods = {
 rows = measure_methods(
     lens,
     asked,
-    methods,
-    decodings={"beam": cl.Beam(num_beams=5)},
-    limit=questions,
-    seed=seed,
-    batch_size=batch_size,
+    Asking(limit=questions, seed=seed, batch_size=batch_size).each(
+        methods, {"beam": cl.Beam(num_beams=5)}
+    ),
     keep=record.ran,
 )
 rows = beside_paper(rows, 1, model)

@@ -23,6 +23,7 @@ import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments.measuring import benchmarks_for, measure_methods, one, points
 from clva_lens.experiments.paper import beside_paper
+from clva_lens.lens.asking import Asking
 
 record = cl.new_record()
 lens = cl.load(model)
@@ -40,14 +41,11 @@ methods = {
     "CLVA, random tokens": cl.Shuffled(cl.CLVA(), seed=seed),
     "CLVA, anchors swapped": cl.CLVA(alpha=-0.9, beta=-14),
 }
+beam = cl.Beam(num_beams=5, max_new_tokens=BENCHMARKS.get(asked).max_new_tokens)
 rows = measure_methods(
     lens,
     [asked],
-    methods,
-    decodings={"beam": cl.Beam(num_beams=5, max_new_tokens=BENCHMARKS.get(asked).max_new_tokens)},
-    limit=captions,
-    seed=seed,
-    batch_size=batch_size,
+    Asking(limit=captions, seed=seed, batch_size=batch_size).each(methods, {"beam": beam}),
     keep=record.ran,
 )
 rows = beside_paper(rows, 2, model)

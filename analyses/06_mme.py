@@ -25,6 +25,7 @@ from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.benchmarks.mme import COGNITION, PERCEPTION
 from clva_lens.experiments.measuring import benchmarks_for, is_toy, measure_methods, one, points
 from clva_lens.experiments.paper import beside_paper
+from clva_lens.lens.asking import Asking
 
 record = cl.new_record()
 lens = cl.load(model)
@@ -44,10 +45,7 @@ methods = {
 rows = measure_methods(
     lens,
     [asked],
-    methods,
-    decodings={"beam": cl.Beam(num_beams=5)},
-    seed=seed,
-    batch_size=batch_size,
+    Asking(seed=seed, batch_size=batch_size).each(methods, {"beam": cl.Beam(num_beams=5)}),
     keep=record.ran,
 )
 rows = beside_paper(rows, 3, model)

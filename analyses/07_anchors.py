@@ -23,6 +23,7 @@ import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments.measuring import benchmarks_for, measure_methods, one, points
 from clva_lens.experiments.paper import beside_paper
+from clva_lens.lens.asking import Asking
 
 record = cl.new_record()
 lens = cl.load(model)
@@ -38,7 +39,10 @@ methods = {
     "swapped": cl.CLVA(alpha=-0.9, beta=-14),
 }
 rows = measure_methods(
-    lens, asked, methods, limit=questions, seed=seed, batch_size=batch_size, keep=record.ran
+    lens,
+    asked,
+    Asking(limit=questions, seed=seed, batch_size=batch_size).each(methods),
+    keep=record.ran,
 )
 rows = beside_paper(rows, 4, model)
 record.keep_rows("methods", rows)

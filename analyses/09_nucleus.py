@@ -23,6 +23,7 @@ import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments.measuring import benchmarks_for, measure_methods
 from clva_lens.experiments.paper import beside_paper
+from clva_lens.lens.asking import Asking
 
 record = cl.new_record()
 lens = cl.load(model)
@@ -36,10 +37,9 @@ for seed in seeds:
     found = measure_methods(
         lens,
         asked,
-        methods,
-        cl.Sampling(seed=seed),
-        limit=questions,
-        batch_size=batch_size,
+        Asking(decoding=cl.Sampling(seed=seed), limit=questions, batch_size=batch_size).each(
+            methods
+        ),
         keep=record.ran,
     )
     rows += [{**row, "seed": seed} for row in beside_paper(found, 6, model)]

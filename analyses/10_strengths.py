@@ -23,6 +23,7 @@ from IPython.display import Markdown
 import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments.measuring import benchmarks_for, measure_methods, points
+from clva_lens.lens.asking import Asking
 
 record = cl.new_record()
 lens = cl.load(model)
@@ -34,7 +35,10 @@ methods = {"greedy": None} | {
     name: cl.CLVA(alpha=alpha, beta=beta) for (alpha, beta), name in pairs.items()
 }
 rows = measure_methods(
-    lens, [asked], methods, limit=questions, seed=seed, batch_size=batch_size, keep=record.ran
+    lens,
+    [asked],
+    Asking(limit=questions, seed=seed, batch_size=batch_size).each(methods),
+    keep=record.ran,
 )
 back = {name: pair for pair, name in pairs.items()}
 rows = [

@@ -23,6 +23,7 @@ from IPython.display import Markdown
 import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments.measuring import benchmarks_for, measure_methods, one, points
+from clva_lens.lens.asking import Asking
 
 record = cl.new_record()
 lens = cl.load(model)
@@ -55,10 +56,7 @@ for benchmark, limit in ((pope, questions), (chair, captions)):
     rows += measure_methods(
         lens,
         [benchmark],
-        variants,
-        limit=limit,
-        seed=seed,
-        batch_size=batch_size,
+        Asking(limit=limit, seed=seed, batch_size=batch_size).each(variants),
         keep=record.ran,
     )
 record.keep_rows("variants", rows)

@@ -39,6 +39,7 @@ import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments.measuring import mean_interval, measure_methods, one, points
 from clva_lens.experiments.toy_measures import object_patches, trace_questions
+from clva_lens.lens.asking import Asking
 from clva_lens.toy.questions import exist_question
 from clva_lens.toy.scenes import render, sample_scenes
 from clva_lens.toy.toys import TOYS
@@ -123,7 +124,9 @@ for name in models:
     acting = {f"CLVA α={alpha:g}": cl.CLVA(alpha=alpha) for alpha in alphas}
     acting |= {"CLVA, random tokens": cl.Shuffled(cl.CLVA(), seed=seed)}
     found = measure_methods(
-        lens, [adversarial], blind | acting, limit=questions, seed=seed, batch_size=batch_size
+        lens,
+        [adversarial],
+        Asking(limit=questions, seed=seed, batch_size=batch_size).each(blind | acting),
     )
     effects += [{"model": name, **row} for row in found]
     for layer in range(lens.num_layers):

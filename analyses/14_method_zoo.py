@@ -19,6 +19,7 @@ seed = 0
 batch_size = 32
 
 # %%
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
@@ -28,6 +29,7 @@ import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments.measuring import benchmarks_for, measure_methods, one, points
 from clva_lens.experiments.speed.bench import peak_memory
+from clva_lens.lens.asking import Asking
 
 record = cl.new_record()
 lens = cl.load(model)
@@ -56,7 +58,7 @@ beams = {
     name: cl.Beam(num_beams=5, max_new_tokens=BENCHMARKS.get(chair).max_new_tokens)
     for name in searches
 }
-common = {"seed": seed, "batch_size": batch_size, "keep": record.ran}
+common = Asking(seed=seed, batch_size=batch_size)
 
 # %% [markdown]
 # ## Greedy and beams
@@ -65,7 +67,10 @@ common = {"seed": seed, "batch_size": batch_size, "keep": record.ran}
 greedy = []
 for names, limit in ((pope, questions), ((chair,), captions)):
     greedy += measure_methods(
-        lens, names, {"greedy": None, **methods, **searches}, decodings=beams, limit=limit, **common
+        lens,
+        names,
+        replace(common, limit=limit).each({"greedy": None, **methods, **searches}, beams),
+        keep=record.ran,
     )
 record.keep_rows("greedy", greedy)
 yes_no = ["accuracy", "yes_ratio", "auc", "beyond_bias"]
@@ -85,7 +90,8 @@ drawn = []
 for names, limit in ((pope, questions), ((chair,), captions)):
     tokens = BENCHMARKS.get(names[0]).max_new_tokens
     how = cl.Sampling(seed=seed, max_new_tokens=tokens)
-    drawn += measure_methods(lens, names, {"sampling": None, **methods}, how, limit=limit, **common)
+    asking = replace(common, decoding=how, limit=limit).each({"sampling": None, **methods})
+    drawn += measure_methods(lens, names, asking, keep=record.ran)
 record.keep_rows("sampling", drawn)
 record.keep_rows("sampling_questions", [row for row in drawn if row["benchmark"] != chair])
 record.draw(

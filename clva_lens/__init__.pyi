@@ -8,10 +8,11 @@ from .ground.axes import TokenSpans as TokenSpans
 from .ground.errors import ClvaLensError as ClvaLensError
 from .lens.attribution import direct_logit_attribution as direct_logit_attribution
 from .lens.bridge import to_transformer_lens as to_transformer_lens
+from .lens.decoding import Beam as Beam
+from .lens.decoding import FromCheckpoint as FromCheckpoint
+from .lens.decoding import Greedy as Greedy
+from .lens.decoding import Sampling as Sampling
 from .lens.evaluate import evaluate as evaluate
-from .lens.generate import Beam as Beam
-from .lens.generate import Greedy as Greedy
-from .lens.generate import Sampling as Sampling
 from .lens.generate import generate as generate
 from .lens.intervene import composed_saliency as composed_saliency
 from .lens.intervene import head_means as head_means

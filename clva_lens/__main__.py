@@ -59,7 +59,7 @@ def _method(name: str, parameters: list[str] | None) -> Any:
 def _decoding(name: str, parameters: list[str] | None, max_new_tokens: int) -> Any:
     """Return a decoding with these parameters."""
     from clva_lens.ground.settings import parse_settings
-    from clva_lens.lens.generate import DECODINGS
+    from clva_lens.lens.decoding import DECODINGS
 
     kind = DECODINGS.get(name)
     given = parse_settings(kind, parameters or [])
@@ -144,8 +144,8 @@ def run(
 ) -> None:
     """Run a benchmark and keep every answer; a run that was killed goes on with --resume."""
     from clva_lens.benchmarks.run_folder import check_folder
+    from clva_lens.lens.decoding import check_decoding
     from clva_lens.lens.evaluate import check_images, evaluate
-    from clva_lens.lens.generate import check_decoding
     from clva_lens.lens.load import load
 
     # Everything that can be wrong is looked at before the model is loaded.

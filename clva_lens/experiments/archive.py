@@ -11,9 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from clva_lens.experiments.drawing import draw_figures
 from clva_lens.experiments.record import (
     NOTEBOOK,
     RECORD,
@@ -194,6 +191,8 @@ def analyse(
 
 def _finish(staging: Path, target: Path, document: dict[str, Any]) -> Record:
     """Draw the figures, write the document, and move the whole folder to its place at once."""
+    from clva_lens.experiments.drawing import draw_figures
+
     files = {
         path.relative_to(staging).as_posix(): sha256(path)
         for path in sorted(staging.rglob("*"))
@@ -216,6 +215,8 @@ def _changed(old: Record, new: Record) -> tuple[str, ...]:
 @contextmanager
 def _alone(archive: Archive, slug: str) -> Iterator[Path]:
     """Yield an empty folder that this process alone writes to, and remove it afterwards."""
+    from filelock import FileLock, Timeout
+
     archive.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(archive.folder / f".{slug}.lock")
     try:

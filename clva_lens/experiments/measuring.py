@@ -14,8 +14,8 @@ from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index
 from clva_lens.experiments.paper import SPLITS
 from clva_lens.ground.errors import RecordError
 from clva_lens.ground.progress import progress_bar
-from clva_lens.lens.evaluate import evaluate
-from clva_lens.lens.generate import Decoding
+from clva_lens.lens.asking import Asking
+from clva_lens.lens.evaluate import run_benchmark
 from clva_lens.lens.intervene import trace_attention
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.observers import AttentionTrace
@@ -53,20 +53,16 @@ def benchmarks_for(model: LensModel, kind: str, named: Sequence[str] = ()) -> tu
 def measure_methods(
     model: LensModel,
     benchmarks: Sequence[str | Benchmark],
-    methods: Mapping[str, Method | None],
-    decoding: Decoding | None = None,
+    askings: Mapping[str, Asking],
     *,
-    decodings: Mapping[str, Decoding] | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    batch_size: int = 32,
     keep: Callable[[str, Report], None] | None = None,
     progress: bool = True,
 ) -> list[Row]:
     """Return one row for each benchmark, method and metric, with its change against the first.
 
-    All are asked with ``decoding``, but those named in ``decodings`` with their own. ``keep`` is
-    called with each method's name and report: a record's ``ran``.
+    ``askings`` are the methods by name, each with how it is asked (see ``Asking.each``); without a
+    decoding of its own one is greedy, as long as the benchmark wants. ``keep`` is called with each
+    method's name and report: a record's ``ran``.
 
     A row has ``benchmark, method, metric, value, change, low, high, n``: ``value`` in the metric's
     own unit (fractions in [0, 1], MME's scores in points, ``seconds`` of all answers), ``change``
@@ -82,21 +78,12 @@ def measure_methods(
     """
     rows: list[Row] = []
     chosen = [BENCHMARKS.get(one) if isinstance(one, str) else one for one in benchmarks]
-    total = len(chosen) * len(methods)
+    total = len(chosen) * len(askings)
     with progress_bar("methods × benchmarks", total, wanted=progress) as advance:
         for benchmark in chosen:
             first: Report | None = None
-            for name, method in methods.items():
-                report = evaluate(
-                    model,
-                    benchmark,
-                    method,
-                    (decodings or {}).get(name, decoding),
-                    limit=limit,
-                    seed=seed,
-                    batch_size=batch_size,
-                    progress=False,
-                )
+            for name, asking in askings.items():
+                report = run_benchmark(model, benchmark, asking, progress=False)
                 if keep is not None:
                     keep(name, report)
                 against = None if first is None else compare(first.score, report.score)

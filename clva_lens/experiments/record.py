@@ -22,11 +22,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as parquet
-
-from clva_lens.figures.base import Drawing
-from clva_lens.figures.of_records import RECORD_FIGURES
 from clva_lens.ground.errors import RecordError
 
 RECORD, METRICS, NOTEBOOK = "record.json", "metrics.json", "notebook.ipynb"
@@ -54,14 +49,18 @@ class Kept:
         Raises:
             RecordError: if there is none of that name.
         """
+        from pyarrow import parquet
+
         return parquet.read_table(self._file(ROWS, name, ".parquet")).to_pylist()
 
-    def arrays(self, name: str) -> dict[str, np.ndarray]:
+    def arrays(self, name: str) -> dict[str, Any]:
         """Return arrays that were kept under a name; pickles are refused.
 
         Raises:
             RecordError: if there are none of that name.
         """
+        import numpy as np
+
         with np.load(self._file(ARRAYS, name, ".npz"), allow_pickle=False) as found:
             return dict(found)
 
@@ -112,8 +111,8 @@ class Record(Kept):
         """The figures of the analysis: ``name``, ``figure`` (as registered) and ``options``."""
         return self.document["figures"]
 
-    def draw(self, name: str) -> Drawing:
-        """Return one of its figures, drawn from what is kept.
+    def draw(self, name: str) -> Any:
+        """Return one of its figures, a ``Drawing``, drawn from what is kept.
 
         Raises:
             RecordError: if it has no such figure.
@@ -122,6 +121,8 @@ class Record(Kept):
         if found is None:
             known = ", ".join(one["name"] for one in self.figures) or "none"
             raise RecordError(f"{self.id} has no figure '{name}', but {known}. Pass one of these.")
+        from clva_lens.figures.of_records import RECORD_FIGURES
+
         return RECORD_FIGURES.get(found["figure"])(self, **found["options"])
 
     def problems(self) -> list[str]:

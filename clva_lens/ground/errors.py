@@ -37,6 +37,10 @@ class InterventionError(ClvaLensError, RuntimeError):
     """An intervention at the wrong place or time, or on a model that cannot be intercepted."""
 
 
+class LogitsError(ClvaLensError, ArithmeticError):
+    """Logits that are NaN or infinite, from which no answer can be read."""
+
+
 class BenchmarkError(ClvaLensError, ValueError):
     """Answers and labels that cannot be scored together."""
 

@@ -6,7 +6,6 @@ An old path is a module whose every name is looked up in its new home.
 import importlib
 import importlib.util
 import sys
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -26,8 +25,8 @@ MOVED = {
 }
 
 
-class _Forward(MetaPathFinder, Loader):
-    """Finds the old paths of a package, after everything else has been asked."""
+class _Forward:
+    """Finds and loads the old paths of a package, after everything else has been asked."""
 
     def __init__(self, package: str) -> None:
         self.package = package
@@ -38,6 +37,9 @@ class _Forward(MetaPathFinder, Loader):
         if fullname.removeprefix(f"{self.package}.") not in MOVED:
             return None
         return importlib.util.spec_from_loader(fullname, self, is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Leave it to the import system."""
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__.removeprefix(f"{self.package}.")

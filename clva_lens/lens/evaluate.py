@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Sco
 from clva_lens.benchmarks.run_folder import ORIGIN, Report, class_name, open_run
 from clva_lens.ground.checkout import origin
 from clva_lens.ground.errors import BenchmarkError, ParameterError
-from clva_lens.lens.generate import Decoding, Greedy, check_decoding, generate_batches
+from clva_lens.lens.asking import Asking
+from clva_lens.lens.decoding import Decoding, Greedy, check_decoding, told
+from clva_lens.lens.generate import generate_batches
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.provenance import describe, identity, machine
 from clva_lens.methods.base import Method
@@ -53,46 +55,68 @@ def evaluate(
         ParameterError: if the method or the batch size does not fit, or ``resume`` has no ``out``.
     """
     chosen = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
-    decoding = decoding or Greedy(max_new_tokens=chosen.max_new_tokens)
-    if batch_size < 1:
-        raise ParameterError(f"batch_size must be >= 1, but is {batch_size}. Pass batch_size=16.")
-    check_decoding(method, decoding)
-    if method is not None:
-        method.sessions(
-            Target(model.hf_model, model.processor)
-        )  # an error of the settings is no sample's error
+    asking = Asking(
+        method=method,
+        decoding=decoding,
+        batch_size=batch_size,
+        limit=limit,
+        seed=seed,
+    )
+    return run_benchmark(model, chosen, asking, progress=progress, out=out, resume=resume)
+
+
+def run_benchmark(
+    model: LensModel,
+    benchmark: Benchmark,
+    asking: Asking,
+    *,
+    progress: bool = True,
+    out: str | Path | None = None,
+    resume: bool = False,
+) -> Report:
+    """Return the report of ``model`` on a benchmark; this is ``evaluate`` with one ``Asking``."""
+    if asking.decoding is None:
+        asking = replace(asking, decoding=Greedy(max_new_tokens=benchmark.max_new_tokens))
+    check_decoding(asking.method, asking.how, model.hf_model)
+    if asking.method is not None:  # an error of the settings is no sample's error
+        asking.method.sessions(Target(model.hf_model, model.processor))
     if resume and out is None:
         raise ParameterError("resume=True was passed without a folder. Pass out='…' with it.")
-    samples = chosen.samples(limit, seed)
+    samples = benchmark.samples(asking.limit, asking.seed)
     check_images(samples)
     # A setting that cannot be scored should not be found out after hours of answers.
-    judge(chosen, samples, [Answer(sample.id, "") for sample in samples])
-    record = {
-        "benchmark": chosen.name,
-        "benchmark_class": class_name(type(chosen)),
-        "benchmark_version": chosen.version,
-        "settings": chosen.settings,
-        "data": chosen.digests(),
-        "samples": len(samples),
-        "limit": limit,
-        "seed": seed,
-        "model": model.name,
-        "method": describe(method),
-        "decoding": {"name": type(decoding).__name__, **asdict(decoding)},
-        "batch_size": batch_size,
-        **machine(model),
-    }
-    asking = _Asking(model, samples, method, decoding, batch_size, progress)
+    judge(benchmark, samples, [Answer(sample.id, "") for sample in samples])
+    record = _record(model, benchmark, asking, len(samples))
+    answering = _Answering(model, samples, asking, progress)
     if out is None:
-        answers = [answer for batch in asking.batches(0) for answer in batch]
-        return _report(judge(chosen, samples, answers), record, asking.seconds)
+        answers = [answer for batch in answering.batches(0) for answer in batch]
+        return _report(judge(benchmark, samples, answers), record, answering.seconds)
     record |= {**identity(model), ORIGIN: origin()}
-    with open_run(Path(out), record, samples, batch_size, resume) as run:
-        for batch in asking.batches(len(run.answers)):
+    with open_run(Path(out), record, samples, asking.batch_size, resume) as run:
+        for batch in answering.batches(len(run.answers)):
             run.append(batch)
-        report = _report(judge(chosen, samples, run.answers), record, asking.seconds)
+        report = _report(judge(benchmark, samples, run.answers), record, answering.seconds)
         run.finish(report)
     return report
+
+
+def _record(model: LensModel, benchmark: Benchmark, asking: Asking, samples: int) -> dict[str, Any]:
+    """Return what decides the answers, as a run's record has it."""
+    return {
+        "benchmark": benchmark.name,
+        "benchmark_class": class_name(type(benchmark)),
+        "benchmark_version": benchmark.version,
+        "settings": benchmark.settings,
+        "data": benchmark.digests(),
+        "samples": samples,
+        "limit": asking.limit,
+        "seed": asking.seed,
+        "model": model.name,
+        "method": describe(asking.method),
+        "decoding": told(asking.how, model.hf_model, model.words),
+        "batch_size": asking.batch_size,
+        **machine(model),
+    }
 
 
 def _report(score: Score, record: dict[str, Any], seconds: float) -> Report:
@@ -117,14 +141,12 @@ def check_images(samples: Sequence[Sample]) -> None:
 
 
 @dataclass
-class _Asking:
+class _Answering:
     """The questions of a run to a model; ``seconds`` is the time spent in it so far."""
 
     model: LensModel
     samples: Sequence[Sample]
-    method: Method | None
-    decoding: Decoding
-    batch_size: int
+    asking: Asking
     progress: bool
     seconds: float = 0.0
 
@@ -136,17 +158,8 @@ class _Asking:
         """
         chats = self.model.family.chats
         asked = [(s.image, s.question, s.system if chats else None) for s in self.samples]
-        made = generate_batches(
-            self.model,
-            asked,
-            self.method,
-            self.decoding,
-            batch_size=self.batch_size,
-            progress=self.progress,
-            done=done,
-            record_errors=True,
-        )
-        with closing(made):
+        options = {"progress": self.progress, "done": done, "record_errors": True}
+        with closing(generate_batches(self.model, asked, self.asking, **options)) as made:
             try:
                 for batch in made:
                     self.seconds += batch.seconds
@@ -156,7 +169,7 @@ class _Asking:
                     yield [Answer(i, *one) for i, one in zip(ids, answered, strict=True)]
             except (MemoryError, torch.OutOfMemoryError) as error:
                 raise BenchmarkError(
-                    f"memory ran out at sample {done + 1} with batch_size={self.batch_size}. Run "
-                    "again with a smaller batch_size, into another folder: batches decide the "
+                    f"memory ran out at sample {done + 1} with batch_size={self.asking.batch_size}."
+                    " Run again with a smaller batch_size, into another folder: batches decide the "
                     "last digits of the margins."
                 ) from error

@@ -8,7 +8,8 @@ import torch
 
 from clva_lens.ground.errors import ClvaLensError
 from clva_lens.lens.check import check_family
-from clva_lens.lens.generate import Beam, Greedy, generate
+from clva_lens.lens.decoding import Beam, Greedy
+from clva_lens.lens.generate import generate
 from clva_lens.lens.load import LensModel
 from clva_lens.methods.base import METHODS
 from clva_lens.models.family import Site

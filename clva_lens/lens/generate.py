@@ -1,7 +1,7 @@
 """Text from prompts, with or without a method: batches, greedy, beams, sampling, progress."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,94 +9,31 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from clva_lens.ground.errors import InterventionError, ModelLoadError, ParameterError, PromptError
+from clva_lens.ground.errors import (
+    InterventionError,
+    LogitsError,
+    ModelLoadError,
+    ParameterError,
+    PromptError,
+)
 from clva_lens.ground.progress import progress_bar
-from clva_lens.ground.registry import Registry
+from clva_lens.lens.asking import Asking
+from clva_lens.lens.decoding import Decoding, Watch, check_decoding, drawing, settled
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
+from clva_lens.lens.prompting import as_prompt
 from clva_lens.methods.base import Method
 from clva_lens.models.prompt import ImageLike, Prompt
 
 YES = ("yes", "Yes", "YES", " yes", " Yes")
 NO = ("no", "No", "NO", " no", " No")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Greedy:
-    """The likeliest token at each step."""
-
-    max_new_tokens: int = 32
-
-    def __post_init__(self) -> None:
-        """Check the length."""
-        _check_length(self.max_new_tokens)
-
-    def options(self) -> dict[str, Any]:
-        """Return the generation options."""
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Beam:
-    """Beam search; the paper's has 5 beams."""
-
-    num_beams: int = 5
-    max_new_tokens: int = 32
-
-    def __post_init__(self) -> None:
-        """Check the number of beams and the length."""
-        _check_length(self.max_new_tokens)
-        if self.num_beams < 1:
-            raise ParameterError(f"num_beams must be >= 1, but is {self.num_beams}. Pass 5.")
-
-    def options(self) -> dict[str, Any]:
-        """Return the generation options."""
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": False,
-            "num_beams": self.num_beams,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Nucleus sampling, repeatable for the same seed, prompts and batch size."""
-
-    temperature: float | int = 1.0
-    top_p: float | int = 1.0
-    seed: int = 0
-    max_new_tokens: int = 32
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        _check_length(self.max_new_tokens)
-        if not self.temperature > 0:
-            raise ParameterError(
-                f"temperature must be above 0, but is {self.temperature}. Use Greedy() for 0."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ParameterError(f"top_p must be in (0, 1], but is {self.top_p}. Pass top_p=1.0.")
-
-    def options(self) -> dict[str, Any]:
-        """Return the generation options."""
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": True,
-            "num_beams": 1,
-            "temperature": float(self.temperature),
-            "top_p": float(self.top_p),
-            "top_k": 0,
-        }
-
-
-Decoding = Greedy | Beam | Sampling
 Asked = tuple[ImageLike, str] | tuple[ImageLike, str, str | None]
-DECODINGS = Registry[type[Decoding]]("decoding")
-DECODINGS.register("greedy", Greedy)
-DECODINGS.register("beam", Beam)
-DECODINGS.register("sampling", Sampling)
+"""Image, question and, perhaps, the system message of a prompt."""
+
+Unit = Prompt | list[tuple[Any, str, str | None]]
+"""What is run at once: a prompt as it is, or pictures and questions to make one of."""
 
 # Faults of the settings or of the machine: another sample would not fare better. After an
 # AcceleratorError (torch 2.8 and later) every call on the device fails.
@@ -108,13 +45,6 @@ _FATAL: tuple[type[Exception], ...] = (
     torch.OutOfMemoryError,
     getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
 )
-
-
-def _check_length(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ParameterError(
-            f"max_new_tokens must be >= 1, but is {max_new_tokens}. Pass max_new_tokens=32."
-        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -141,36 +71,9 @@ class Generation:
         return f"Generation([{shown}{more}], {self.seconds:.2f} s)"
 
 
-class _FirstLogits(LogitsProcessor):
-    """Keeps the scores of the first generated position and changes nothing."""
-
-    scores: Tensor | None = None
-
-    def __call__(
-        self, input_ids: Tensor, scores: Float[Tensor, "batch vocabulary"]
-    ) -> Float[Tensor, "batch vocabulary"]:
-        if self.scores is None:
-            self.scores = scores.detach().float()
-        return scores
-
-
-Triple = tuple[Any, str, str | None]
-"""Image, question and system message of a prompt."""
-
-
-def check_decoding(method: Method | None, decoding: Decoding) -> None:
-    """Raise ParameterError unless the method works with the decoding.
-
-    A decoding that is not registered is the caller's own, and is let through.
-    """
-    for name, kind in DECODINGS.items():
-        if method is not None and type(decoding) is kind:
-            method.check_decoding(name)
-
-
 def generate(
     model: LensModel,
-    prompts: Prompt | Sequence[Prompt] | Sequence[Asked],
+    prompts: Any,
     method: Method | None = None,
     decoding: Decoding | None = None,
     *,
@@ -179,26 +82,27 @@ def generate(
 ) -> Generation:
     """Return the model's answers to ``prompts``, under ``method`` if one is given.
 
-    ``prompts`` are a prompt (possibly a batch), several, or tuples (image, question), with the
-    system message as a third item if there is one. Runs of several batches show a progress bar.
+    ``prompts`` are a prompt (possibly a batch) or what a processor made, a tuple (image, question)
+    with the system message as a third item if there is one, or a list of these. Tuples are asked
+    ``batch_size`` at a time; a prompt is run as it is, by itself. Runs of several batches show a
+    progress bar.
 
     Raises:
         PromptError: if there are no prompts, or one is malformed.
         ParameterError: if the method, with this decoding too, or the batch size does not fit.
+        LogitsError: if the model's logits are not finite.
         InterventionError: inside a trace; ``with model.generate(prompt):`` is one.
     """
-    options = {"batch_size": batch_size, "progress": progress}
-    with closing(generate_batches(model, prompts, method, decoding, **options)) as batches:
+    asking = Asking(method=method, decoding=decoding, batch_size=batch_size)
+    with closing(generate_batches(model, prompts, asking, progress=progress)) as batches:
         return _joined(list(batches))
 
 
 def generate_batches(
     model: LensModel,
-    prompts: Prompt | Sequence[Prompt] | Sequence[Asked],
-    method: Method | None = None,
-    decoding: Decoding | None = None,
+    prompts: Any,
+    asking: Asking,
     *,
-    batch_size: int = 8,
     progress: bool = True,
     done: int = 0,
     record_errors: bool = False,
@@ -206,76 +110,126 @@ def generate_batches(
     """Yield what ``generate`` returns, batch by batch, as it comes; images are read as needed.
 
     The first ``done`` prompts are passed over. With ``record_errors`` a batch that fails is asked
-    again one by one, and a prompt that fails alone is answered by "" and its error. So is a
-    prompt that is longer than the model's positions. A method that does not fit, memory that runs
-    out and a broken device are no fault of a prompt, and are raised.
+    again one by one, and a prompt that fails alone is answered by "" and its error. A method that
+    does not fit, memory that runs out and a broken device are no fault of a prompt, and are raised.
 
     Raises:
         PromptError: if there are no prompts, or one is malformed.
-        ParameterError: if the method or the batch size does not fit.
+        ParameterError: if the method does not fit.
     """
     refuse_in_trace("generate", ", or trace with model.generate(prompt)")
-    decoding = decoding or Greedy()
-    if batch_size < 1:
-        raise ParameterError(f"batch_size must be >= 1, but is {batch_size}. Pass batch_size=8.")
-    check_decoding(method, decoding)
-    pairs = list(_pairs(prompts))
-    if not pairs:
+    if not isinstance(model, LensModel):
+        raise ModelLoadError(
+            f"generate() needs the processor too, but got a bare {type(model).__name__}. Pass "
+            "cl.load((hf_model, processor))."
+        )
+    check_decoding(asking.method, asking.how, model.hf_model)
+    each = _each(model, prompts)
+    count = sum(_rows(one) for one in each)
+    if not count:
         raise PromptError("there are 0 prompts to answer. Pass at least one.")
-    if len({system for _, _, system in pairs}) > 1:
+    if len({one[0][2] for one in each if isinstance(one, list)}) > 1:
         raise PromptError(
             "the prompts have different system messages. Call generate() once for each of them."
         )
     answer = _answer_or_error if record_errors else _answer
-    wanted = progress and len(pairs) - done > batch_size
-    with progress_bar("answers", len(pairs), done=done, wanted=wanted) as advance:
-        for start in range(done, len(pairs), batch_size):
-            batch = pairs[start : start + batch_size]
-            yield answer(model, batch, method, decoding)
-            advance(len(batch))
+    wanted = progress and count - done > asking.batch_size
+    with progress_bar("answers", count, done=done, wanted=wanted) as advance:
+        for place, unit in _units(each, asking.batch_size, done):
+            yield answer(model, unit, place, asking)
+            advance(_rows(unit))
 
 
-@torch.inference_mode()
-def _answer(
-    model: LensModel,
-    batch: Sequence[Triple],
-    method: Method | None,
-    decoding: Decoding,
-    longest: int | None = None,
-) -> Generation:
-    """Return the answers to one batch, unless it has more than ``longest`` tokens."""
-    images, questions, systems = zip(*batch, strict=True)
-    prompt = model.prompt(list(images), list(questions), system=systems[0])
-    length = prompt["input_ids"].shape[1]
-    if longest is not None and length > longest:
-        raise PromptError(
-            f"the prompt has {length} tokens, but the model has {longest} positions. Shorten it."
-        )
+def _each(model: LensModel, prompts: Any) -> list[Unit]:
+    """Return every prompt by itself: as it is, or as a list of one picture and question."""
+    single = isinstance(prompts, tuple) and len(prompts) in (2, 3) and isinstance(prompts[1], str)
+    alone = isinstance(prompts, Mapping) or single
+    return [_one(model, one) for one in ([prompts] if alone else prompts)]
+
+
+def _one(model: LensModel, asked: Any) -> Unit:
+    if isinstance(asked, Mapping):
+        return as_prompt(model, asked)
+    if isinstance(asked, tuple) and len(asked) in (2, 3):
+        return [(asked[0], asked[1], asked[2] if len(asked) == 3 else None)]
+    raise PromptError(
+        f"a prompt must be a Prompt or an (image, question) pair, but got "
+        f"{type(asked).__name__}. Make it with model.prompt(image, question)."
+    )
+
+
+def _rows(unit: Unit) -> int:
+    return len(unit) if isinstance(unit, list) else len(unit["input_ids"])
+
+
+def _units(each: Sequence[Unit], size: int, done: int) -> Iterator[tuple[int, Unit]]:
+    """Yield what is run at once after ``done`` prompts, with the place of its first prompt."""
+    place, pairs = 0, []
+    for one in each:
+        if place < done:
+            place += _rows(one)
+        elif isinstance(one, list):
+            pairs += one
+            if len(pairs) == size:
+                yield place, pairs
+                place, pairs = place + size, []
+        else:
+            if pairs:
+                yield place, pairs
+                place, pairs = place + len(pairs), []
+            yield place, one
+            place += _rows(one)
+    if pairs:
+        yield place, pairs
+
+
+@torch.no_grad()
+def _answer(model: LensModel, unit: Unit, place: int, asking: Asking) -> Generation:
+    """Return the answers to one batch, whose first prompt has this place among all."""
+    prompt = unit
+    if isinstance(prompt, list):
+        images, questions, systems = zip(*prompt, strict=True)
+        prompt = model.prompt(list(images), list(questions), system=systems[0])
+    _check_length(model, prompt)
     began = time.perf_counter()
-    generated = _generate_batch(model, prompt, method, decoding)
+    generated = _generate_batch(model, prompt, place, asking)
     if generated is None:
-        return _joined([_answer(model, [one], method, decoding, longest) for one in batch])
+        return _one_by_one(model, unit, place, asking, _answer)
     ids, margins = generated
     seconds = time.perf_counter() - began
     texts = model.words.batch_decode(ids, skip_special_tokens=True)
     return Generation([t.strip() for t in texts], ids, margins, seconds, [None] * len(ids))
 
 
-def _answer_or_error(
-    model: LensModel, batch: Sequence[Triple], method: Method | None, decoding: Decoding
+def _check_length(model: LensModel, prompt: Prompt) -> None:
+    words, length = model.hf_model.config.get_text_config(), prompt["input_ids"].shape[1]
+    longest = getattr(words, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise PromptError(
+            f"the prompt has {length} tokens, but the model has {longest} positions. Shorten it."
+        )
+
+
+def _one_by_one(
+    model: LensModel, unit: Unit, place: int, asking: Asking, answer: Callable[..., Generation]
 ) -> Generation:
+    """Return the answers to one batch, each prompt asked alone."""
+    rows = range(_rows(unit))
+    parts = [[unit[row]] if isinstance(unit, list) else unit.row(row) for row in rows]
+    return _joined([answer(model, one, place + row, asking) for row, one in enumerate(parts)])
+
+
+def _answer_or_error(model: LensModel, unit: Unit, place: int, asking: Asking) -> Generation:
     """Return the answers to one batch, and errors for the prompts that have none."""
-    words = model.hf_model.config.get_text_config()
     try:
-        longest = getattr(words, "max_position_embeddings", None)
-        return _answer(model, batch, method, decoding, longest)
+        return _answer(model, unit, place, asking)
     except _FATAL:
         raise
     except Exception as error:
         if "DefaultCPUAllocator" in str(error):  # out of memory, as a bare RuntimeError
             raise MemoryError(str(error)) from error
-        if len(batch) > 1:
-            return _joined([_answer_or_error(model, [one], method, decoding) for one in batch])
+        if _rows(unit) > 1:
+            return _one_by_one(model, unit, place, asking, _answer_or_error)
         said = " ".join(f"{type(error).__name__}: {error}".split())
         return Generation([""], [torch.zeros(0, dtype=torch.long)], [None], 0.0, [said])
 
@@ -290,60 +244,41 @@ def _joined(parts: Sequence[Generation]) -> Generation:
     )
 
 
-def _pairs(
-    prompts: Prompt | Sequence[Prompt] | Sequence[Asked],
-) -> Iterator[Triple]:
-    """Yield (image, question, system) of every prompt."""
-    for one in [prompts] if isinstance(prompts, Prompt) else prompts:
-        if isinstance(one, Prompt):
-            for image, question in zip(one.images, one.questions, strict=True):
-                yield image, question, one.system
-        elif isinstance(one, tuple) and len(one) in (2, 3):
-            yield one[0], one[1], one[2] if len(one) == 3 else None
-        else:
-            raise PromptError(
-                f"a prompt must be a Prompt or an (image, question) pair, but got "
-                f"{type(one).__name__}. Make it with model.prompt(image, question)."
-            )
-
-
 def _generate_batch(
-    model: LensModel, prompt: Prompt, method: Method | None, decoding: Decoding
+    model: LensModel, prompt: Prompt, place: int, asking: Asking
 ) -> tuple[list[Tensor], list[float | None]] | None:
     """Return ids and margins, or None if the method searches for one prompt at a time."""
-    hf_model, tokenizer = model.hf_model, model.words
-    own = hf_model.generation_config
-    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    pad = next(
-        (i for i in (own.pad_token_id, tokenizer.pad_token_id) if i is not None),
-        eos[0] if isinstance(eos, list) else eos,
-    )
-    config = GenerationConfig(
-        **decoding.options(), eos_token_id=eos, pad_token_id=pad, bos_token_id=own.bos_token_id
-    )
-    first = _FirstLogits()
-    methods = () if method is None else (method,)
-    devices = [hf_model.device] if hf_model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), intervening(model, *methods) as run:
+    hf_model, decoding, count = model.hf_model, asking.how, len(prompt["input_ids"])
+    config = settled(decoding, hf_model, model.words)
+    methods = () if asking.method is None else (asking.method,)
+    with intervening(model, *methods) as run, Watch(hf_model) as seen:
         searches = [session.decode for session in run.sessions if session.decode is not None]
-        if searches and prompt["input_ids"].shape[0] > 1:
+        if searches and count > 1:
             return None
-        if isinstance(decoding, Sampling):
-            torch.manual_seed(decoding.seed)
+        if config.do_sample:
+            assert decoding.draws is not None, f"{type(decoding).__name__} samples without a seed"
+            places = range(place, place + count)
+            searches.append(drawing(decoding.draws, places, decoding.max_new_tokens))
         answer: Any = hf_model.generate  # transformers declares it on a mixin that hides the call
         out = answer(
             **prompt.inputs,
             generation_config=config,
-            logits_processor=LogitsProcessorList([first]),
             **({"custom_generate": searches[0]} if searches else {}),
         )
-    assert isinstance(out, Tensor) and first.scores is not None
-    ends = set(eos if isinstance(eos, list) else [eos]) | {pad}
+    assert isinstance(out, Tensor) and seen.first is not None
+    if not seen.finite:
+        raise LogitsError(
+            f"the model's logits are not finite in {hf_model.dtype}: NaN or infinity is among them."
+            " "
+            "Load it with dtype='bfloat16' or 'float32', and check its weights."
+        )
+    eos = config.eos_token_id
+    ends = {*(eos if isinstance(eos, list) else [eos]), config.pad_token_id}
     new = [_until(row, ends) for row in out[:, prompt.answer_start :].cpu()]
-    scores = first.scores
+    scores = seen.first
     for session in run.sessions:
         scores = scores if session.uncut is None else session.uncut
-    return new, yes_margins(scores[:: len(scores) // len(new)].float(), tokenizer)
+    return new, yes_margins(scores[:: len(scores) // len(new)].float(), model.words)
 
 
 def _until(row: Int[Tensor, " step"], ends: set[int | None]) -> Int[Tensor, " generated"]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from clva_lens.figures import SaliencyPicture
 from clva_lens.figures.base import evenly
-from clva_lens.lens.generate import Greedy, generate
+from clva_lens.lens.decoding import Greedy
+from clva_lens.lens.generate import generate
 from clva_lens.lens.intervene import composed_saliency, intervening, trace_attention
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.observers import AttentionTrace

@@ -6,7 +6,7 @@ from tiny_models import QUESTIONS, lens_of, picture
 
 import clva_lens as cl
 from clva_lens.ground.errors import ParameterError
-from clva_lens.lens.generate import DECODINGS, check_decoding
+from clva_lens.lens.decoding import DECODINGS, check_decoding
 from clva_lens.methods.base import METHODS
 
 STEPS = 4

@@ -1,0 +1,47 @@
+"""How questions are asked: everything but the model and the questions that decides the answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from clva_lens.ground.errors import ParameterError
+from clva_lens.lens.decoding import Decoding, Greedy, check_decoding
+from clva_lens.methods.base import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """A method, a decoding, how many prompts at a time, and which samples of a benchmark.
+
+    Without a decoding it is greedy; a benchmark gives it its own length. ``limit`` takes that many
+    samples only, drawn with ``seed``; None takes all.
+    """
+
+    method: Method | None = None
+    decoding: Decoding | None = None
+    batch_size: int = 8
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        if self.batch_size < 1:
+            raise ParameterError(f"batch_size must be >= 1, but is {self.batch_size}. Pass 8.")
+        if self.decoding is not None:
+            check_decoding(self.method, self.decoding)
+
+    @property
+    def how(self) -> Decoding:
+        """The decoding; greedy without one."""
+        return self.decoding or Greedy()
+
+    def each(
+        self,
+        methods: Mapping[str, Method | None],
+        decodings: Mapping[str, Decoding] | None = None,
+    ) -> "dict[str, Asking]":
+        """Return one for each method by name; those in ``decodings`` with their own decoding."""
+        own = decodings or {}
+        return {
+            name: replace(self, method=method, decoding=own.get(name, self.decoding))
+            for name, method in methods.items()
+        }
