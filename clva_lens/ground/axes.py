@@ -162,6 +162,11 @@ class TokenSpans:
         spans = (self.system, self.image, self.text, self.generated)
         return TokenSpans(*(span[:, :length] for span in spans))
 
+    def row(self, index: int) -> "TokenSpans":
+        """Return the spans of one sample, as a batch of one."""
+        spans = (self.system, self.image, self.text, self.generated)
+        return TokenSpans(*(span[index : index + 1] for span in spans))
+
 
 def last_true(mask: Bool[Tensor, "batch sequence"]) -> Int[Tensor, " batch"]:
     """Return the index of each sample's last True, −1 if there is none."""

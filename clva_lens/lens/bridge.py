@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError, ModelLoadError
-from clva_lens.lens.intervene import transformers_model
 from clva_lens.methods.bridge_hooks import image_token_id, prompt_spans
-from clva_lens.models.family import matching_family
+from clva_lens.models.family import matching_family, transformers_model
 from clva_lens.models.transformerlens import transformer_lens
 
 

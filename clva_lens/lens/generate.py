@@ -24,7 +24,8 @@ from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.prompting import as_prompt
 from clva_lens.methods.base import Method
-from clva_lens.models.prompt import ImageLike, Prompt
+from clva_lens.models.pictures import ImageLike
+from clva_lens.models.prompt import Prompt
 
 YES = ("yes", "Yes", "YES", " yes", " Yes")
 NO = ("no", "No", "NO", " no", " No")

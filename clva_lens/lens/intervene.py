@@ -9,18 +9,18 @@ import nnsight
 import torch
 from jaxtyping import Float
 from nnsight.intervention.interleaver import Interleaver, Mediator, OutOfOrderError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from clva_lens.engine.run import open_run, running
 from clva_lens.engine.session import Session
-from clva_lens.ground.errors import InterventionError, ModelLoadError
+from clva_lens.ground.errors import InterventionError
 from clva_lens.lens.observers import AttentionTrace, HeadChoice, Observer, QueryObserver
 from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
 from clva_lens.methods.base import Method
 from clva_lens.methods.clva import ClvaSession
 from clva_lens.methods.target import Target, shape_of
-from clva_lens.models.family import find_family, matching_family
+from clva_lens.models.family import transformers_model
 from clva_lens.models.prompt import Prompt
 from clva_lens.science.anchors import VisualAnchors
 
@@ -139,25 +139,6 @@ def observe(layers: Sequence[int] | str = "all", site: str | None = None) -> Obs
         return [observer], Observation(observer)
 
     return join_trace("observe", "with cl.observing(model):", make)
-
-
-def transformers_model(model: Any) -> PreTrainedModel:
-    """Return the transformers model behind a handle, or within a module.
-
-    Raises:
-        ModelLoadError: if there is none of a known family.
-    """
-    module = getattr(model, "_module", model)
-    if not isinstance(module, nn.Module):
-        raise ModelLoadError(
-            f"expected a transformers model or an nnsight handle of one, but got "
-            f"{type(model).__name__}. Pass the object that cl.load() or from_pretrained() returned."
-        )
-    for part in module.modules():
-        if isinstance(part, PreTrainedModel) and matching_family(part) is not None:
-            return part
-    find_family(module)
-    raise AssertionError("find_family() accepted a module that no family matches")
 
 
 def join_trace(

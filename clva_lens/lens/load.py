@@ -18,7 +18,8 @@ from clva_lens.lens.cache import CachedRun, NamesFilter, run_with_cache
 from clva_lens.lens.check import check_family
 from clva_lens.methods.base import Method
 from clva_lens.models.family import ModelFamily, Site, find_family
-from clva_lens.models.prompt import ImageLike, Prompt, as_lists, visual_tokens
+from clva_lens.models.pictures import ImageLike
+from clva_lens.models.prompt import Prompt, as_lists, prompt_of
 from clva_lens.models.qwen.convert import published_folder, read_published
 from clva_lens.toy import pretrained
 
@@ -102,17 +103,14 @@ class LensModel(TransformersModel):
                 )
         model, family = self.hf_model, self.family
         texts = [family.ask(processor, text, system) for text in questions]
-        inputs = {}
-        for name, value in family.encode(model, processor, images, texts).items():
-            dtype = model.dtype if value.is_floating_point() else value.dtype
-            inputs[name] = value.to(model.device, dtype)
-        sites = {
-            site.name: visual_tokens(
-                model, site.name, family.spans(model, site.name, inputs), inputs
-            )
-            for site in self.sites
-        }
-        return Prompt(inputs, sites, batched, tuple(images), tuple(questions), system)
+        return prompt_of(
+            model,
+            family.encode(model, processor, images, texts),
+            batched=batched,
+            images=tuple(images),
+            questions=tuple(questions),
+            system=system,
+        )
 
     def run_with_cache(
         self,

@@ -19,12 +19,12 @@ from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.lens.generate import answer_tokens
-from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace, transformers_model
+from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.observers import chosen_layers
 from clva_lens.methods.base import Method
 from clva_lens.methods.target import shape_of
-from clva_lens.models.family import find_family
+from clva_lens.models.family import find_family, transformers_model
 from clva_lens.models.prompt import Prompt, VisualTokens, visual_tokens
 from clva_lens.models.readout import CacheModel, read_out, token_ids
 from clva_lens.models.step import Step

@@ -253,6 +253,25 @@ def find_family(model: nn.Module) -> ModelFamily:
     )
 
 
+def transformers_model(model: Any) -> PreTrainedModel:
+    """Return the transformers model behind a handle, or within a module.
+
+    Raises:
+        ModelLoadError: if there is none of a known family.
+    """
+    module = getattr(model, "_module", model)
+    if not isinstance(module, nn.Module):
+        raise ModelLoadError(
+            f"expected a transformers model or an nnsight handle of one, but got "
+            f"{type(model).__name__}. Pass the object that cl.load() or from_pretrained() returned."
+        )
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel) and matching_family(part) is not None:
+            return part
+    find_family(module)
+    raise AssertionError("find_family() accepted a module that no family matches")
+
+
 def find_site(model: PreTrainedModel, name: str | None = None) -> Site:
     """Return a site of a model by name; None is the one that methods act on by default.
 

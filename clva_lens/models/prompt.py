@@ -1,20 +1,25 @@
 """Images and questions become a prompt: model inputs, token spans, and the image's grid."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import PromptError
-from clva_lens.models.family import find_family
+from clva_lens.models.family import find_family, transformers_model
+from clva_lens.models.pictures import ImageLike, read_image
 
-ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+Asked = (
+    Mapping[str, Any]
+    | tuple[ImageLike | Sequence[ImageLike], str | Sequence[str]]
+    | tuple[ImageLike | Sequence[ImageLike], str | Sequence[str], str | None]
+)
+"""What every function takes as a prompt: a ``Prompt`` too is a mapping. See ``as_prompt``."""
 
 
 class VisualTokens(NamedTuple):
@@ -71,7 +76,9 @@ class Prompt(Mapping[str, Tensor]):
     """What a model is run on. It is a mapping of the model's inputs, so ``**prompt`` unpacks it.
 
     ``sites`` has the image tokens of each attention site, the family's own first. ``batched`` is
-    whether lists were given. ``images``, ``questions`` and ``system`` are what it was made from.
+    whether lists were given. ``images``, ``questions`` and ``system`` are what it was made from;
+    the first two are empty where a processor's output was made into a prompt (``as_prompt``). What
+    is run is ``inputs`` alone.
     """
 
     inputs: dict[str, Tensor]
@@ -158,10 +165,42 @@ class Prompt(Mapping[str, Tensor]):
             "this prompt's image tokens."
         )
 
+    def row(self, index: int) -> "Prompt":
+        """Return one prompt of a batch as it is, padding included.
+
+        Raises:
+            PromptError: if there is no such row, or an input has another first axis than the batch,
+                so that its rows are not known.
+        """
+        batch = len(self.spans.real)
+        if not 0 <= index < batch:
+            raise PromptError(f"there is no prompt {index} in a batch of {batch}. Pass 0 or more.")
+        if batch == 1:
+            return replace(self, batched=False)
+        shared = {name: len(one) for name, one in self.inputs.items() if len(one) != batch}
+        if shared:
+            raise PromptError(
+                f"the batch has {batch} prompts, but {_listed(shared)} rows, so it cannot be taken "
+                "apart. Pass the prompts one by one: [model.prompt(image, question), ...]."
+            )
+        one = slice(index, index + 1)
+        return replace(
+            self,
+            inputs={name: rows[one] for name, rows in self.inputs.items()},
+            sites={
+                name: VisualTokens(found.spans.row(index), found.grid)
+                for name, found in self.sites.items()
+            },
+            batched=False,
+            images=self.images[one],
+            questions=self.questions[one],
+        )
+
     def __repr__(self) -> str:
         """Return the questions and the sizes of the spans."""
         batch, length = self.spans.image.shape
-        first = self.questions[0] if len(self.questions) == 1 else f"{batch} questions"
+        several = f"{batch} questions" if self.questions else "a processor's output"
+        first = self.questions[0] if len(self.questions) == 1 else several
         grid = self.sites["decoder"].grid
         lie = "no grid" if isinstance(grid, str) else f"{grid[0]} × {grid[1]} grid"
         counts = [
@@ -173,69 +212,101 @@ class Prompt(Mapping[str, Tensor]):
         )
 
 
-def read_image(image: ImageLike) -> Image.Image:
-    """Return a picture as RGB: from a path, a PIL image, or an array or tensor of pixels.
+def _listed(rows: Mapping[str, int]) -> str:
+    return " and ".join(f"{name} has {count}" for name, count in rows.items())
 
-    Arrays are [height, width] or [height, width, 3 or 4], uint8 or floats in [0, 1].
+
+def prompt_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], **made_from: Any) -> Prompt:
+    """Return a prompt of a model's inputs, on the model's device; floats in the model's dtype.
+
+    ``made_from`` are the other fields of ``Prompt``.
 
     Raises:
-        PromptError: if there is no readable image, or the pixels are out of range.
+        PromptError: if it is longer than the model's positions.
+        SpanError: if it has no picture.
     """
-    if isinstance(image, str | Path):
-        return _open_image(Path(image))
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, Tensor):
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
-    if not isinstance(image, np.ndarray):
-        raise PromptError(
-            f"an image must be a path, a PIL image or an array, but got {type(image).__name__}. "
-            "Pass the path of a picture."
-        )
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
-        raise PromptError(
-            f"an image array must be [height, width] or [height, width, 3 or 4], but is "
-            f"{list(image.shape)}. Transpose or split it."
-        )
-    if image.dtype != np.uint8:
-        if not np.issubdtype(image.dtype, np.floating):
-            raise PromptError(
-                f"image pixels must be uint8 or floats in [0, 1], but are {image.dtype}. "
-                "Convert them with .astype(numpy.uint8)."
-            )
-        if not np.isfinite(image).all():
-            raise PromptError(
-                f"the image has {int((~np.isfinite(image)).sum())} pixel values that are NaN or "
-                "infinite. Replace them, for example with numpy.nan_to_num."
-            )
-        if image.size and (image.min() < 0 or image.max() > 1):
-            raise PromptError(
-                f"float pixels must be in [0, 1], but range from {image.min():g} to "
-                f"{image.max():g}. Divide by 255, or pass uint8."
-            )
-        image = (image * 255).round().astype(np.uint8)
-    if image.size == 0:
-        raise PromptError(f"the image is empty ({list(image.shape)}). Pass at least one pixel.")
-    return Image.fromarray(image).convert("RGB")
+    placed = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+    check_length(model, placed)
+    family = find_family(model)
+    sites = {
+        site.name: visual_tokens(model, site.name, family.spans(model, site.name, placed), placed)
+        for site in family.sites(model)
+    }
+    return Prompt(placed, sites, **made_from)
 
 
-def _open_image(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise PromptError(f"there is no image file '{path}'. Check the path.")
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except UnidentifiedImageError:
+def as_prompt(model: Any, asked: Asked) -> Prompt:
+    """Return what a model is asked as a prompt: the gate of every function that runs one.
+
+    ``asked`` is a ``Prompt``, which stays as it is; a processor's output (a mapping with
+    ``input_ids``), whose inputs are run as they are; or (image, question), with the system message
+    as a third item if there is one. ``model`` is a ``LensModel``; a transformers model or an
+    nnsight handle of one makes no prompt of a picture, because it has no processor.
+
+    Raises:
+        PromptError: if it is none of these, is longer than the model's positions, or there is no
+            processor to make it.
+        ModelLoadError: if no family knows the model.
+    """
+    if isinstance(asked, Prompt):
+        check_length(transformers_model(model), asked.inputs)
+        return asked
+    if isinstance(asked, Mapping):
+        found = transformers_model(model)
+        inputs = _tensors(found, asked)
+        batched = len(inputs["input_ids"]) > 1
+        return prompt_of(found, inputs, batched=batched, images=(), questions=(), system=None)
+    if isinstance(asked, tuple) and len(asked) in (2, 3):
+        ask = getattr(model, "prompt", None)
+        if ask is None:
+            raise PromptError(
+                f"a picture and a question were passed with a {type(model).__name__}, which has no "
+                "processor to make a prompt of them. Pass a processor's output, or the model that "
+                "cl.load() returned."
+            )
+        return ask(asked[0], asked[1], system=asked[2] if len(asked) == 3 else None)
+    raise PromptError(
+        f"a prompt must be a Prompt, a processor's output or an (image, question) pair, but got "
+        f"{type(asked).__name__}. Make it with model.prompt(image, question)."
+    )
+
+
+def _tensors(model: PreTrainedModel, asked: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a processor's output without what the model does not take."""
+    ids = asked.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        found = f"of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise PromptError(
-            f"'{path}' is not an image that Pillow can read. Pass a JPEG or PNG file."
-        ) from None
-    except Image.DecompressionBombError as error:
-        raise PromptError(f"'{path}' is too large ({error}). Scale the picture down.") from None
-    except (OSError, SyntaxError, ValueError) as error:
+            f"a processor's output must have input_ids as a tensor [batch, sequence], but they are "
+            f"{found}. Call the processor with return_tensors='pt'."
+        )
+    taken = inspect.signature(type(model).forward).parameters
+    for name, value in asked.items():
+        if name in taken and not isinstance(value, Tensor | None):
+            raise PromptError(
+                f"'{name}' is a {type(value).__name__}, but the model's inputs must be tensors. "
+                "Call the processor with return_tensors='pt', for one prompt at a time if its "
+                "pictures differ in size."
+            )
+    return {name: value for name, value in asked.items() if isinstance(value, Tensor)}
+
+
+def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """Raise PromptError if a prompt, without its padding, has more tokens than the model positions.
+
+    Models without a limit, such as T5, take any.
+    """
+    mask = inputs.get("attention_mask")
+    ids = inputs["input_ids"]
+    length = ids.shape[1] if mask is None else int(mask.sum(dim=-1).max())
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and length > longest:
         raise PromptError(
-            f"'{path}' is broken or truncated ({error}). Replace the file with a whole one."
-        ) from None
+            f"the prompt has {length} tokens, but the model has {longest} positions. Shorten it."
+        )
 
 
 def as_lists(

@@ -8,7 +8,7 @@ from tiny_models import QUESTIONS, make_processor, picture
 
 import clva_lens as cl
 from clva_lens.ground.errors import PromptError
-from clva_lens.models.prompt import read_image
+from clva_lens.models.pictures import read_image
 
 QUESTION = QUESTIONS[0]
 
