@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-Form = Literal["masked", "split", "folded"]
+BiasForm = Literal["masked", "split", "folded"]
 """A way to apply a bias on keys."""
 
 # Up to this many (sample, row, key) triples a mask costs less than anything that replaces it, and
@@ -37,7 +37,7 @@ SMALL, MANY_KEYS = 2**20, 3072
 # log-weight: exp(−1000) is 0 in float32 beside any score within 890 of it.
 WIDEST, COLUMNS, LOWEST = 256, 8, -1000.0
 
-_forced: list[Form] = []
+_forced: list[BiasForm] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +119,7 @@ def part(bias: Bias, start: int, stop: int) -> Float[Tensor, "batch _ row key"]:
 
 def choose_form(
     bias: Bias, query: Tensor, key: Tensor, mask: Tensor | None, *, from_start: bool
-) -> Form:
+) -> BiasForm:
     """Return the form that costs least on this device, of those that are possible.
 
     ``from_start``: the attention is causal and its rows are all there are so far.
@@ -127,7 +127,7 @@ def choose_form(
     count, keys = query.shape[2], key.shape[2]
     if not isinstance(bias, KeyBias) or not from_start or count == 1 or count != keys:
         return "masked"
-    possible: dict[Form, bool] = {
+    possible: dict[BiasForm, bool] = {
         "masked": True,
         "split": 0 < bias.first < count,
         "folded": mask is None and query.shape[3] + COLUMNS <= WIDEST,
@@ -143,7 +143,7 @@ def choose_form(
 
 
 @contextmanager
-def forced(form: Form) -> Iterator[None]:
+def forced(form: BiasForm) -> Iterator[None]:
     """Use a form wherever it is possible, for measurements and tests."""
     _forced.append(form)
     try:
