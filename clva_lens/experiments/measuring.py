@@ -16,9 +16,9 @@ from clva_lens.ground.errors import RecordError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.evaluate import evaluate
 from clva_lens.lens.generate import Decoding
-from clva_lens.lens.intervene import trace_attention
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.observers import AttentionTrace
+from clva_lens.lens.trace import trace_attention
 from clva_lens.methods.base import Method
 from clva_lens.toy.toys import TOYS
 from clva_lens.toy.train import RECIPE

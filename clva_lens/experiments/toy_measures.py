@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from clva_lens.lens.intervene import trace_attention
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.observers import AttentionTrace
+from clva_lens.lens.trace import trace_attention
 from clva_lens.methods.base import Method
 from clva_lens.toy.questions import Question
 from clva_lens.toy.scenes import Scene, render

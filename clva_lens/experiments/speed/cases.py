@@ -14,8 +14,9 @@ from clva_lens.engine.bias import BiasForm
 from clva_lens.experiments.speed.models import random_prompt
 from clva_lens.experiments.speed.rewriting import NAME, rewriting
 from clva_lens.ground.errors import ParameterError
-from clva_lens.lens.intervene import intervene, intervening, trace_attention
+from clva_lens.lens.intervene import intervene, intervening
 from clva_lens.lens.load import LensModel
+from clva_lens.lens.trace import trace_attention
 from clva_lens.methods.base import Method
 from clva_lens.methods.clva import CLVA
 from clva_lens.methods.imccd import IMCCD
