@@ -68,7 +68,7 @@ class KeyBias:
         self, scaling: float, kind: torch.dtype
     ) -> tuple[Float[Tensor, "batch 1 query _"], Float[Tensor, "batch 1 key _"]]:
         """Return what folding adds to the queries and to the keys; made once for all layers."""
-        made = self.__dict__.setdefault("_columns", {})
+        made = self._columns
         if (scaling, kind) not in made:
             summand = (self.keys / scaling).clamp_min(LOWEST / scaling)
             high = summand.to(kind)
@@ -77,6 +77,11 @@ class KeyBias:
             ones = rearrange(self.rows, "b q -> b 1 q 1").to(kind).expand(-1, -1, -1, COLUMNS)
             made[scaling, kind] = ones, rearrange(keys, "b k c -> b 1 k c")
         return made[scaling, kind]
+
+    @cached_property
+    def _columns(self) -> dict[tuple[float, torch.dtype], tuple[Tensor, Tensor]]:
+        """What ``columns`` made so far: of one scaling and type, but for sites that have others."""
+        return {}
 
 
 Bias = KeyBias | Tensor
