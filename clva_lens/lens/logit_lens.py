@@ -339,18 +339,18 @@ class _Reading(Session):
             positions = positions[0]
         given = None if prompt is None else prompt.inputs
         return LogitLens(
-            top,
-            probabilities,
-            margin if all(self.answers) else None,
-            logits if self.ids else None,
-            self.names,
-            positions,
-            self.numbers,
-            name,
-            batched,
-            step.ids,
-            visual_tokens(self.model, "decoder", step.spans, given),
-            self.words,
+            top=top,
+            probabilities=probabilities,
+            margin=margin if all(self.answers) else None,
+            logits=logits if self.ids else None,
+            tokens=self.names,
+            positions=positions,
+            layers=self.numbers,
+            span=name,
+            batched=batched,
+            ids=step.ids,
+            visual=visual_tokens(self.model, "decoder", step.spans, given),
+            tokenizer=self.words,
         )
 
 
