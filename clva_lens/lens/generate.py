@@ -16,11 +16,9 @@ from clva_lens.ground.progress import progress_bar
 from clva_lens.ground.registry import Registry
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
+from clva_lens.lens.margins import yes_margins
 from clva_lens.methods.base import Method
 from clva_lens.models.prompt import ImageLike, Prompt
-
-YES = ("yes", "Yes", "YES", " yes", " Yes")
-NO = ("no", "No", "NO", " no", " No")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,23 +349,3 @@ def _until(row: Int[Tensor, " step"], ends: set[int | None]) -> Int[Tensor, " ge
         if token in ends:
             return row[:index]
     return row
-
-
-def yes_margins(scores: Float[Tensor, "batch vocabulary"], tokenizer: Any) -> list[float | None]:
-    """Return logit(yes) − logit(no) of each row, in nats, over the spellings that are one token."""
-    yes, no = answer_tokens(tokenizer)
-    if not yes or not no:
-        return [None] * len(scores)
-    difference = scores[:, yes].amax(dim=1) - scores[:, no].amax(dim=1)
-    return difference.tolist()
-
-
-def answer_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the ids of the spellings of yes, and of no, that are one token each."""
-    yes, no = (sorted(_single_tokens(tokenizer, words)) for words in (YES, NO))
-    return yes, no
-
-
-def _single_tokens(tokenizer: Any, words: Sequence[str]) -> set[int]:
-    encoded = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
-    return {ids[0] for ids in encoded if len(ids) == 1 and ids[0] != tokenizer.unk_token_id}

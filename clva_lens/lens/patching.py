@@ -16,10 +16,9 @@ from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
-from clva_lens.lens.generate import yes_margins
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.logit_lens import MARGIN
+from clva_lens.lens.margins import MARGIN, yes_margins
 from clva_lens.lens.observers import chosen_layers
 from clva_lens.methods.base import Method
 from clva_lens.methods.patching import PatchActivations, PatchedPart
