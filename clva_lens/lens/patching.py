@@ -25,7 +25,7 @@ from clva_lens.methods.patching import PatchActivations, PatchedPart
 from clva_lens.methods.target import shape_of
 from clva_lens.models.prompt import Prompt
 
-Metric = Callable[[Float[Tensor, "batch 1 vocabulary"]], Any]
+LogitMetric = Callable[[Float[Tensor, "batch 1 vocabulary"]], Any]
 """From the logits of the last position to a number for each sample, as TransformerLens' metrics."""
 
 Each = Literal["position", "head"]
@@ -145,7 +145,7 @@ def patch_activations(
     spans: str | Sequence[str] = ("image", "text", "last"),
     part: PatchedPart = "resid_pre",
     each: Each | None = None,
-    metric: Metric | None = None,
+    metric: LogitMetric | None = None,
     method: Method | None = None,
     progress: bool = True,
 ) -> PatchingResult:
@@ -266,7 +266,7 @@ def _each_under(
 
 
 def _runner(
-    model: LensModel, metric: Metric | None, method: Method | None
+    model: LensModel, metric: LogitMetric | None, method: Method | None
 ) -> Callable[..., Float[Tensor, " batch"]]:
     """Return what runs a prompt, under patches, to a number for each sample."""
     own = () if method is None else (method,)
