@@ -71,7 +71,7 @@ class InstructBlipRecipe:
     presence_weight: float = 0.3
 
 
-class Rows(NamedTuple):
+class QuestionRows(NamedTuple):
     """What the Q-Former is asked, one question a row, padded on the right.
 
     ``picture`` is the row's picture and ``asked`` the index of the kind in question (−1 for a
@@ -92,7 +92,7 @@ class Answers(NamedTuple):
     weight: Float[Tensor, "rows length"]
 
 
-def question_rows(scenes: Sequence[Scene], asks: Sequence[tuple[int, Question]]) -> Rows:
+def question_rows(scenes: Sequence[Scene], asks: Sequence[tuple[int, Question]]) -> QuestionRows:
     """Return (scene index, question) pairs as rows of the Q-Former."""
     text = np.zeros((len(asks), WORDS), np.int64)
     patches = np.zeros((len(asks), VISUAL), bool)
@@ -101,7 +101,7 @@ def question_rows(scenes: Sequence[Scene], asks: Sequence[tuple[int, Question]])
         text[row, : len(ids)] = ids
         if ask.kind:
             patches[row] = scenes[index].patches(ask.kind).ravel()
-    return Rows(
+    return QuestionRows(
         torch.tensor([index for index, _ in asks]),
         torch.as_tensor(text),
         torch.tensor([KINDS.index(ask.kind) if ask.kind else -1 for _, ask in asks]),
@@ -127,7 +127,7 @@ def answer_rows(asks: Sequence[Question], length: int) -> Answers:
 
 def run_qformer(
     model: InstructBlipForConditionalGeneration,
-    rows: Rows,
+    rows: QuestionRows,
     seen: Float[Tensor, "picture keys vision"],
     hidden: bool = False,
 ) -> BaseModelOutputWithPoolingAndCrossAttentions:
@@ -155,7 +155,7 @@ def run_decoder(
 ) -> Float[Tensor, "rows length vocabulary"]:
     """Return the logits after each of ``ids``, which follow the image tokens.
 
-    Rows are padded on the right, which under a causal mask and rotary positions is the same to
+    QuestionRows are padded on the right, which under a causal mask and rotary positions is the same to
     every real token as padding on the left.
     """
     decoder: Any = model.language_model
