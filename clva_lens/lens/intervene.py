@@ -10,7 +10,7 @@ from nnsight.intervention.interleaver import Interleaver, Mediator, OutOfOrderEr
 from torch import nn
 from transformers import PreTrainedModel
 
-from clva_lens.engine.run import open_run, running
+from clva_lens.engine.run import add_sessions, running
 from clva_lens.engine.session import Session
 from clva_lens.ground.errors import InterventionError, ModelLoadError
 from clva_lens.lens.observers import AttentionTrace, Observer
@@ -249,7 +249,7 @@ class _Guard(Mediator):
 
 
 def _attach(model: PreTrainedModel, sessions: Sequence[Session], interleaver: Interleaver) -> None:
-    guard = _Guard(open_run(model, sessions))
+    guard = _Guard(add_sessions(model, sessions))
     interleaver.mediators.append(guard)
     # It is started at once: if the rest of the block fails before the model runs, nnsight only
     # unwinds workers that are waiting. It goes back to whoever runs the model, not to this block.
