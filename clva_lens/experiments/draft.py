@@ -172,12 +172,12 @@ class Draft(Kept):
             "excluded": self._excluded,
             "runs": self._runs,
             "figures": self._figures,
-            "peak_memory_mib": peak_memory(),
+            "peak_memory_mib": process_peak(),
         }
         (self.folder / DRAFT).write_text(dump_json(told), encoding="utf-8")
 
 
-def peak_memory() -> float:
+def process_peak() -> float:
     """Return the most memory that this process has held, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
