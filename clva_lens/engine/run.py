@@ -8,8 +8,9 @@ arXiv:2603.25088v1 is a bias, the fused kernels keep working, and no pattern is 
 methods need to *see* is formed from queries and keys, for the rows in question only.
 
 ``clva_sdpa`` and ``clva_eager`` are registered with transformers once, each with the mask builder
-of its base kernel. While a ``SiteRun`` is installed its site's configuration names one of them; modules
-of no run are passed through. Nothing is stored on any module, and ``remove`` restores everything.
+of its base kernel. While a ``SiteRun`` is installed its site's configuration names one of them;
+modules of no run are passed through. Nothing is stored on any module, and ``remove`` restores
+everything.
 """
 
 import sys
@@ -338,7 +339,7 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """SiteRun the base kernel, under the bias of the run that the module belongs to."""
+        """Run the base kernel, under the bias of the run that the module belongs to."""
         base = sdpa_attention_forward if kernel == "sdpa" else _base_eager(module)
         route = _ROUTES.get(id(module))
         if route is None:

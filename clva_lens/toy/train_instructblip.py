@@ -155,7 +155,7 @@ def run_decoder(
 ) -> Float[Tensor, "rows length vocabulary"]:
     """Return the logits after each of ``ids``, which follow the image tokens.
 
-    QuestionRows are padded on the right, which under a causal mask and rotary positions is the same to
+    Rows are padded on the right, which under a causal mask and rotary positions is the same to
     every real token as padding on the left.
     """
     decoder: Any = model.language_model

@@ -83,7 +83,7 @@ class BenchReport:
 
     @classmethod
     def read(cls, path: Path) -> "BenchReport":
-        """Return a report that ``clva-lens bench --out`` wrote, perhaps on another hardware.
+        """Return a report that ``clva-lens bench --out`` wrote, perhaps on another machine.
 
         Raises:
             ParameterError: if the file is no report.
