@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from clva_lens.benchmarks.base import BENCHMARKS, Benchmark, Sample
 from clva_lens.benchmarks.comparison import Comparison, compare
 from clva_lens.benchmarks.run_folder import Report
-from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index
+from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index, weighted_mean
 from clva_lens.experiments.paper import SPLITS
 from clva_lens.ground.errors import RecordError
 from clva_lens.ground.progress import progress_bar
@@ -170,12 +170,8 @@ def mean_interval(
     """
     column = np.asarray(values, dtype=float)
     index = cluster_index(None if groups is None else list(groups), len(column))
-    found = Bootstrap(index, 2000, 0.95, seed).intervals([(_mean, column, None)])[0]
+    found = Bootstrap(index, 2000, 0.95, seed).intervals([(weighted_mean, column, None)])[0]
     return float(column.mean()), found.low, found.high
-
-
-def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return weights @ values / weights.sum(axis=1)
 
 
 def points(row: Mapping[str, Any]) -> str:
