@@ -21,10 +21,10 @@ from clva_lens.experiments.record import (
     digest_of,
     dump_json,
     read_json,
-    sha256,
 )
 from clva_lens.ground.checkout import HOUSE, code_digest, origin, packages
 from clva_lens.ground.errors import RecordError
+from clva_lens.ground.files import sha256
 from clva_lens.ground.progress import progress_bar
 
 

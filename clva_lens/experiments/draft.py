@@ -14,10 +14,11 @@ import pyarrow.parquet as parquet
 from numpy.typing import ArrayLike
 
 from clva_lens.benchmarks.run_folder import Report, plain
-from clva_lens.experiments.record import ARRAYS, METRICS, ROWS, Kept, Row, dump_json
+from clva_lens.experiments.record import ARRAYS, METRICS, ROWS, Kept, dump_json
 from clva_lens.figures.base import Drawing
 from clva_lens.figures.of_records import RECORD_FIGURES
 from clva_lens.ground.errors import RecordError
+from clva_lens.ground.files import Row
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.provenance import identity, machine
 

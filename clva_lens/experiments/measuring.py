@@ -13,6 +13,7 @@ from clva_lens.benchmarks.run_folder import Report
 from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index, weighted_mean
 from clva_lens.experiments.paper import SPLITS
 from clva_lens.ground.errors import RecordError
+from clva_lens.ground.files import Row
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.evaluate import evaluate
 from clva_lens.lens.generate import Decoding
@@ -22,8 +23,6 @@ from clva_lens.lens.trace import trace_attention
 from clva_lens.methods.base import Method
 from clva_lens.toy.toys import TOYS
 from clva_lens.toy.train import RECIPE
-
-Row = dict[str, Any]
 
 OFFICIAL = {
     "pope": tuple(f"pope/coco/{split}" for split in SPLITS),

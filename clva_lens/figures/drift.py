@@ -14,12 +14,12 @@ from clva_lens.figures.base import (
     GREEN,
     VERMILION,
     Drawing,
-    Row,
     figure,
     layer_numbers,
     numbers,
 )
 from clva_lens.ground.errors import FigureError
+from clva_lens.ground.files import Row
 
 # Curve: (panel, colour, words in the legend).
 _CURVES = {

@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from clva_lens.figures.base import PAGE, Drawing, Row, figure, layer_numbers, mask, numbers
+from clva_lens.figures.base import PAGE, Drawing, figure, layer_numbers, mask, numbers
 from clva_lens.ground.errors import FigureError
+from clva_lens.ground.files import Row
 
 # The classes are told apart by shape, white with a black edge on any colour of the cell.
 SYMBOLS = {"sensitive": "^", "insensitive": "v"}
