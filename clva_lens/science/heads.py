@@ -173,7 +173,7 @@ def classify_heads(
     >>> classes.insensitive, classes.insensitive_fallback  # ⌈0.159·4⌉ = 1 head
     (tensor([[ True, False, False, False]]), tensor([True]))
     """
-    _require_rule(threshold, empty)
+    check_rule(threshold, empty)
     if check:
         _require_finite(intensity)
     # Less the first head's: of equal heads, μ and σ are exactly 0.
@@ -200,7 +200,7 @@ def classify_heads(
     )
 
 
-def _require_rule(threshold: float | int, empty: str) -> None:
+def check_rule(threshold: float | int, empty: str) -> None:
     """Raise ParameterError unless the threshold is a number >= 0 and the policy a known one."""
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ParameterError(
