@@ -32,8 +32,9 @@ from clva_lens.benchmarks.chair_truth import (
     read_image_ids,
 )
 from clva_lens.benchmarks.chair_vocabulary import synonym_file, vocabulary
-from clva_lens.benchmarks.files import find_images, locate, read_object, read_rows, sha256
+from clva_lens.benchmarks.files import find_images, locate, read_object, read_rows
 from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.files import sha256
 
 _FROM = "images.cocodataset.org (annotations_trainval2014.zip, val2014.zip)"
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clva_lens.benchmarks.chair_words import CATEGORIES
-from clva_lens.benchmarks.files import sha256
 from clva_lens.benchmarks.hub import download_file, is_hub
 from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.files import sha256
 
 # data/synonyms.txt at commit 6e4d33c4.
 OFFICIAL_DIGEST = "b685537b36fe21b791c87151b96a991ceb582edff19f3da204dcc7a7905502f2"

@@ -1,6 +1,5 @@
 """Files of benchmarks: where they lie, rows of JSON, and pictures that must be there."""
 
-import hashlib
 import json
 import os
 from collections.abc import Collection, Sequence
@@ -125,9 +124,3 @@ def find_images(folder: Path, names: Sequence[str]) -> list[Path]:
             f"{', '.join(missing[:3])}{more}. Download them, or pass images= another folder."
         )
     return [path for path in (found[name] for name in names) if path is not None]
-
-
-def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -51,6 +51,6 @@ def broken_line(path: Path, number: int, what: str) -> BenchmarkError:
     )
 
 
-def write_lines(rows: list[dict[str, Any]]) -> bytes:
+def as_lines(rows: list[dict[str, Any]]) -> bytes:
     """Return the rows as JSON lines, each with its newline."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -28,9 +28,10 @@ from clva_lens.benchmarks.base import (
 from clva_lens.benchmarks.chair import label, score_captions
 from clva_lens.benchmarks.chair_reading import Reader
 from clva_lens.benchmarks.chair_vocabulary import vocabulary
-from clva_lens.benchmarks.files import find_images, locate, read_rows, sha256
+from clva_lens.benchmarks.files import find_images, locate, read_rows
 from clva_lens.benchmarks.protocols import PROTOCOLS
 from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.files import sha256
 
 PARTS = ("coco", "wild")
 CATEGORIES = ("conv", "detail", "complex")

@@ -21,7 +21,7 @@ from clva_lens.benchmarks.base import (
     choose,
     require_known,
 )
-from clva_lens.benchmarks.files import find_images, sha256
+from clva_lens.benchmarks.files import find_images
 from clva_lens.benchmarks.metrics import auc
 from clva_lens.benchmarks.mme_files import (
     find_questions,
@@ -32,6 +32,7 @@ from clva_lens.benchmarks.mme_files import (
 from clva_lens.benchmarks.parsers import PARSERS, count_failures, judge_rows
 from clva_lens.benchmarks.protocols import PROTOCOLS
 from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.files import sha256
 
 HALLUCINATION = ("existence", "count", "position", "color")
 PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")

@@ -25,11 +25,12 @@ from clva_lens.benchmarks.base import (
     choose,
     require_known,
 )
-from clva_lens.benchmarks.files import find_images, locate, read_rows, sha256
+from clva_lens.benchmarks.files import find_images, locate, read_rows
 from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.pope import score_pope
 from clva_lens.benchmarks.protocols import PROTOCOLS
 from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.files import sha256
 
 SOURCES = ("coco", "aokvqa", "gqa")
 SPLITS = ("random", "popular", "adversarial")

@@ -25,7 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from clva_lens.benchmarks.base import Answer, Benchmark, Sample, Score, judge, read_answers
-from clva_lens.benchmarks.lines import broken_line, read_lines, write_lines
+from clva_lens.benchmarks.lines import as_lines, broken_line, read_lines
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.settings import restore_settings
 
@@ -79,7 +79,7 @@ class OpenRun:
 
     def finish(self, report: Report) -> None:
         """Write the score and its rows."""
-        _replace(self.folder / ROWS, write_lines([plain(row) for row in report.rows]))
+        _replace(self.folder / ROWS, as_lines([plain(row) for row in report.rows]))
         _replace(self.folder / SCORE, _document(report.document))
         self.log("finished", report.record["seconds"])
 
@@ -139,7 +139,7 @@ def open_run(
         ) from None
     try:
         check_folder(folder, resume)  # again: another process may have been quicker
-        content = write_lines([_without_image(sample) for sample in samples])
+        content = as_lines([_without_image(sample) for sample in samples])
         wanted = {**plain(record), "samples_sha256": hashlib.sha256(content).hexdigest()}
         if not (folder / RUN).is_file():
             _replace(folder / SAMPLES, content)
@@ -340,7 +340,7 @@ def _document(value: Mapping[str, Any]) -> bytes:
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("ab") as file:
-        file.write(write_lines(rows))
+        file.write(as_lines(rows))
         file.flush()
         os.fsync(file.fileno())
 

@@ -154,6 +154,11 @@ class Bootstrap:
         )
 
 
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the mean of the values under each row of weights: a metric of numbers."""
+    return weights @ values / weights.sum(axis=1)
+
+
 def _difference(metric: Metric, a: Any, b: Any, weights: np.ndarray) -> np.ndarray:
     return metric(a, weights) if b is None else metric(b, weights) - metric(a, weights)
 

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-Form = Literal["masked", "split", "folded"]
+BiasForm = Literal["masked", "split", "folded"]
 """A way to apply a bias on keys."""
 
 # Up to this many (sample, row, key) triples a mask costs less than anything that replaces it, and
@@ -37,7 +37,7 @@ SMALL, MANY_KEYS = 2**20, 3072
 # log-weight: exp(−1000) is 0 in float32 beside any score within 890 of it.
 WIDEST, COLUMNS, LOWEST = 256, 8, -1000.0
 
-_forced: list[Form] = []
+_forced: list[BiasForm] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class KeyBias:
         self, scaling: float, kind: torch.dtype
     ) -> tuple[Float[Tensor, "batch 1 query _"], Float[Tensor, "batch 1 key _"]]:
         """Return what folding adds to the queries and to the keys; made once for all layers."""
-        made = self.__dict__.setdefault("_columns", {})
+        made = self._columns
         if (scaling, kind) not in made:
             summand = (self.keys / scaling).clamp_min(LOWEST / scaling)
             high = summand.to(kind)
@@ -77,6 +77,11 @@ class KeyBias:
             ones = rearrange(self.rows, "b q -> b 1 q 1").to(kind).expand(-1, -1, -1, COLUMNS)
             made[scaling, kind] = ones, rearrange(keys, "b k c -> b 1 k c")
         return made[scaling, kind]
+
+    @cached_property
+    def _columns(self) -> dict[tuple[float, torch.dtype], tuple[Tensor, Tensor]]:
+        """What ``columns`` made so far: of one scaling and type, but for sites that have others."""
+        return {}
 
 
 Bias = KeyBias | Tensor
@@ -119,7 +124,7 @@ def part(bias: Bias, start: int, stop: int) -> Float[Tensor, "batch _ row key"]:
 
 def choose_form(
     bias: Bias, query: Tensor, key: Tensor, mask: Tensor | None, *, from_start: bool
-) -> Form:
+) -> BiasForm:
     """Return the form that costs least on this device, of those that are possible.
 
     ``from_start``: the attention is causal and its rows are all there are so far.
@@ -127,7 +132,7 @@ def choose_form(
     count, keys = query.shape[2], key.shape[2]
     if not isinstance(bias, KeyBias) or not from_start or count == 1 or count != keys:
         return "masked"
-    possible: dict[Form, bool] = {
+    possible: dict[BiasForm, bool] = {
         "masked": True,
         "split": 0 < bias.first < count,
         "folded": mask is None and query.shape[3] + COLUMNS <= WIDEST,
@@ -143,7 +148,7 @@ def choose_form(
 
 
 @contextmanager
-def forced(form: Form) -> Iterator[None]:
+def forced(form: BiasForm) -> Iterator[None]:
     """Use a form wherever it is possible, for measurements and tests."""
     _forced.append(form)
     try:

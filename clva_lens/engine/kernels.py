@@ -14,7 +14,7 @@ from clva_lens.engine.bias import Bias, KeyBias
 from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.models.step import Step
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """An attention kernel: queries, keys, values and a mask to outputs by row, and weights if any."""
 
 
@@ -82,7 +82,7 @@ class Merging:
         return known.both if same else None
 
     def attend(
-        self, kernel: Kernel, call: AttentionCall, acting: Acting | None = None
+        self, kernel: AttentionKernel, call: AttentionCall, acting: Acting | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Run the kernel under the bias of a call, in the form that fits it best."""
         query, key, value, mask, bias = call.query, call.key, call.value, call.mask, call.bias

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clva_lens.engine.bias import at
 from clva_lens.engine.session import AttentionCall
-from clva_lens.models.step import Step, once
+from clva_lens.models.step import Step
 
 
 class PromptRows(NamedTuple):
@@ -35,7 +35,10 @@ class PromptRows(NamedTuple):
 def read_prompt_rows(call: AttentionCall) -> PromptRows:
     """Return masses and the map of one layer; the pass must hold the whole prompt."""
     step = call.step
-    weights, where = once(step.of_prompt, ("means", step.text_rows.device), lambda: _means(step))
+    known = step.of_prompt[step.text_rows.device]
+    if known.means is None:
+        known.means = _means(step)
+    weights, where = known.means
     means = [
         weights[..., start:stop] @ call.rows(start, stop)[..., : step.keys]
         for start, stop in call.row_pieces(step.first_text, step.prompt_rows)

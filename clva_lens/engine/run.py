@@ -8,8 +8,9 @@ arXiv:2603.25088v1 is a bias, the fused kernels keep working, and no pattern is 
 methods need to *see* is formed from queries and keys, for the rows in question only.
 
 ``clva_sdpa`` and ``clva_eager`` are registered with transformers once, each with the mask builder
-of its base kernel. While a ``Run`` is installed its site's configuration names one of them; modules
-of no run are passed through. Nothing is stored on any module, and ``remove`` restores everything.
+of its base kernel. While a ``SiteRun`` is installed its site's configuration names one of them;
+modules of no run are passed through. Nothing is stored on any module, and ``remove`` restores
+everything.
 """
 
 import sys
@@ -37,7 +38,7 @@ from clva_lens.models.family import Site, find_family, find_site
 from clva_lens.models.step import Step
 
 
-class Run:
+class SiteRun:
     """One site of a model whose attention goes through sessions, from ``install`` to ``remove``."""
 
     def __init__(self, site: Site) -> None:
@@ -75,7 +76,7 @@ class Run:
         if any(id(module) in _ACTIVE for module in self.site.modules):
             raise InterventionError(
                 "this model's attention is already routed through a run. This is a bug in "
-                "clva_lens: open_run() should have joined it."
+                "clva_lens: add_sessions() should have joined it."
             )
         self._hooks = self.passes.hooks()
         self.site.config._attn_implementation = f"clva_{self.kernel}"
@@ -224,10 +225,10 @@ class Run:
         return None if found is hidden else found.reshape(value.shape)
 
 
-_ACTIVE: dict[int, Run] = {}
+_ACTIVE: dict[int, SiteRun] = {}
 """The runs that modules, by their ids, are in."""
 
-_ROUTES: dict[int, tuple[Run, Acting]] = {}
+_ROUTES: dict[int, tuple[SiteRun, Acting]] = {}
 """Those modules whose attention sessions act on; the others go past the run."""
 
 
@@ -243,7 +244,7 @@ def edited_streams(model: PreTrainedModel) -> set[str]:
     }
 
 
-def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[], None]:
+def add_sessions(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[], None]:
     """Add sessions to the runs of their sites, starting those there are not; return what undoes it.
 
     Raises:
@@ -251,7 +252,7 @@ def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[]
         InterventionError: if a site's attention kernel cannot be intercepted.
         ParameterError: if a session names a part of the residual stream that there is not.
     """
-    joined: list[tuple[Run, Session]] = []
+    joined: list[tuple[SiteRun, Session]] = []
 
     def close() -> None:
         for run, session in joined:
@@ -269,7 +270,7 @@ def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[]
             site = find_site(model, session.site)
             run = _ACTIVE.get(id(site.modules[0]))
             if run is None:
-                run = Run(site)
+                run = SiteRun(site)
                 run.install()
             run.add(session)
             joined.append((run, session))
@@ -294,7 +295,7 @@ def running(model: PreTrainedModel, sessions: Sequence[Session]) -> Iterator[Non
 
     An error of the model that its family understands is raised as a clearer one.
     """
-    close = open_run(model, sessions)
+    close = add_sessions(model, sessions)
     try:
         yield
     except TypeError as error:

@@ -87,11 +87,11 @@ class AttentionCall:
             return as_additive(self.mask[:, :, rows, :keys])
         if not self.step.causal or (count == 1 and keys == self.step.offset + 1):
             return None
-        place, known = (start, stop, keys, self.key.device), self.step.of_pass
+        known = self.step.of_pass
         # The last one is kept for the next layer; all pieces of many rows would be a whole mask.
-        if "future" not in known or known["future"][0] != place:
-            known["future"] = place, self._future(start, stop)
-        return known["future"][1]
+        if known.future_place != (start, stop, keys):
+            known.future_place, known.future = (start, stop, keys), self._future(start, stop)
+        return known.future
 
     def _future(self, start: int, stop: int) -> Float[Tensor, "row key"]:
         """Return the additive mask of rows that see all that came before them."""

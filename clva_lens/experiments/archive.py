@@ -18,10 +18,10 @@ from clva_lens.experiments.record import (
     digest_of,
     dump_json,
     read_json,
-    sha256,
 )
 from clva_lens.ground.checkout import HOUSE, code_digest, origin, packages
 from clva_lens.ground.errors import RecordError
+from clva_lens.ground.files import sha256
 from clva_lens.ground.progress import progress_bar
 
 
@@ -150,11 +150,7 @@ def analyse(
             raise RecordError(
                 f"the notebook of {slug} failed: {error}. Nothing was recorded; look at {failed}."
             )
-        draft = staging / DRAFT
-        if not draft.is_file():
-            raise RecordError(f"{slug} keeps nothing. Call cl.new_record() in it, and keep rows.")
-        told = read_json(draft)
-        draft.unlink()
+        told = _taken(staging / DRAFT, slug)
         inputs = {
             "analysis": slug,
             "source": notebooks.code_cells(source),
@@ -168,25 +164,40 @@ def analyse(
         }
         notebooks.write(made, staging / NOTEBOOK)
         notebooks.write(made, archive.notebook(slug))
-        same = [one for one in archive.records(slug) if one.inputs == inputs]
+        versions = archive.records(slug)
+        same = [one for one in versions if one.inputs == inputs]
         if same:
             return Outcome(same[-1], False, _changed(same[-1], Record(staging)))
-        version = max((one.version for one in archive.records(slug)), default=0) + 1
-        surroundings = {
-            **whence,
+        version = max((one.version for one in versions), default=0) + 1
+        document = _document(f"{slug}/v{version}", inputs, told, {**whence, "seconds": seconds})
+        return Outcome(_finish(staging, archive.folder / slug / f"v{version}", document), True)
+
+
+def _taken(draft: Path, slug: str) -> dict[str, Any]:
+    """Return what a notebook told of itself, whose file is removed: it is no part of the record."""
+    if not draft.is_file():
+        raise RecordError(f"{slug} keeps nothing. Call cl.new_record() in it, and keep rows.")
+    told = read_json(draft)
+    draft.unlink()
+    return told
+
+
+def _document(
+    id: str, inputs: dict[str, Any], told: dict[str, Any], measured: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a record's document; ``measured`` are origin and seconds of the run."""
+    return {
+        "id": id,
+        "inputs": inputs,
+        "surroundings": {
+            **measured,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": seconds,
             "peak_memory_mib": told["peak_memory_mib"],
             "processors": os.cpu_count(),
-        }
-        document = {
-            "id": f"{slug}/v{version}",
-            "inputs": inputs,
-            "surroundings": surroundings,
-            "excluded": told["excluded"],
-            "figures": told["figures"],
-        }
-        return Outcome(_finish(staging, archive.folder / slug / f"v{version}", document), True)
+        },
+        "excluded": told["excluded"],
+        "figures": told["figures"],
+    }
 
 
 def _finish(staging: Path, target: Path, document: dict[str, Any]) -> Record:

@@ -14,10 +14,11 @@ import pyarrow.parquet as parquet
 from numpy.typing import ArrayLike
 
 from clva_lens.benchmarks.run_folder import Report, plain
-from clva_lens.experiments.record import ARRAYS, METRICS, ROWS, Kept, Row, dump_json
+from clva_lens.experiments.record import ARRAYS, METRICS, ROWS, Kept, dump_json
 from clva_lens.figures.base import Drawing
 from clva_lens.figures.of_records import RECORD_FIGURES
 from clva_lens.ground.errors import RecordError
+from clva_lens.ground.files import Row
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.provenance import identity, machine
 
@@ -172,12 +173,12 @@ class Draft(Kept):
             "excluded": self._excluded,
             "runs": self._runs,
             "figures": self._figures,
-            "peak_memory_mib": peak_memory(),
+            "peak_memory_mib": process_peak(),
         }
         (self.folder / DRAFT).write_text(dump_json(told), encoding="utf-8")
 
 
-def peak_memory() -> float:
+def process_peak() -> float:
     """Return the most memory that this process has held, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

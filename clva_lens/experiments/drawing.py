@@ -14,9 +14,9 @@ from clva_lens.experiments.record import (
     Record,
     dump_json,
     read_json,
-    sha256,
 )
 from clva_lens.figures.base import save
+from clva_lens.ground.files import sha256
 
 # Of 255 levels: another matplotlib places text and edges a little differently.
 _PIXEL, _SHARE = 32, 0.02

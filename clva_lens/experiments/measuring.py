@@ -10,20 +10,19 @@ from numpy.typing import ArrayLike
 from clva_lens.benchmarks.base import BENCHMARKS, Benchmark, Sample
 from clva_lens.benchmarks.comparison import Comparison, compare
 from clva_lens.benchmarks.run_folder import Report
-from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index
+from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index, weighted_mean
 from clva_lens.experiments.paper import SPLITS
 from clva_lens.ground.errors import RecordError
+from clva_lens.ground.files import Row
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.asking import Asking
 from clva_lens.lens.evaluate import run_benchmark
-from clva_lens.lens.intervene import trace_attention
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.observers import AttentionTrace
+from clva_lens.lens.trace import trace_attention
 from clva_lens.methods.base import Method
 from clva_lens.toy.toys import TOYS
 from clva_lens.toy.train import RECIPE
-
-Row = dict[str, Any]
 
 OFFICIAL = {
     "pope": tuple(f"pope/coco/{split}" for split in SPLITS),
@@ -157,12 +156,8 @@ def mean_interval(
     """
     column = np.asarray(values, dtype=float)
     index = cluster_index(None if groups is None else list(groups), len(column))
-    found = Bootstrap(index, 2000, 0.95, seed).intervals([(_mean, column, None)])[0]
+    found = Bootstrap(index, 2000, 0.95, seed).intervals([(weighted_mean, column, None)])[0]
     return float(column.mean()), found.low, found.high
-
-
-def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return weights @ values / weights.sum(axis=1)
 
 
 def points(row: Mapping[str, Any]) -> str:

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from clva_lens.ground.errors import RecordError
+from clva_lens.ground.files import Row, sha256
 
 RECORD, METRICS, NOTEBOOK = "record.json", "metrics.json", "notebook.ipynb"
 ROWS, ARRAYS, FIGURES = "rows", "arrays", "figures"
 DRAWN = f"{FIGURES}/figures.json"
-
-Row = dict[str, Any]
 
 
 class Kept:
@@ -161,12 +160,6 @@ def digest_of(document: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a record's document without that digest."""
     rest = {key: value for key, value in document.items() if key != "digest"}
     return hashlib.sha256(dump_json(rest).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dump_json(value: Any) -> str:

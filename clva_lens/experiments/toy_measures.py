@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from clva_lens.lens.intervene import trace_attention
+from clva_lens.benchmarks.base import Sample
+from clva_lens.experiments.measuring import trace_samples
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.observers import AttentionTrace
 from clva_lens.methods.base import Method
@@ -23,13 +24,11 @@ def trace_questions(
     batch_size: int = 50,
 ) -> AttentionTrace:
     """Return the attention for (scene index, question) pairs, with a batch axis."""
-    traces = []
-    for start in range(0, len(asked), batch_size):
-        part = asked[start : start + batch_size]
-        images = [render(scenes[index]) for index, _ in part]
-        prompt = model.prompt(images, [question.text for _, question in part])
-        traces.append(trace_attention(model, prompt, method))
-    return AttentionTrace.concatenate(traces)
+    samples = [
+        Sample(str(number), render(scenes[index]), question.text, question.answer)
+        for number, (index, question) in enumerate(asked)
+    ]
+    return trace_samples(model, samples, method, batch_size=batch_size, progress=False)
 
 
 def object_patches(

@@ -54,7 +54,6 @@ _SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "clva_lens",
 }
 
-Row = dict[str, Any]
 P = ParamSpec("P")
 
 

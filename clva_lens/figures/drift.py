@@ -14,12 +14,12 @@ from clva_lens.figures.base import (
     GREEN,
     VERMILION,
     Drawing,
-    Row,
     figure,
     layer_numbers,
     numbers,
 )
 from clva_lens.ground.errors import FigureError
+from clva_lens.ground.files import Row
 
 # Curve: (panel, colour, words in the legend).
 _CURVES = {
@@ -68,16 +68,7 @@ def drift_curves(
     if clva is not None:
         runs["with CLVA"] = clva
     curves = {run: _checked(run, values) for run, values in runs.items()}
-    count = curves["greedy"][0].shape[-1]
-    for run, values in curves.items():
-        if values[0].shape[-1] != count:
-            raise FigureError(f"'{run}' has {values[0].shape[-1]} layers, not {count}. Align them.")
-    names = layer_numbers(layers, count)
-    for name, layer in (("positive_layer", positive_layer), ("negative_layer", negative_layer)):
-        if layer not in names:
-            raise FigureError(
-                f"{name}={layer}, but the layers are {', '.join(map(str, names))}. Pass one."
-            )
+    names = _aligned(curves, layers, positive_layer, negative_layer)
     rows = [
         row
         for run, values in curves.items()
@@ -106,6 +97,26 @@ def _checked(run: str, values: tuple[ArrayLike, ArrayLike, ArrayLike]) -> list[n
         shapes = ", ".join(str(array.shape) for array in arrays)
         raise FigureError(f"the curves of '{run}' have shapes {shapes}. Pass equal shapes.")
     return arrays
+
+
+def _aligned(
+    curves: dict[str, list[np.ndarray]],
+    layers: Sequence[int] | None,
+    positive_layer: int,
+    negative_layer: int,
+) -> list[int]:
+    """Return the layers' numbers, which all curves share and the anchors are among."""
+    count = curves["greedy"][0].shape[-1]
+    for run, values in curves.items():
+        if values[0].shape[-1] != count:
+            raise FigureError(f"'{run}' has {values[0].shape[-1]} layers, not {count}. Align them.")
+    names = layer_numbers(layers, count)
+    for name, layer in (("positive_layer", positive_layer), ("negative_layer", negative_layer)):
+        if layer not in names:
+            raise FigureError(
+                f"{name}={layer}, but the layers are {', '.join(map(str, names))}. Pass one."
+            )
+    return names
 
 
 def _summary(

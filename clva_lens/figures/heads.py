@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from clva_lens.figures.base import PAGE, Drawing, Row, figure, layer_numbers, mask, numbers
+from clva_lens.figures.base import PAGE, Drawing, figure, layer_numbers, mask, numbers
 from clva_lens.ground.errors import FigureError
+from clva_lens.ground.files import Row
 
 # The classes are told apart by shape, white with a black edge on any colour of the cell.
 SYMBOLS = {"sensitive": "^", "insensitive": "v"}
@@ -68,12 +70,20 @@ def head_intensity(
             "pad": 0.02,
         },
     )
-    size = cell * 72 * (0.22 if written else 0.5)
+    _mark(ax, classes, cell * 72 * (0.22 if written else 0.5), 0.25 if written else 0.5)
+    _number(ax, heads, names)
+    if classes:
+        _legend(fig, classes)
+    return fig
+
+
+def _mark(ax: Axes, classes: dict[str, np.ndarray], size: float, height: float) -> None:
+    """Put each class's symbol into the cells of its heads, ``height`` below their upper edge."""
     for name, chosen in classes.items():
         at_layer, at_head = np.nonzero(chosen)
         ax.plot(
             at_head + 0.5,
-            at_layer + (0.25 if written else 0.5),
+            at_layer + height,
             SYMBOLS[name],
             ms=size,
             mfc="white",
@@ -81,28 +91,33 @@ def head_intensity(
             mew=0.5,
             ls="none",
         )
+
+
+def _legend(fig: Drawing, classes: dict[str, np.ndarray]) -> None:
+    handles = [
+        Line2D(
+            [],
+            [],
+            marker=SYMBOLS[name],
+            ls="none",
+            mfc="white",
+            mec="black",
+            ms=5,
+            label=f"{name} ({int(chosen.sum())} of {chosen.size} heads)",
+        )
+        for name, chosen in classes.items()
+    ]
+    fig.legend(handles=handles, loc="outside lower center", ncols=2)
+
+
+def _number(ax: Axes, heads: int, layers: list[int]) -> None:
+    """Name and number both axes."""
     ax.set_xlabel("head (index, 0-based)")
     ax.set_ylabel("layer (index, 0-based)")
-    for axis, numbered in ((ax.xaxis, list(range(heads))), (ax.yaxis, names)):
+    for axis, numbered in ((ax.xaxis, list(range(heads))), (ax.yaxis, layers)):
         ticks = _ticks(len(numbered))
         axis.set_ticks([tick + 0.5 for tick in ticks], [str(numbered[tick]) for tick in ticks])
     ax.tick_params(length=2, rotation=0)
-    if classes:
-        handles = [
-            Line2D(
-                [],
-                [],
-                marker=SYMBOLS[name],
-                ls="none",
-                mfc="white",
-                mec="black",
-                ms=5,
-                label=f"{name} ({int(chosen.sum())} of {chosen.size} heads)",
-            )
-            for name, chosen in classes.items()
-        ]
-        fig.legend(handles=handles, loc="outside lower center", ncols=2)
-    return fig
 
 
 def _ticks(count: int) -> list[int]:

@@ -6,8 +6,9 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from clva_lens.figures.base import PAGE, Drawing, Row, plain, verbatim
+from clva_lens.figures.base import PAGE, Drawing, plain, verbatim
 from clva_lens.ground.errors import FigureError
+from clva_lens.ground.files import Row
 
 
 def column_names(names: Sequence[str] | None, width: int, what: str) -> list[str]:

@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from clva_lens.benchmarks.parsers import parse
-from clva_lens.figures.base import PAGE, Drawing, Row, figure, mask, numbers, plain, verbatim
+from clva_lens.figures.base import PAGE, Drawing, figure, mask, numbers, plain, verbatim
 from clva_lens.figures.overlay import OUTLINES, heat_bar, outline, outline_handles, overlay
 from clva_lens.ground.errors import FigureError
+from clva_lens.ground.files import Row
 
 KNOCK_OUT = "knock-out"
 # At most this many columns stay legible on a page.

@@ -15,10 +15,10 @@ from clva_lens.figures import Drawing, head_attribution, patch_maps
 from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.errors import InterventionError, ParameterError
-from clva_lens.lens.generate import answer_tokens
 from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.logit_parts import LogitParts
+from clva_lens.lens.margins import answer_tokens
 from clva_lens.lens.observers import Observer
 from clva_lens.methods.base import Method
 from clva_lens.methods.target import shape_of

@@ -47,8 +47,11 @@ class Decoding(ABC):
     def options(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return the generation options: all that apply, but for the token ids."""
 
-    def kind(self, model: PreTrainedModel) -> str | None:
-        """Return the name that methods know the decoding by; None lets it through."""
+    def kind(self, model: PreTrainedModel | None) -> str | None:
+        """Return the name that methods know the decoding by; None lets it through.
+
+        Without a ``model``, one that depends on it is let through too.
+        """
         return next((name for name, kind in DECODINGS.items() if type(self) is kind), None)
 
     @property
@@ -153,12 +156,14 @@ class FromCheckpoint(Decoding):
         """The seed."""
         return self.seed
 
-    def kind(self, model: PreTrainedModel) -> str:
-        """Return the name of the decoding that the checkpoint asks for.
+    def kind(self, model: PreTrainedModel | None) -> str | None:
+        """Return the name of the decoding that the checkpoint asks for; None without a model.
 
         Raises:
             ParameterError: if it draws beams, which no seed repeats.
         """
+        if model is None:
+            return None
         options = self.options(model)
         sampled, beams = options.get("do_sample", False), options.get("num_beams") or 1
         if sampled and beams > 1:
@@ -196,11 +201,12 @@ def check_decoding(
 
     A decoding that is not registered is the caller's own, and is let through; so is, without a
     ``model``, one that depends on it.
+
+    Raises:
+        ParameterError: if they do not fit, or the checkpoint asks for what is not offered.
     """
-    if method is None or (model is None and isinstance(decoding, FromCheckpoint)):
-        return
-    name = decoding.kind(model)  # pyright: ignore[reportArgumentType]
-    if name is not None:
+    name = decoding.kind(model)
+    if method is not None and name is not None:
         method.check_decoding(name)
 
 

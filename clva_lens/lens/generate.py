@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from clva_lens.ground.errors import (
@@ -22,13 +22,10 @@ from clva_lens.lens.asking import Asking
 from clva_lens.lens.decoding import Decoding, Watch, check_decoding, drawing, settled
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.prompting import as_prompt
+from clva_lens.lens.margins import yes_margins
 from clva_lens.methods.base import Method
 from clva_lens.models.pictures import ImageLike
-from clva_lens.models.prompt import Prompt
-
-YES = ("yes", "Yes", "YES", " yes", " Yes")
-NO = ("no", "No", "NO", " no", " No")
+from clva_lens.models.prompt import Prompt, as_prompt
 
 Asked = tuple[ImageLike, str] | tuple[ImageLike, str, str | None]
 """Image, question and, perhaps, the system message of a prompt."""
@@ -191,7 +188,6 @@ def _answer(model: LensModel, unit: Unit, place: int, asking: Asking) -> Generat
     if isinstance(prompt, list):
         images, questions, systems = zip(*prompt, strict=True)
         prompt = model.prompt(list(images), list(questions), system=systems[0])
-    _check_length(model, prompt)
     began = time.perf_counter()
     generated = _generate_batch(model, prompt, place, asking)
     if generated is None:
@@ -200,15 +196,6 @@ def _answer(model: LensModel, unit: Unit, place: int, asking: Asking) -> Generat
     seconds = time.perf_counter() - began
     texts = model.words.batch_decode(ids, skip_special_tokens=True)
     return Generation([t.strip() for t in texts], ids, margins, seconds, [None] * len(ids))
-
-
-def _check_length(model: LensModel, prompt: Prompt) -> None:
-    words, length = model.hf_model.config.get_text_config(), prompt["input_ids"].shape[1]
-    longest = getattr(words, "max_position_embeddings", None)
-    if longest is not None and length > longest:
-        raise PromptError(
-            f"the prompt has {length} tokens, but the model has {longest} positions. Shorten it."
-        )
 
 
 def _one_by_one(
@@ -269,7 +256,7 @@ def _generate_batch(
     assert isinstance(out, Tensor) and seen.first is not None
     if not seen.finite:
         raise LogitsError(
-            f"the model's logits are not finite in {hf_model.dtype}: NaN or infinity is among them."
+            f"the model's logits are not finite in {hf_model.dtype} (not a number, or infinite)."
             " "
             "Load it with dtype='bfloat16' or 'float32', and check its weights."
         )
@@ -287,23 +274,3 @@ def _until(row: Int[Tensor, " step"], ends: set[int | None]) -> Int[Tensor, " ge
         if token in ends:
             return row[:index]
     return row
-
-
-def yes_margins(scores: Float[Tensor, "batch vocabulary"], tokenizer: Any) -> list[float | None]:
-    """Return logit(yes) − logit(no) of each row, in nats, over the spellings that are one token."""
-    yes, no = answer_tokens(tokenizer)
-    if not yes or not no:
-        return [None] * len(scores)
-    difference = scores[:, yes].amax(dim=1) - scores[:, no].amax(dim=1)
-    return difference.tolist()
-
-
-def answer_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the ids of the spellings of yes, and of no, that are one token each."""
-    yes, no = (sorted(_single_tokens(tokenizer, words)) for words in (YES, NO))
-    return yes, no
-
-
-def _single_tokens(tokenizer: Any, words: Sequence[str]) -> set[int]:
-    encoded = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
-    return {ids[0] for ids in encoded if len(ids) == 1 and ids[0] != tokenizer.unk_token_id}

@@ -6,22 +6,17 @@ from functools import partial
 from typing import Any, TypeVar
 
 import nnsight
-import torch
-from jaxtyping import Float
 from nnsight.intervention.interleaver import Interleaver, Mediator, OutOfOrderError
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from clva_lens.engine.run import open_run, running
+from clva_lens.engine.run import add_sessions, running
 from clva_lens.engine.session import Session
 from clva_lens.ground.errors import InterventionError
-from clva_lens.lens.observers import AttentionTrace, HeadChoice, Observer, QueryObserver
-from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
+from clva_lens.lens.observers import AttentionTrace, Observer
 from clva_lens.methods.base import Method
 from clva_lens.methods.clva import ClvaSession
 from clva_lens.methods.target import Target, shape_of
 from clva_lens.models.family import transformers_model
-from clva_lens.models.prompt import Prompt
 from clva_lens.science.anchors import VisualAnchors
 
 Handle = TypeVar("Handle")
@@ -234,7 +229,7 @@ class _Guard(Mediator):
 
 
 def _attach(model: PreTrainedModel, sessions: Sequence[Session], interleaver: Interleaver) -> None:
-    guard = _Guard(open_run(model, sessions))
+    guard = _Guard(add_sessions(model, sessions))
     interleaver.mediators.append(guard)
     # It is started at once: if the rest of the block fails before the model runs, nnsight only
     # unwinds workers that are waiting. It goes back to whoever runs the model, not to this block.
@@ -242,112 +237,3 @@ def _attach(model: PreTrainedModel, sessions: Sequence[Session], interleaver: In
     block = Mediator.current("result").worker
     assert guard.worker is not None and block is not None and block.parent is not None
     guard.worker.parent = block.parent
-
-
-@torch.inference_mode()
-def trace_attention(
-    model: Any,
-    prompt: Prompt,
-    method: Method | None = None,
-    *,
-    layers: Sequence[int] | str = "all",
-    site: str | None = None,
-) -> AttentionTrace:
-    """Return what each head's text rows look at, from one forward pass under ``method``.
-
-    ``site`` is "decoder" or, in a model with a Q-Former, "qformer"; None is the family's own.
-
-    Rows of the pattern are formed for the text rows only, one layer at a time, and reduced at
-    once. The trace has a batch axis if the prompt was made from lists; its ``logits`` are those of
-    the last position.
-
-    Raises:
-        ModelLoadError: if no family knows the model.
-        ParameterError: if the site or a layer does not exist, or the method does not fit.
-        InterventionError: inside a trace; use ``observe`` there.
-    """
-    refuse_in_trace("trace_attention", ", or cl.observe() in it")
-    found = transformers_model(model)
-    observer = Observer(layers, shape_of(found, site))
-    methods = () if method is None else (method,)
-    with intervening(model, *methods), running(found, [observer]):
-        logits = _last_logits(found, prompt)
-    return observer.trace(prompt.batched, logits)
-
-
-@torch.inference_mode()
-def head_means(
-    model: Any,
-    prompts: Sequence[Prompt],
-    method: Method | None = None,
-    *,
-    rows: ZRows = "text",
-    site: str | None = None,
-) -> HeadMeans:
-    """Return the mean output z of each head over rows of prompts, for ``AblateHeads``.
-
-    Each prompt (which may be a batch) is read once, under ``method``; only sums are kept. ``rows``
-    are those of the prompt: all text after the image, the "last", or "all". In the units of the
-    values, before the output projection.
-
-    Raises:
-        ModelLoadError: if no family knows the model.
-        ParameterError: if the site does not exist, the method does not fit, or there is no prompt.
-        InterventionError: inside a trace: it reads prompts of its own, so make the means before,
-            and open ``AblateHeads(mode="mean", reference=means)`` there.
-    """
-    refuse_in_trace("head_means", "")
-    found = transformers_model(model)
-    session = MeanSession(shape_of(found, site), rows)
-    methods = () if method is None else (method,)
-    for prompt in prompts:
-        with intervening(model, *methods), running(found, [session]):
-            _last_logits(found, prompt)
-    return session.means()
-
-
-def _last_logits(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "batch vocabulary"]:
-    # An encoder-decoder's decoder has read one token only.
-    keep = {} if "decoder_input_ids" in prompt else {"logits_to_keep": 1}
-    return model(**prompt.inputs, **keep).logits[:, -1]
-
-
-@torch.inference_mode()
-def composed_saliency(
-    model: Any,
-    prompt: Prompt,
-    method: Method | None = None,
-    *,
-    heads: HeadChoice = "all",
-    layers: Sequence[int] | str = "all",
-    qformer_layers: Sequence[int] | str = "all",
-) -> Float[Tensor, "*batch layer visual"]:
-    """Return where on the picture the language model looks, for each layer of the decoder.
-
-    Where a Q-Former reads the picture, the decoder's image tokens lie nowhere. Its attention to
-    each of them (Eq. 4 of arXiv:2603.25088v1, over ``heads``) is passed on to the patches that
-    their queries look at, averaged over the heads and over ``qformer_layers``. What mixes the
-    queries otherwise (self-attention, residual stream) is left out. In other models it is the
-    decoder's saliency map itself. Fractions of attention mass, in [0, 1].
-
-    Raises:
-        ModelLoadError: if no family knows the model.
-        ParameterError: if a layer does not exist, or the method does not fit the model.
-        InterventionError: inside a trace; use ``observe`` of each site there.
-    """
-    refuse_in_trace("composed_saliency", ", or cl.observe() in it")
-    found = transformers_model(model)
-    methods = () if method is None else (method,)
-    target = Target(found)
-    decoder = Observer(layers, target.at("decoder"))
-    queries = None
-    if target.at().site != "decoder":
-        queries = QueryObserver(qformer_layers, target.at())
-    observers: list[Session] = [decoder] if queries is None else [decoder, queries]
-    with intervening(model, *methods), running(found, observers):
-        _last_logits(found, prompt)
-    saliency = decoder.trace(prompt.batched).saliency(heads)
-    if queries is None:
-        return saliency
-    looks = queries.maps().mean(dim=1)
-    return saliency @ (looks if prompt.batched else looks[0])

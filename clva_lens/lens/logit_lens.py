@@ -18,9 +18,9 @@ from clva_lens.figures import logit_lens as draw_lens
 from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.errors import InterventionError, ParameterError
-from clva_lens.lens.generate import answer_tokens
 from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
 from clva_lens.lens.load import LensModel
+from clva_lens.lens.margins import MARGIN, answer_tokens, margins
 from clva_lens.lens.observers import chosen_layers
 from clva_lens.methods.base import Method
 from clva_lens.methods.target import shape_of
@@ -31,7 +31,6 @@ from clva_lens.models.step import Step
 
 # Logits are formed for at most this many entries at once (64 MiB of float32).
 LOGITS_AT_ONCE = 2**24
-MARGIN = "logit(yes) − logit(no)"
 _MOST_POSITIONS = 24
 
 
@@ -339,18 +338,18 @@ class _Reading(Session):
             positions = positions[0]
         given = None if prompt is None else prompt.inputs
         return LogitLens(
-            top,
-            probabilities,
-            margin if all(self.answers) else None,
-            logits if self.ids else None,
-            self.names,
-            positions,
-            self.numbers,
-            name,
-            batched,
-            step.ids,
-            visual_tokens(self.model, "decoder", step.spans, given),
-            self.words,
+            top=top,
+            probabilities=probabilities,
+            margin=margin if all(self.answers) else None,
+            logits=logits if self.ids else None,
+            tokens=self.names,
+            positions=positions,
+            layers=self.numbers,
+            span=name,
+            batched=batched,
+            ids=step.ids,
+            visual=visual_tokens(self.model, "decoder", step.spans, given),
+            tokenizer=self.words,
         )
 
 
@@ -371,7 +370,7 @@ def _read(
         probabilities, top = logits.softmax(dim=-1).topk(k, dim=-1)
         margin = logits.new_zeros(len(logits))
         if yes and no:
-            margin = logits[:, yes].amax(dim=1) - logits[:, no].amax(dim=1)
+            margin = margins(logits, yes, no)
         pieces.append((top, probabilities, logits[:, ids], margin))
     whole = [torch.cat(part) for part in zip(*pieces, strict=True)]
     top, probabilities, chosen, margin = (

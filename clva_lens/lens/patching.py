@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -14,17 +16,16 @@ from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
-from clva_lens.lens.generate import yes_margins
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.logit_lens import MARGIN
+from clva_lens.lens.margins import MARGIN, yes_margins
 from clva_lens.lens.observers import chosen_layers
 from clva_lens.methods.base import Method
 from clva_lens.methods.patching import PatchActivations, PatchedPart
-from clva_lens.methods.target import Shape, shape_of
+from clva_lens.methods.target import shape_of
 from clva_lens.models.prompt import Prompt
 
-Metric = Callable[[Float[Tensor, "batch 1 vocabulary"]], Any]
+LogitMetric = Callable[[Float[Tensor, "batch 1 vocabulary"]], Any]
 """From the logits of the last position to a number for each sample, as TransformerLens' metrics."""
 
 Each = Literal["position", "head"]
@@ -144,7 +145,7 @@ def patch_activations(
     spans: str | Sequence[str] = ("image", "text", "last"),
     part: PatchedPart = "resid_pre",
     each: Each | None = None,
-    metric: Metric | None = None,
+    metric: LogitMetric | None = None,
     method: Method | None = None,
     progress: bool = True,
 ) -> PatchingResult:
@@ -175,44 +176,25 @@ def patch_activations(
             these patches in a run of your own.
     """
     refuse_in_trace("patch_activations", ", or cl.intervene(cl.PatchActivations(...)) in it")
-    found = model.hf_model
-    shape = shape_of(found, "decoder")
-    numbers = chosen_layers(layers, shape)
+    numbers = chosen_layers(layers, shape_of(model.hf_model, "decoder"))
     names = (spans,) if isinstance(spans, str) else tuple(spans)
-    columns = list(_columns(model, source, target, names, each, part, shape))
-    measure = _measure(model, metric)
-    base = PatchActivations(source=source, cache={}, part=part, layers=numbers)
-    wanted = [base.activation(layer) for layer in numbers]
-    cache = model.run_with_cache(source, wanted, method=method).cache
-    own = () if method is None else (method,)
-
-    def run(prompt: Prompt, *patch: Method) -> Float[Tensor, " batch"]:
-        with intervening(model, *own, *patch):
-            made = found(**prompt.inputs, logits_to_keep=1).logits[:, -1:]
-        return measure(made, len(made))
-
+    columns = list(_columns(model, source, target, names, each, part))
+    run = _runner(model, metric, method)
+    patches = _patches(model, source, part, numbers, [where for _, where in columns], method)
     from_source, unpatched = run(source), run(target)
-    rows = []
-    count = len(numbers) * len(columns)
-    with progress_bar("patches", count, wanted=progress and count > 1) as advance:
-        for layer in numbers:
-            for _, options in columns:
-                given = {"source": source, "cache": cache, "part": part, "layers": (layer,)}
-                rows.append(run(target, PatchActivations(**given, **options)))
-                advance(1)
-    values = torch.stack(rows, dim=1).unflatten(1, (len(numbers), len(columns)))
-    batched = target.batched
+    values = _each_under(patches, lambda patch: run(target, patch), progress)
+    item = slice(None) if target.batched else 0
     return PatchingResult(
-        values if batched else values[0],
-        unpatched if batched else unpatched[0],
-        from_source.expand_as(unpatched) if batched else from_source[0],
-        numbers,
-        tuple(name for name, _ in columns),
-        part,
-        ", ".join(names),
-        each,
-        MARGIN if metric is None else getattr(metric, "__name__", "metric"),
-        target,
+        values=values.unflatten(1, (len(numbers), len(columns)))[item],
+        target=unpatched[item],
+        source=from_source.expand_as(unpatched)[item],
+        layers=numbers,
+        columns=tuple(name for name, _ in columns),
+        part=part,
+        span=", ".join(names),
+        each=each,
+        label=MARGIN if metric is None else getattr(metric, "__name__", "metric"),
+        prompt=target,
     )
 
 
@@ -223,7 +205,6 @@ def _columns(
     names: tuple[str, ...],
     each: Each | None,
     part: PatchedPart,
-    shape: Shape,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of each column, and what its patches are made with."""
     if each is None:
@@ -237,6 +218,7 @@ def _columns(
             "one span, and 'head' one span and part='z'. Pass spans='image', for example."
         )
     if each == "head":
+        shape = shape_of(model.hf_model, "decoder")
         for head in range(shape.heads):
             heads = torch.zeros(shape.depth, shape.heads, dtype=torch.bool)
             heads[:, head] = True
@@ -255,10 +237,43 @@ def _columns(
         yield f"{place}: {token}", {"span": (place,)}
 
 
-def _measure(model: LensModel, metric: Metric | None) -> Callable[[Tensor, int], Tensor]:
-    """Return what makes a number for each sample from the logits of the last position."""
+def _patches(
+    model: LensModel,
+    source: Prompt,
+    part: PatchedPart,
+    layers: tuple[int, ...],
+    columns: Sequence[dict[str, Any]],
+    method: Method | None,
+) -> list[PatchActivations]:
+    """Return the patch of each layer and column, from one pass of the source."""
+    make = partial(PatchActivations, source=source, part=part)
+    every = make(cache={}, layers=layers)
+    wanted = [every.activation(layer) for layer in layers]
+    cache = model.run_with_cache(source, wanted, method=method).cache
+    return [make(cache=cache, layers=(i,), **where) for i, where in product(layers, columns)]
 
-    def measure(logits: Tensor, batch: int) -> Float[Tensor, " batch"]:
+
+def _each_under(
+    patches: Sequence[Method], run: Callable[[Method], Tensor], progress: bool
+) -> Float[Tensor, "batch patch"]:
+    """Return what ``run`` gives under each patch."""
+    rows, count = [], len(patches)
+    with progress_bar("patches", count, wanted=progress and count > 1) as advance:
+        for patch in patches:
+            rows.append(run(patch))
+            advance(1)
+    return torch.stack(rows, dim=1)
+
+
+def _runner(
+    model: LensModel, metric: LogitMetric | None, method: Method | None
+) -> Callable[..., Float[Tensor, " batch"]]:
+    """Return what runs a prompt, under patches, to a number for each sample."""
+    own = () if method is None else (method,)
+
+    def run(prompt: Prompt, *patch: Method) -> Float[Tensor, " batch"]:
+        with intervening(model, *own, *patch):
+            logits = model.hf_model(**prompt.inputs, logits_to_keep=1).logits[:, -1:]
         made: Any = yes_margins(logits[:, -1], model.words) if metric is None else metric(logits)
         if metric is None and None in made:
             raise ParameterError(
@@ -266,11 +281,11 @@ def _measure(model: LensModel, metric: Metric | None) -> Callable[[Tensor, int],
                 "metric= of the logits."
             )
         values = torch.as_tensor(made, device=logits.device).float().reshape(-1)
-        if len(values) != batch:
+        if len(values) != len(logits):
             raise ParameterError(
-                f"the metric made {len(values)} numbers from the logits of {batch} samples. Return "
-                "one for each, or patch one prompt at a time."
+                f"the metric made {len(values)} numbers from the logits of {len(logits)} samples. "
+                "Return one for each, or patch one prompt at a time."
             )
         return values
 
-    return measure
+    return run

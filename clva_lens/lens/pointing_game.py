@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index
+from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index, weighted_mean
 from clva_lens.figures import Drawing
 from clva_lens.figures import pointing as draw_pointing
 from clva_lens.ground.errors import BenchmarkError
@@ -130,10 +130,6 @@ def pointing_game(
 def _intervals(draws: Bootstrap, values: Tensor) -> Float[Tensor, "*axes 2"]:
     """Return (low, high) of the mean over the first axis, for each of the others."""
     columns = values.reshape(len(values), -1).T.numpy()
-    made: list[Interval] = draws.intervals([(_mean, column, None) for column in columns])
+    made: list[Interval] = draws.intervals([(weighted_mean, column, None) for column in columns])
     ends = torch.tensor([[one.low, one.high] for one in made])
     return ends.reshape(*values.shape[1:], 2).float()
-
-
-def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return weights @ values / weights.sum(axis=1)

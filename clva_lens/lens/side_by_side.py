@@ -12,9 +12,10 @@ from clva_lens.figures import SaliencyPicture
 from clva_lens.figures.base import evenly
 from clva_lens.lens.decoding import Greedy
 from clva_lens.lens.generate import generate
-from clva_lens.lens.intervene import composed_saliency, intervening, trace_attention
+from clva_lens.lens.intervene import intervening
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.observers import AttentionTrace
+from clva_lens.lens.trace import composed_saliency, trace_attention
 from clva_lens.methods.base import Method
 from clva_lens.methods.clva import CLVA
 from clva_lens.methods.knockout import KnockOut

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
-from clva_lens.lens.intervene import trace_attention
+from clva_lens.lens.trace import trace_attention
 from clva_lens.methods.base import Method
 from clva_lens.models.prompt import Prompt
 from clva_lens.science.drift import AttentionDrift, attention_drift

@@ -17,7 +17,6 @@ from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.registry import Registry
 from clva_lens.methods.bridge_hooks import MethodHooks, method_hooks
 from clva_lens.methods.target import Shape, Target
-from clva_lens.models.step import once
 
 Rows = Literal["text", "last"]
 """Which prompt rows an edit is for: all text after the image, or the last one only."""
@@ -228,13 +227,10 @@ def row_bias(
         generated = prompt[:, None].expand(-1, call.new_rows, -1)
     step, new, old = call.step, call.new_rows, call.query.shape[2] - call.new_rows
     if old == 0 and new == 1:
-        size, device = (len(prompt), 1), prompt.device
-        every = once(
-            step.of_prompt,
-            ("every", *size, device),
-            lambda: torch.ones(size, dtype=torch.bool, device=device),
-        )
-        return KeyBias(_on_image(call, generated[:, 0]), every, 0)
+        known = step.of_prompt[prompt.device]
+        if known.single_row is None or len(known.single_row) != len(prompt):
+            known.single_row = torch.ones(len(prompt), 1, dtype=torch.bool, device=prompt.device)
+        return KeyBias(_on_image(call, generated[:, 0]), known.single_row, 0)
     first = max(0, step.first_text - step.offset)
     bias = KeyBias(_on_image(call, prompt), edited_rows(call, rows), first)
     if new == 0:

@@ -47,7 +47,7 @@ from clva_lens.science.anchors import (
     reanchor_log_weights,
     saliency_map,
 )
-from clva_lens.science.heads import EmptyPolicy, HeadClasses, classify_heads
+from clva_lens.science.heads import EmptyPolicy, HeadClasses, check_rule, classify_heads
 
 
 @register_method
@@ -106,8 +106,7 @@ class CLVA(Method):
             )
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
-        # The empty policy and λ have one owner.
-        classify_heads(torch.zeros(1, 2), self.head_threshold, self.empty)
+        check_rule(self.head_threshold, self.empty)
 
     def sessions(self, target: Target) -> list[Session]:
         """Return one session, with the site and every layer resolved."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
-from clva_lens.engine.run import open_run, open_sessions
+from clva_lens.engine.run import add_sessions, open_sessions
 from clva_lens.engine.session import Session
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.models.family import Inputs, find_family, find_site
@@ -263,7 +263,7 @@ class _Branch:
         self.mask = inputs["attention_mask"]
         self.cache: DynamicCache | None = None
         self.generated = 0
-        self.close = open_run(model, sessions)
+        self.close = add_sessions(model, sessions)
 
     def read(self, ids: Int[Tensor, "batch new"]) -> Logits:
         """Read more tokens, after the prompt if it was not read yet; return the last logits."""

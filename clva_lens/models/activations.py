@@ -15,7 +15,7 @@ from torch import nn
 
 from clva_lens.ground.errors import ModelLoadError
 
-Form = Literal[
+ValueForm = Literal[
     "stream",
     "heads",
     "scale",
@@ -37,7 +37,7 @@ class Tap(NamedTuple):
 
     path: str
     side: str
-    form: Form = "stream"
+    form: ValueForm = "stream"
     part: int | None = None
 
 

@@ -1,7 +1,7 @@
 """What clva_lens has to know about a family of models: facts, no algorithms."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -218,6 +218,16 @@ def note_inputs(
         seen.update(read({"pixel_values": args[0], **kwargs} if args else kwargs))
 
     return module.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def replace_lead(inputs: Inputs, head: list[int], starts: Iterable[int], pad: int) -> Inputs:
+    """Return a prompt whose rows begin with ``head`` and go on from their ``starts``."""
+    rows = [
+        head + row[start:].tolist() for row, start in zip(inputs["input_ids"], starts, strict=True)
+    ]
+    ids, mask = pad_left(rows, pad)
+    device = inputs["input_ids"].device
+    return inputs | {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:

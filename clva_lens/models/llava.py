@@ -24,7 +24,7 @@ from clva_lens.models.family import (
     Site,
     ask_by_template,
     note_inputs,
-    pad_left,
+    replace_lead,
 )
 from clva_lens.models.passes import DecoderPasses
 
@@ -124,13 +124,8 @@ class Llava(ModelFamily):
         head = processor.tokenizer(lead, add_special_tokens=special).input_ids
         image = self.image_token_id(model)
         spans = TokenSpans.from_ids(inputs["input_ids"], image, inputs["attention_mask"])
-        rows = []
-        for row, kept in zip(inputs["input_ids"], spans.image | spans.text, strict=True):
-            first = int(kept.nonzero()[0])
-            rows.append(head + row[first:].tolist())
-        ids, mask = pad_left(rows, processor.tokenizer.pad_token_id or 0)
-        device = inputs["input_ids"].device
-        return inputs | {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        starts = (int(kept.nonzero()[0]) for kept in spans.image | spans.text)
+        return replace_lead(inputs, head, starts, processor.tokenizer.pad_token_id or 0)
 
     def tiny(self, **text_config: Any) -> LlavaForConditionalGeneration:
         """Return a 12-layer, 4-head LLaVA of width 32 with 16 image tokens (token id 5)."""

@@ -178,11 +178,11 @@ class DecoderPasses(_TokenPasses):
                 )
             start, stop = int(visual.min()), int(visual.max()) + 1
             step = Step(
-                0,
-                0,
-                spans.text,
-                spans,
-                visual,
+                number=0,
+                offset=0,
+                text_rows=spans.text,
+                spans=spans,
+                visual=visual,
                 causal=True,
                 ordered=True,
                 ids=ids,
@@ -251,7 +251,16 @@ class EncoderDecoderPasses(_TokenPasses):
             )
             text = torch.ones_like(rows, dtype=torch.bool)
             visual = spans.visual_index()
-            step = Step(0, 0, text, spans, visual, causal=False, ordered=True, ids=rows)
+            step = Step(
+                number=0,
+                offset=0,
+                text_rows=text,
+                spans=spans,
+                visual=visual,
+                causal=False,
+                ordered=True,
+                ids=rows,
+            )
             self.step = step.to(rows.device)
             return
         known = self._next(rows, offset)
@@ -302,9 +311,16 @@ class QueryPasses(Passes):
         self._unplaced = True
         spans = picture_spans(batch, keys, self.lead, pictures.device)
         rows = torch.ones(batch, queries.shape[1], dtype=torch.bool, device=pictures.device)
-        visual = spans.visual_index()
-        block = (self.lead, keys)
-        self.step = Step(0, 0, rows, spans, visual, causal=False, ordered=False, block=block)
+        self.step = Step(
+            number=0,
+            offset=0,
+            text_rows=rows,
+            spans=spans,
+            visual=spans.visual_index(),
+            causal=False,
+            ordered=False,
+            block=(self.lead, keys),
+        )
 
 
 def picture_spans(

@@ -16,7 +16,7 @@ from clva_lens.models.family import (
     ModelFamily,
     Site,
     note_inputs,
-    pad_left,
+    replace_lead,
 )
 from clva_lens.models.passes import DecoderPasses
 from clva_lens.models.qwen import QwenVLConfig, QwenVLForConditionalGeneration
@@ -109,13 +109,9 @@ class QwenVL(ModelFamily):
         """
         lead = self.ask(processor, "?", instruction).split("<img>")[0]
         head = processor.tokenizer(lead).input_ids
-        rows = []
-        for row in inputs["input_ids"]:
-            first = int((row == self.image_token_id(model)).nonzero()[0])
-            rows.append(head + row[first - 1 :].tolist())  # from <img> on
-        ids, mask = pad_left(rows, processor.tokenizer.pad_token_id)
-        device = inputs["input_ids"].device
-        return inputs | {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        images = inputs["input_ids"] == self.image_token_id(model)
+        starts = (int(row.nonzero()[0]) - 1 for row in images)  # from <img> on
+        return replace_lead(inputs, head, starts, processor.tokenizer.pad_token_id)
 
     def tiny(self, **text_config: Any) -> QwenVLForConditionalGeneration:
         """Return a 12-layer, 4-head Qwen-VL of width 32 with 16 image tokens (token id 5)."""

@@ -3,9 +3,8 @@
 Kept for them: what is worked out once for all passes of a prompt, or for all layers of a pass.
 """
 
-from collections.abc import Callable, Hashable
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +12,29 @@ from torch import Tensor
 
 from clva_lens.ground.axes import TokenSpans, last_true
 
-Value = TypeVar("Value")
+
+@dataclass(eq=False, slots=True)
+class OfPrompt:
+    """What was worked out once for all passes of a prompt, on one device; None until it is asked.
+
+    ``last_text`` is ``Step.last_text``. ``means`` are what ``read_prompt_rows`` weighs rows with,
+    and the spans it sums keys over. ``single_row`` marks a pass's only row as edited.
+    """
+
+    last_text: Int[Tensor, " batch"] | None = None
+    means: tuple[Float[Tensor, "batch 1 2 row"], Float[Tensor, "batch key 3"]] | None = None
+    single_row: Bool[Tensor, "batch 1"] | None = None
+
+
+@dataclass(eq=False, slots=True)
+class OfPass:
+    """What was worked out once for all layers of a pass on one device; None until it is asked.
+
+    ``future`` is the additive mask of the rows and keys in ``future_place``: (start, stop, keys).
+    """
+
+    future_place: tuple[int, int, int] | None = None
+    future: Float[Tensor, "row key"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +48,9 @@ class Step:
     maps of Eq. 4; otherwise all of them do, averaged. ``ids`` are the token ids of this
     pass's rows, None where rows are no tokens. ``image_start`` is the position of the first image
     token in any sample, ``first_text`` the first row that is text in any. ``block`` is where the
-    image tokens lie if that is one piece, the same in all samples; else None. ``of_prompt`` keeps
-    what is worked out once for all passes of a prompt, ``of_pass`` what is once for all layers of
-    this pass.
+    image tokens lie if that is one piece, the same in all samples; else None. ``of_prompt`` keeps,
+    by device, what is worked out once for all passes of a prompt, ``of_pass`` what is once for all
+    layers of this pass.
     """
 
     number: int
@@ -43,8 +64,10 @@ class Step:
     image_start: int = 0
     first_text: int = 0
     block: tuple[int, int] | None = None
-    of_prompt: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-    of_pass: dict[Hashable, Any] = field(default_factory=dict, repr=False, init=False)
+    of_prompt: defaultdict[torch.device, OfPrompt] = field(
+        default_factory=lambda: defaultdict(OfPrompt), repr=False
+    )
+    of_pass: OfPass = field(default_factory=OfPass, repr=False, init=False)
 
     @property
     def prompt_rows(self) -> int:
@@ -73,9 +96,10 @@ class Step:
     @property
     def last_text(self) -> Int[Tensor, " batch"]:
         """The position of each sample's last prompt row: the "last query row" of Eq. 4."""
-        return once(
-            self.of_prompt, ("last", self.text_rows.device), lambda: last_true(self.text_rows)
-        )
+        known = self.of_prompt[self.text_rows.device]
+        if known.last_text is None:
+            known.last_text = last_true(self.text_rows)
+        return known.last_text
 
     def on_image(
         self, values: Float[Tensor, "batch *axes key"]
@@ -85,10 +109,3 @@ class Step:
             return values[..., slice(*self.block)]
         visual = self.visual[(slice(None), *[None] * (values.ndim - 2))]
         return torch.take_along_dim(values, visual, dim=-1)
-
-
-def once(known: dict[Hashable, Any], key: Hashable, make: Callable[[], Value]) -> Value:
-    """Return what ``known`` has under a key, made if it is not there."""
-    if key not in known:
-        known[key] = make()
-    return known[key]

@@ -113,7 +113,7 @@ def correlation(
     return r.clamp(-1, 1).to(dtype).to(a.device)
 
 
-def drift_curves(
+def drift_of_maps(
     saliency_all: Float[Tensor, "*batch layer visual"],
     saliency_sensitive: Float[Tensor, "*batch layer visual"],
     positive_anchor: Float[Tensor, "*batch visual"],
@@ -166,7 +166,7 @@ def attention_drift(
                 f"(0-based). Pass {name}= one of them, or trace that layer too."
             )
     sensitive = attn.saliency("sensitive")
-    return drift_curves(
+    return drift_of_maps(
         attn.saliency("all"),
         sensitive,
         positive_anchor=sensitive[..., layers.index(positive_layer), :],

@@ -224,15 +224,42 @@ def descend(loss: Tensor, optimiser: torch.optim.AdamW, rate: float) -> None:
     optimiser.step()
 
 
+class Stage(NamedTuple):
+    """The last stage of a training: its name, its steps, and where it is kept."""
+
+    name: str
+    steps: int
+    checkpoint: Path
+
+    def run(
+        self,
+        model: nn.Module,
+        recipe: Any,
+        loss_of: Callable[[Plan], tuple[Tensor, dict[str, float]]],
+        advance: Advance,
+    ) -> None:
+        """Train what needs gradients, or go on from the checkpoint.
+
+        ``loss_of`` draws what a plan's step asks, and returns its loss and figures.
+        """
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        optimiser = torch.optim.AdamW(
+            list(trained.values()), lr=recipe.rate, betas=(0.9, 0.97), weight_decay=0.05
+        )
+        first = restore_training(self.checkpoint, trained, optimiser)
+        for step in range(first, self.steps):
+            plan = plan_step(recipe, step, self.steps)
+            loss, figures = loss_of(plan)
+            descend(loss, optimiser, plan.rate)
+            advance(self.name, step, self.steps, figures)
+            if (step + 1) % EVERY == 0 or step + 1 == self.steps:
+                save_training(self.checkpoint, trained, optimiser, step + 1)
+
+
 def _decoder_stage(
     model: LlavaForConditionalGeneration, recipe: Recipe, checkpoint: Path, advance: Advance
 ) -> None:
     """Train the decoder, its embeddings and the projector on packed questions."""
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.AdamW(
-        list(trained.values()), lr=recipe.rate, betas=(0.9, 0.97), weight_decay=0.05
-    )
-    first = restore_training(checkpoint, trained, optimiser)
     reader = Reader(blind=recipe.blind)
     AttentionInterface.register(ATTENTION, reader)
     model.model.language_model.config._attn_implementation = ATTENTION
@@ -242,8 +269,8 @@ def _decoder_stage(
     words = tokenizer()
     model.train()
     model.model.vision_tower.eval()
-    for step in range(first, recipe.decoder_steps):
-        plan = plan_step(recipe, step, recipe.decoder_steps)
+
+    def loss_of(plan: Plan) -> tuple[Tensor, dict[str, float]]:
         scenes = [sample_scene(plan.rng) for _ in range(BATCH)]
         asked = [training_questions(scene, plan.rng, plan.hard) for scene in scenes]
         packed = pack(scenes, asked, words)
@@ -251,11 +278,9 @@ def _decoder_stage(
         reader.generator, reader.point = plan.generator, plan.point
         with torch.no_grad():
             seen = model.model.vision_tower(pixels(scenes)).last_hidden_state[:, 1:]
-        loss, figures = _loss(model, reader, packed, seen, recipe)
-        descend(loss, optimiser, plan.rate)
-        advance("decoder", step, recipe.decoder_steps, figures)
-        if (step + 1) % EVERY == 0 or step + 1 == recipe.decoder_steps:
-            save_training(checkpoint, trained, optimiser, step + 1)
+        return _loss(model, reader, packed, seen, recipe)
+
+    Stage("decoder", recipe.decoder_steps, checkpoint).run(model, recipe, loss_of, advance)
 
 
 def _loss(

@@ -29,12 +29,12 @@ from clva_lens.toy.build_instructblip import (
     tokenizer,
     untrained,
 )
-from clva_lens.toy.checkpoint import EVERY, restore_training, save_tensors, save_training
+from clva_lens.toy.checkpoint import save_tensors
 from clva_lens.toy.packing import END_WEIGHT, VISUAL, WEIGHT, training_questions
 from clva_lens.toy.questions import Question
 from clva_lens.toy.reading_instructblip import READING_LAYERS, CrossReader, mark_layers
 from clva_lens.toy.scenes import COLORS, KINDS, SIDES, Scene, sample_scene
-from clva_lens.toy.train import TIMES, Advance, Clock, accuracy, check_recipe, descend, plan_step
+from clva_lens.toy.train import TIMES, Advance, Clock, Plan, Stage, accuracy, check_recipe
 from clva_lens.toy.vision import patch_labels, pixels, train_vision
 
 ATTENTION = "clva_toy_training_qformer"
@@ -71,7 +71,7 @@ class InstructBlipRecipe:
     presence_weight: float = 0.3
 
 
-class Rows(NamedTuple):
+class QuestionRows(NamedTuple):
     """What the Q-Former is asked, one question a row, padded on the right.
 
     ``picture`` is the row's picture and ``asked`` the index of the kind in question (−1 for a
@@ -92,7 +92,7 @@ class Answers(NamedTuple):
     weight: Float[Tensor, "rows length"]
 
 
-def question_rows(scenes: Sequence[Scene], asks: Sequence[tuple[int, Question]]) -> Rows:
+def question_rows(scenes: Sequence[Scene], asks: Sequence[tuple[int, Question]]) -> QuestionRows:
     """Return (scene index, question) pairs as rows of the Q-Former."""
     text = np.zeros((len(asks), WORDS), np.int64)
     patches = np.zeros((len(asks), VISUAL), bool)
@@ -101,7 +101,7 @@ def question_rows(scenes: Sequence[Scene], asks: Sequence[tuple[int, Question]])
         text[row, : len(ids)] = ids
         if ask.kind:
             patches[row] = scenes[index].patches(ask.kind).ravel()
-    return Rows(
+    return QuestionRows(
         torch.tensor([index for index, _ in asks]),
         torch.as_tensor(text),
         torch.tensor([KINDS.index(ask.kind) if ask.kind else -1 for _, ask in asks]),
@@ -127,7 +127,7 @@ def answer_rows(asks: Sequence[Question], length: int) -> Answers:
 
 def run_qformer(
     model: InstructBlipForConditionalGeneration,
-    rows: Rows,
+    rows: QuestionRows,
     seen: Float[Tensor, "picture keys vision"],
     hidden: bool = False,
 ) -> BaseModelOutputWithPoolingAndCrossAttentions:
@@ -252,11 +252,6 @@ def _qformer_stage(
     advance: Advance,
 ) -> None:
     """Train everything but the vision tower on questions and captions."""
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.AdamW(
-        list(trained.values()), lr=recipe.rate, betas=(0.9, 0.97), weight_decay=0.05
-    )
-    first = restore_training(checkpoint, trained, optimiser)
     reader = CrossReader()
     AttentionInterface.register(ATTENTION, reader)
     mark_layers(model.qformer)
@@ -264,8 +259,8 @@ def _qformer_stage(
     _compile_parts(model)
     model.train()
     model.vision_model.eval()
-    for step in range(first, recipe.qformer_steps):
-        plan = plan_step(recipe, step, recipe.qformer_steps)
+
+    def loss_of(plan: Plan) -> tuple[Tensor, dict[str, float]]:
         scenes = [sample_scene(plan.rng) for _ in range(recipe.pictures)]
         asks: list[tuple[int, Question]] = []
         captions: list[tuple[int, Question]] = []
@@ -276,11 +271,9 @@ def _qformer_stage(
             asks += [(index, ask) for ask in (others * 2)[: recipe.questions]]
         reader.swap_probability, reader.generator = plan.noise, plan.generator
         reader.point = plan.point
-        loss, figures = _loss(model, reader, scenes, asks, captions[: recipe.captions], recipe)
-        descend(loss, optimiser, plan.rate)
-        advance("qformer", step, recipe.qformer_steps, figures)
-        if (step + 1) % EVERY == 0 or step + 1 == recipe.qformer_steps:
-            save_training(checkpoint, trained, optimiser, step + 1)
+        return _loss(model, reader, scenes, asks, captions[: recipe.captions], recipe)
+
+    Stage("qformer", recipe.qformer_steps, checkpoint).run(model, recipe, loss_of, advance)
 
 
 def _loss(

@@ -9,7 +9,7 @@ from clva_lens.engine.session import AttentionCall
 from clva_lens.experiments.speed.bench import peak_memory
 from clva_lens.experiments.speed.models import random_llava, random_prompt
 from clva_lens.ground.axes import TokenSpans
-from clva_lens.lens.intervene import trace_attention
+from clva_lens.lens.trace import trace_attention
 from clva_lens.models.step import Step
 
 CPU, HEADS = torch.device("cpu"), 4

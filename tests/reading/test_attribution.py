@@ -6,7 +6,7 @@ from tiny_models import blip_of
 
 import clva_lens as cl
 from clva_lens.ground.errors import ParameterError, PromptError
-from clva_lens.lens.generate import yes_margins
+from clva_lens.lens.margins import yes_margins
 
 
 def check(model, prompt, read):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clva_lens.ground.errors import ParameterError
-from clva_lens.science.drift import attention_drift, correlation, drift_curves, entropy
+from clva_lens.science.drift import attention_drift, correlation, drift_of_maps, entropy
 
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=50, deadline=None)
@@ -207,7 +207,7 @@ def test_anchor_layers_are_checked():
 
 def test_curves_name_their_layers_from_zero():
     maps = torch.tensor(random_maps(0, 3, 9))
-    drift = drift_curves(maps, maps, maps[1], maps[0], 1, 0)
+    drift = drift_of_maps(maps, maps, maps[1], maps[0], 1, 0)
     assert drift.layers == (0, 1, 2)
     # A map correlates perfectly with itself.
     assert float(drift.toward_positive[1]) == pytest.approx(1)

@@ -165,11 +165,11 @@ def bench(
         gc.unfreeze()
     versions = {name: version(name) for name in ("torch", "transformers", "nnsight")}
     how = {"device": device, "dtype": ", ".join(sorted(kinds)), "new_tokens": new_tokens}
-    used = {**versions, **how, "threads": torch.get_num_threads(), **machine(device)}
+    used = {**versions, **how, "threads": torch.get_num_threads(), **hardware(device)}
     return BenchReport(tuple(rows), rounds, used)
 
 
-def machine(device: str) -> dict[str, str | int]:
+def hardware(device: str) -> dict[str, str | int]:
     """Return what the measurements were made on: the processor, and the GPU if it is one."""
     found: dict[str, str | int] = {
         "system": platform.system(),

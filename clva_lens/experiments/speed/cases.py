@@ -4,17 +4,19 @@ import copy
 import importlib.util
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from clva_lens.engine import bias as folding
-from clva_lens.engine.bias import Form
+from clva_lens.engine.bias import BiasForm
 from clva_lens.experiments.speed.models import random_prompt
 from clva_lens.experiments.speed.rewriting import NAME, rewriting
 from clva_lens.ground.errors import ParameterError
-from clva_lens.lens.intervene import intervene, intervening, trace_attention
+from clva_lens.lens.intervene import intervene, intervening
 from clva_lens.lens.load import LensModel
+from clva_lens.lens.trace import trace_attention
 from clva_lens.methods.base import Method
 from clva_lens.methods.clva import CLVA
 from clva_lens.methods.imccd import IMCCD
@@ -55,6 +57,62 @@ def cases_of(
     return [case for case in cases if case.name in wanted]
 
 
+@dataclass(frozen=True, eq=False)
+class _Generation:
+    """Generation from one prompt; what its methods return can be called and measured."""
+
+    model: PreTrainedModel
+    handle: LensModel
+    options: dict[str, Any]
+    new_tokens: int
+
+    def plain(self, count: int | None = None) -> Callable[[], None]:
+        """Return transformers' own, of all new tokens or ``count`` of them."""
+        options: dict[str, Any] = self.options | {"max_new_tokens": count or self.new_tokens}
+        length = options["input_ids"].shape[1] + options["max_new_tokens"]
+        generate = cast(Any, self.model).generate
+
+        def call() -> None:
+            assert generate(**options).shape[1] == length, "it ended early"
+
+        return call
+
+    def edited(
+        self, method: Method, count: int | None = None, form: BiasForm | None = None
+    ) -> Callable[[], None]:
+        """Return generation under a method, its bias in the form that fits best or in ``form``."""
+        plain = self.plain(count)
+
+        def call() -> None:
+            forced = nullcontext() if form is None else folding.forced(form)
+            with forced, intervening(self.model, method):
+                plain()
+
+        return call
+
+    def rewritten(self, count: int | None = None) -> Callable[[], None]:
+        """Return generation under CLVA as the paper does it."""
+        plain = self.plain(count)
+        image = self.options["input_ids"][0] == find_family(self.model).image_token_id(self.model)
+
+        def call() -> None:
+            with rewriting(self.model, image):
+                plain()
+
+        return call
+
+    def traced(self, *methods: Method) -> Callable[[], None]:
+        """Return generation in an nnsight trace, under methods if there are any."""
+
+        def call() -> None:
+            with self.handle.generate(**self.options) as tracer:
+                if methods:
+                    intervene(*methods)
+                tracer.result.save()
+
+        return call
+
+
 def generation_cases(
     model: PreTrainedModel, handle: LensModel, new_tokens: int, batch: int
 ) -> list[Case]:
@@ -63,56 +121,29 @@ def generation_cases(
     CLVA is as the model's family has it; the forms of its bias (engine/bias.py) and the rewriting
     of whole patterns (rewriting.py) are measured in the decoder, where the prompt is long.
     """
-    inputs, generate = random_prompt(model, batch).inputs, cast(Any, model).generate
-    options: dict[str, Any] = {**inputs, "max_new_tokens": new_tokens, "do_sample": False}
     for part in (model, getattr(model, "language_model", model)):
         part.generation_config.eos_token_id, part.generation_config.pad_token_id = None, 0
-    image = inputs["input_ids"][0] == find_family(model).image_token_id(model)
-
-    def plain(count: int = new_tokens) -> None:
-        ids = generate(**(options | {"max_new_tokens": count}))
-        assert ids.shape[1] == inputs["input_ids"].shape[1] + count, "it ended early"
-
-    def edited(
-        method: Method, count: int = new_tokens, form: Form | None = None
-    ) -> Callable[[], None]:
-        def call() -> None:
-            forced = nullcontext() if form is None else folding.forced(form)
-            with forced, intervening(model, method):
-                plain(count)
-
-        return call
-
-    def rewritten(count: int) -> Callable[[], None]:
-        def call() -> None:
-            with rewriting(model, image):
-                plain(count)
-
-        return call
-
-    def traced() -> None:
-        with handle.generate(**options) as tracer:
-            tracer.result.save()
-
-    def traced_clva() -> None:
-        with handle.generate(**options) as tracer:
-            intervene(CLVA())
-            tracer.result.save()
-
+    options = {
+        **random_prompt(model, batch).inputs,
+        "max_new_tokens": new_tokens,
+        "do_sample": False,
+    }
+    run = _Generation(model, handle, options, new_tokens)
+    plain, edited, rewritten, traced = run.plain, run.edited, run.rewritten, run.traced
     decoder, paper = CLVA(site="decoder"), {"text_config": NAME}
-    forms: tuple[Form, ...] = ("masked", "split", "folded")
+    forms: tuple[BiasForm, ...] = ("masked", "split", "folded")
     return [
-        Case("generate", "generate", "sdpa", plain),
+        Case("generate", "generate", "sdpa", plain()),
         Case("generate, CLVA", "generate", "sdpa", edited(CLVA())),
         Case("generate, CLVA of the prompt", "generate", "sdpa", edited(CLVA(refresh="prompt"))),
-        Case("generate, nnsight", "generate", "sdpa", traced),
-        Case("generate, nnsight, CLVA", "generate", "sdpa", traced_clva),
-        Case("generate, eager", "generate", "eager", plain),
+        Case("generate, nnsight", "generate", "sdpa", traced()),
+        Case("generate, nnsight, CLVA", "generate", "sdpa", traced(CLVA())),
+        Case("generate, eager", "generate", "eager", plain()),
         Case("generate, eager, CLVA", "generate, eager", "eager", edited(CLVA())),
-        Case(f"generate, {PAPER}", "generate", paper, rewritten(new_tokens)),
+        Case(f"generate, {PAPER}", "generate", paper, rewritten()),
         Case("generate, VCD", "generate", "sdpa", edited(VCD())),
         Case("generate, IMCCD", "generate", "sdpa", edited(IMCCD())),
-        Case("prefill", "prefill", "sdpa", lambda: plain(1)),
+        Case("prefill", "prefill", "sdpa", plain(1)),
         Case("prefill, CLVA", "prefill", "sdpa", edited(CLVA(), 1)),
         *(
             Case(f"prefill, CLVA {form}", "prefill", "sdpa", edited(decoder, 1, form))

@@ -83,26 +83,8 @@ class QwenVLConfig(PreTrainedConfig):
             ModelLoadError: if it is quantised, is no Qwen-VL, or has a variant of the architecture
                 that was never published (partial rotary, biases in the projections).
         """
-        if not is_official(found):
-            raise ModelLoadError(
-                "the configuration is not that of the published Qwen-VL: it needs model_type "
-                f"'qwen' and a part 'visual', but has {found.get('model_type')!r} and "
-                f"{', '.join(sorted(found))[:200]}. Pass the folder of Qwen/Qwen-VL or "
-                "Qwen/Qwen-VL-Chat."
-            )
-        if found.get("quantization_config"):
-            raise ModelLoadError(
-                "this Qwen-VL is quantised (Qwen-VL-Chat-Int4), which is not supported. Pass "
-                "Qwen/Qwen-VL or Qwen/Qwen-VL-Chat."
-            )
+        _require_published(found)
         width, heads = found["hidden_size"], found["num_attention_heads"]
-        assumed = {"rotary_pct": 1.0, "no_bias": True, "kv_channels": width // heads}
-        for name, value in assumed.items():
-            if found.get(name, value) != value:
-                raise ModelLoadError(
-                    f"{name} is {found[name]}, but every published Qwen-VL has {value}, and no "
-                    "other is supported. Pass an unchanged checkpoint."
-                )
         seen, start = found["visual"], found["visual"]["image_start_id"]
         end, pad = start + END_OF_TEXT - IMAGE_START, start + IMAGE_PAD - IMAGE_START
         text = QwenVLTextConfig(
@@ -143,3 +125,26 @@ class QwenVLConfig(PreTrainedConfig):
 def is_official(found: Mapping[str, Any]) -> bool:
     """Return whether a ``config.json`` is that of the published Qwen-VL, which has remote code."""
     return found.get("model_type") == "qwen" and isinstance(found.get("visual"), Mapping)
+
+
+def _require_published(found: Mapping[str, Any]) -> None:
+    """Refuse what is no Qwen-VL, quantised, or a variant that was never published."""
+    if not is_official(found):
+        raise ModelLoadError(
+            "the configuration is not that of the published Qwen-VL: it needs model_type "
+            f"'qwen' and a part 'visual', but has {found.get('model_type')!r} and "
+            f"{', '.join(sorted(found))[:200]}. Pass the folder of Qwen/Qwen-VL or "
+            "Qwen/Qwen-VL-Chat."
+        )
+    if found.get("quantization_config"):
+        raise ModelLoadError(
+            "this Qwen-VL is quantised (Qwen-VL-Chat-Int4), which is not supported. Pass "
+            "Qwen/Qwen-VL or Qwen/Qwen-VL-Chat."
+        )
+    width = found["hidden_size"] // found["num_attention_heads"]
+    for name, value in {"rotary_pct": 1.0, "no_bias": True, "kv_channels": width}.items():
+        if found.get(name, value) != value:
+            raise ModelLoadError(
+                f"{name} is {found[name]}, but every published Qwen-VL has {value}, and no "
+                "other is supported. Pass an unchanged checkpoint."
+            )
