@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 
-from clva_lens.figures.base import Drawing
-from clva_lens.figures.of_records import RECORD_FIGURES
+from clva_lens.figures.base import Drawing, drawing_of_record
 from clva_lens.ground.errors import RecordError
 
 RECORD, METRICS, NOTEBOOK = "record.json", "metrics.json", "notebook.ipynb"
@@ -122,7 +121,7 @@ class Record(Kept):
         if found is None:
             known = ", ".join(one["name"] for one in self.figures) or "none"
             raise RecordError(f"{self.id} has no figure '{name}', but {known}. Pass one of these.")
-        return RECORD_FIGURES.get(found["figure"])(self, **found["options"])
+        return drawing_of_record(found["figure"])(self, **found["options"])
 
     def problems(self) -> list[str]:
         """Return what is wrong with the files: changed, missing, or not of the record."""

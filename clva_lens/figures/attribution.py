@@ -8,11 +8,25 @@ import seaborn as sns
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from clva_lens.figures.base import PAGE, Drawing, figure, layer_numbers, mask, numbers, plain
+from clva_lens.figures.base import (
+    PAGE,
+    Drawing,
+    Example,
+    figure,
+    layer_numbers,
+    mask,
+    numbers,
+    plain,
+)
 from clva_lens.figures.heads import SYMBOLS
 
+_PARTS = np.array([[-0.3, 0.1, 0.5], [-0.1, -0.2, 0.0]])
 
-@figure("head_attribution")
+
+@figure(
+    "head_attribution",
+    example=Example({"values": _PARTS, "sensitive": _PARTS > 0.4, "insensitive": _PARTS < -0.2}),
+)
 def head_attribution(
     values: ArrayLike,
     sensitive: ArrayLike | None = None,

@@ -1,13 +1,14 @@
 """Which heads look at the image: the paper's Fig. 1."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import seaborn as sns
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from clva_lens.figures.base import PAGE, Drawing, Row, figure, layer_numbers, mask, numbers
+from clva_lens.figures.base import PAGE, Drawing, Example, Row, figure, layer_numbers, mask, numbers
 from clva_lens.ground.errors import FigureError
 
 # The classes are told apart by shape, white with a black edge on any colour of the cell.
@@ -16,7 +17,23 @@ SYMBOLS = {"sensitive": "^", "insensitive": "v"}
 _WRITTEN = 12
 
 
-@figure("head_intensity")
+_INTENSITY = np.array([[0.1, 0.5, 0.9], [0.3, 0.2, 0.4]])
+_GIVEN = {
+    "intensity": _INTENSITY,
+    "sensitive": _INTENSITY > 0.8,
+    "insensitive": _INTENSITY < 0.2,
+    "layers": [3, 7],
+}
+
+
+def _recorded(record: Any) -> Drawing:
+    """Draw the arrays ``heads``: intensity, sensitive, insensitive, layers."""
+    kept = record.arrays("heads")
+    marked = kept["sensitive"], kept["insensitive"]
+    return head_intensity(kept["intensity"], *marked, layers=kept["layers"].tolist())
+
+
+@figure("head_intensity", of_record=_recorded, example=Example(_GIVEN, arrays={"heads": _GIVEN}))
 def head_intensity(
     intensity: ArrayLike,
     sensitive: ArrayLike | None = None,
