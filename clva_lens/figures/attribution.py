@@ -58,7 +58,7 @@ def head_attribution(
         for (row, head), value in np.ndenumerate(array)
     ]
     cell = min(0.42, (PAGE - 1.4) / heads)
-    fig = Drawing(max(3.35, heads * cell + 1.4), max(1.2, count * cell) + 0.85, rows)
+    fig = Drawing(max(3.35, heads * cell + 1.4), max(1.6, count * cell) + 0.85, rows)
     ax = fig.add_subplot()
     top = float(np.abs(array).max()) or 1.0
     bar = {"label": f"part of {plain(label)}\n(logits)", "shrink": 0.9, "pad": 0.02}

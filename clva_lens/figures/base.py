@@ -127,7 +127,7 @@ def look() -> Iterator[None]:
 
 
 def figure(
-    name: str, *, example: Example, of_record: Callable[..., Drawing] | None = None
+    name: str, *, example: Example | None = None, of_record: Callable[..., Drawing] | None = None
 ) -> Callable[[Callable[P, Drawing]], Callable[P, Drawing]]:
     """Return a decorator that registers a drawing function and runs it inside ``look``.
 

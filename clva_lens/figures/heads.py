@@ -67,7 +67,7 @@ def head_intensity(
     names = layer_numbers(layers, count)
     cell = min(0.42, (PAGE - 1.4) / heads)
     fig = Drawing(
-        max(3.35, heads * cell + 1.4), max(1.2, count * cell) + 0.85, _rows(values, classes, names)
+        max(3.35, heads * cell + 1.4), max(1.6, count * cell) + 0.85, _rows(values, classes, names)
     )
     ax = fig.add_subplot()
     written = count <= _WRITTEN and heads <= _WRITTEN
