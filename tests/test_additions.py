@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_readme import blocks
 
 import clva_lens as cl
@@ -225,7 +226,8 @@ def test_the_readmes_own_method(added, monkeypatch, ask, one):
         if "method" in law
     }
     assert len(laws) >= 10 and "test_zero_strength" in laws
-    bare = one.hf_model(**ask(one, 3).inputs).logits
+    with torch.inference_mode():
+        bare = one.hf_model(**ask(one, 3).inputs).logits
     method = METHODS.get(added)()
     given = {"lens": one, "ask": ask, "one": one, "bare": bare, "site": "decoder"}
     assert hold(laws, name=added, method=method, **given) == set(laws)

@@ -23,7 +23,9 @@ def test_every_method_says_what_it_is(name):
     assert set(method.sites) <= {"decoder", "qformer"}
     # Which site is asked only where there is a choice.
     known = {field.name for field in fields(method)}
-    assert ("site" in known) == (len(method.sites) > 1)
+    assert ("site" in known) == (len(method.sites) > 1), (
+        f"{name} acts at {method.sites}. Give it a parameter site, or sites with the only one."
+    )
     assert method.__doc__ is not None
     assert method() == method()  # every parameter has a default
 
