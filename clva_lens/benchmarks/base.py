@@ -130,7 +130,32 @@ class Benchmark(ABC):
         return read_answers(path)
 
 
-BENCHMARKS = Registry[Benchmark]("benchmark")
+def _check_benchmark(name: str, benchmark: Any) -> None:
+    """Raise ParameterError, naming what a benchmark lacks to be registered."""
+    if not isinstance(benchmark, Benchmark):
+        raise ParameterError(
+            f"'{name}' would be {benchmark!r}, which is no Benchmark. Register one with its "
+            "settings: BENCHMARKS.register(name, MyBenchmark(...))."
+        )
+    kind = type(benchmark)
+    if not getattr(vars(kind).get("__dataclass_params__"), "frozen", False):
+        raise ParameterError(
+            f"{kind.__name__} is no frozen dataclass, so its settings would not stand in its "
+            "results. Put @dataclass(frozen=True) above the class."
+        )
+    if not isinstance(getattr(kind, "version", None), str):
+        raise ParameterError(
+            f"{kind.__name__} has no version, which says what is counted. Write "
+            'version: ClassVar[str] = "1" in it.'
+        )
+    if benchmark.name != name:
+        raise ParameterError(
+            f"{kind.__name__} calls itself '{benchmark.name}', but is to be registered as "
+            f"'{name}', and its results could not be found again. Use one name."
+        )
+
+
+BENCHMARKS = Registry[Benchmark]("benchmark", _check_benchmark)
 
 
 def require_known(name: str, value: str, known: Sequence[str]) -> None:

@@ -15,8 +15,7 @@ from numpy.typing import ArrayLike
 
 from clva_lens.benchmarks.run_folder import Report, plain
 from clva_lens.experiments.record import ARRAYS, METRICS, ROWS, Kept, dump_json
-from clva_lens.figures.base import Drawing
-from clva_lens.figures.of_records import RECORD_FIGURES
+from clva_lens.figures.base import Drawing, drawing_of_record
 from clva_lens.ground.errors import RecordError
 from clva_lens.ground.files import Row
 from clva_lens.lens.load import LensModel
@@ -149,7 +148,7 @@ class Draft(Kept):
         name = name or figure
         if any(one["name"] == name for one in self._figures):
             raise RecordError(f"there is a figure '{name}' already. Pass name= another one.")
-        drawing = RECORD_FIGURES.get(figure)(self, **options)
+        drawing = drawing_of_record(figure)(self, **options)
         self._figures.append({"name": name, "figure": figure, "options": options})
         self._write()
         return drawing

@@ -120,9 +120,9 @@ class Record(Kept):
         if found is None:
             known = ", ".join(one["name"] for one in self.figures) or "none"
             raise RecordError(f"{self.id} has no figure '{name}', but {known}. Pass one of these.")
-        from clva_lens.figures.of_records import RECORD_FIGURES
+        from clva_lens.figures.base import drawing_of_record
 
-        return RECORD_FIGURES.get(found["figure"])(self, **found["options"])
+        return drawing_of_record(found["figure"])(self, **found["options"])
 
     def problems(self) -> list[str]:
         """Return what is wrong with the files: changed, missing, or not of the record."""

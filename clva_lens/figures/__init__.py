@@ -4,7 +4,6 @@
 every other file is one figure.
 """
 
-from clva_lens.figures import attention_records as attention_records
 from clva_lens.figures.accuracy import method_comparison as method_comparison
 from clva_lens.figures.attribution import head_attribution as head_attribution
 from clva_lens.figures.base import FIGURES as FIGURES

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from clva_lens.figures.base import MARKERS, PAGE, PALETTE, Drawing, figure, plain, verbatim
+from clva_lens.figures.base import MARKERS, PAGE, PALETTE, Drawing, Example, figure, plain, verbatim
 from clva_lens.ground.errors import FigureError
 
 _PANELS = {
@@ -18,7 +18,15 @@ _PANELS = {
 _MATCHED = "bias_matched_accuracy"
 
 
-@figure("method_comparison")
+_ROWS = [
+    {"split": split, "method": method, "metric": metric, "value": 0.5, "low": 0.4, "high": 0.6}
+    for split in ("random", "adversarial")
+    for method in ("greedy", "clva")
+    for metric in _PANELS
+]
+
+
+@figure("method_comparison", example=Example({"rows": _ROWS}))
 def method_comparison(
     rows: Sequence[Mapping[str, Any]], *, label_yes_ratio: float | None = 0.5
 ) -> Drawing:

@@ -8,11 +8,25 @@ import seaborn as sns
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from clva_lens.figures.base import PAGE, Drawing, figure, layer_numbers, mask, numbers, plain
+from clva_lens.figures.base import (
+    PAGE,
+    Drawing,
+    Example,
+    figure,
+    layer_numbers,
+    mask,
+    numbers,
+    plain,
+)
 from clva_lens.figures.heads import SYMBOLS
 
+_PARTS = np.array([[-0.3, 0.1, 0.5], [-0.1, -0.2, 0.0]])
 
-@figure("head_attribution")
+
+@figure(
+    "head_attribution",
+    example=Example({"values": _PARTS, "sensitive": _PARTS > 0.4, "insensitive": _PARTS < -0.2}),
+)
 def head_attribution(
     values: ArrayLike,
     sensitive: ArrayLike | None = None,
@@ -44,7 +58,7 @@ def head_attribution(
         for (row, head), value in np.ndenumerate(array)
     ]
     cell = min(0.42, (PAGE - 1.4) / heads)
-    fig = Drawing(max(3.35, heads * cell + 1.4), max(1.2, count * cell) + 0.85, rows)
+    fig = Drawing(max(3.35, heads * cell + 1.4), max(1.6, count * cell) + 0.85, rows)
     ax = fig.add_subplot()
     top = float(np.abs(array).max()) or 1.0
     bar = {"label": f"part of {plain(label)}\n(logits)", "shrink": 0.9, "pad": 0.02}

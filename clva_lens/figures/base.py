@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -84,7 +85,37 @@ class Drawing(Figure):
         return picture.getvalue()
 
 
-FIGURES = Registry[Callable[..., Drawing]]("figure")
+@dataclass(frozen=True)
+class Example:
+    """Data of a figure, small and made up: what the laws of all figures are held against.
+
+    ``arguments`` are those of the figure. Where it is drawn of records too, ``tables`` and
+    ``arrays`` are what such a record keeps, by name, and ``options`` how it is drawn from them.
+    """
+
+    arguments: Mapping[str, Any]
+    tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    arrays: Mapping[str, Mapping[str, ArrayLike]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A figure: how it is drawn from arrays and rows, from a record if it can be, and an example.
+
+    ``of_record(record, **options)`` is given what has ``rows(name)``, ``arrays(name)`` and
+    ``metrics``, a record or a draft; its options are JSON.
+    """
+
+    draw: Callable[..., Drawing]
+    example: Example
+    of_record: Callable[..., Drawing] | None = None
+
+
+FIGURES = Registry[Registered]("figure")
+
+# Names that figures have in records, where they are not those that they are registered under.
+STORED = {"drift": "drift_curves", "saliency": "saliency_overlays"}
 
 
 @contextmanager
@@ -94,8 +125,24 @@ def look() -> Iterator[None]:
         yield
 
 
-def figure(name: str) -> Callable[[Callable[P, Drawing]], Callable[P, Drawing]]:
-    """Return a decorator that registers a drawing function and runs it inside ``look``."""
+def figure(
+    name: str, *, example: Example | None = None, of_record: Callable[..., Drawing] | None = None
+) -> Callable[[Callable[P, Drawing]], Callable[P, Drawing]]:
+    """Return a decorator that registers a drawing function and runs it inside ``look``.
+
+    Raises:
+        FigureError: if ``example`` is none, or does not say what a record keeps for ``of_record``.
+    """
+    if not isinstance(example, Example):
+        raise FigureError(
+            f"the figure '{name}' has {example!r} for an example, so no law can be held against "
+            "it. Pass example=Example({...}) with the arguments of a small drawing."
+        )
+    if of_record is not None and not (example.tables or example.arrays):
+        raise FigureError(
+            f"the figure '{name}' is drawn of records, but its example keeps neither tables nor "
+            "arrays. Pass what a record keeps as Example(..., tables=, arrays=, options=)."
+        )
 
     def decorate(draw: Callable[P, Drawing]) -> Callable[P, Drawing]:
         @functools.wraps(draw)
@@ -103,10 +150,27 @@ def figure(name: str) -> Callable[[Callable[P, Drawing]], Callable[P, Drawing]]:
             with look():
                 return draw(*args, **kwargs)
 
-        FIGURES.register(name, styled)
+        FIGURES.register(name, Registered(styled, example, of_record))
         return styled
 
     return decorate
+
+
+def drawing_of_record(name: str) -> Callable[..., Drawing]:
+    """Return what draws a figure of a record, by the name it has there.
+
+    Raises:
+        UnknownName: if no figure has that name.
+        FigureError: if the figure is drawn of arrays only.
+    """
+    name = STORED.get(name, name)
+    found = FIGURES.get(name).of_record
+    if found is None:
+        raise FigureError(
+            f"the figure '{name}' is drawn of arrays, and does not say what it takes from a "
+            "record. Call it with arrays, or register it with @figure(..., of_record=)."
+        )
+    return found
 
 
 def save(

@@ -3,12 +3,22 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clva_lens.figures.base import BLUE, PAGE, Drawing, figure, plain
-from clva_lens.figures.of_records import record_figure
+from clva_lens.figures.base import BLUE, PAGE, Drawing, Example, figure, plain
 from clva_lens.ground.errors import FigureError
 
+_RATIO = {"case": "clva", "over": "greedy", "ratio": 1.1, "low": 1.0, "high": 1.2}
+_ROWS = [_RATIO | {"model": model} for model in ("llava", "instructblip")]
 
-@figure("costs")
+
+def _recorded(record: Any, table: str) -> Drawing:
+    return costs(record.rows(table))
+
+
+@figure(
+    "costs",
+    of_record=_recorded,
+    example=Example({"rows": _ROWS}, tables={"times": _ROWS}, options={"table": "times"}),
+)
 def costs(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     """Return a dot for each ratio, with quartiles, in blocks by model.
 
@@ -46,9 +56,3 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     ax.grid(axis="x", color="0.92", lw=0.5)
     ax.set_axisbelow(True)
     return fig
-
-
-@record_figure("costs")
-def recorded_costs(record: Any, table: str) -> Drawing:
-    """Draw a table of a record."""
-    return costs(record.rows(table))

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from clva_lens.figures.base import BLUE, PAGE, Drawing, figure, plain, verbatim
-from clva_lens.figures.of_records import record_figure
+from clva_lens.figures.base import BLUE, PAGE, Drawing, Example, figure, plain, verbatim
 from clva_lens.ground.errors import FigureError
 
 _LABELS = {
@@ -21,7 +20,29 @@ _LABELS = {
 }
 
 
-@figure("differences")
+_METRICS = ["accuracy", "auc"]
+_ROWS = [
+    {"benchmark": "pope/toy", "method": "clva", "metric": metric, "change": 0.1}
+    | {"low": low, "high": 0.2}
+    for metric, low in zip(_METRICS, (0.05, None), strict=True)
+]
+
+
+def _recorded(record: Any, table: str, metrics: Sequence[str], **options: str) -> Drawing:
+    """Draw the changes in a table of ``measure_methods``."""
+    rows = [row for row in record.rows(table) if np.isfinite(row["change"] or 0.0)]
+    return differences(rows, metrics, **options)
+
+
+@figure(
+    "differences",
+    of_record=_recorded,
+    example=Example(
+        {"rows": _ROWS, "metrics": _METRICS},
+        tables={"methods": _ROWS},
+        options={"table": "methods", "metrics": _METRICS},
+    ),
+)
 def differences(
     rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], baseline: str = "greedy"
 ) -> Drawing:
@@ -87,12 +108,3 @@ def _dot(ax: Any, row: Mapping[str, Any], y: float) -> None:
     sure = low > 0 or high < 0
     ax.plot([low, high], [y, y], color=BLUE, lw=1.1, solid_capstyle="butt")
     ax.plot([value], [y], "o", ms=3.6, mec=BLUE, mew=0.9, mfc=BLUE if sure else "white")
-
-
-@record_figure("differences")
-def recorded_differences(
-    record: Any, table: str, metrics: Sequence[str], baseline: str = "greedy"
-) -> Drawing:
-    """Draw the changes in a table of ``measure_methods``."""
-    rows = [row for row in record.rows(table) if np.isfinite(row["change"] or 0.0)]
-    return differences(rows, metrics, baseline)

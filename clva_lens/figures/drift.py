@@ -14,6 +14,7 @@ from clva_lens.figures.base import (
     GREEN,
     VERMILION,
     Drawing,
+    Example,
     figure,
     layer_numbers,
     numbers,
@@ -29,7 +30,37 @@ _CURVES = {
 }
 
 
-@figure("drift_curves")
+_SAMPLES = np.random.default_rng(0).uniform(size=(6, 5, 4))
+
+
+def _recorded(record: Any) -> Drawing:
+    """Draw the arrays ``drift``: three curves by sample, without and with CLVA."""
+    kept = record.arrays("drift")
+    positive, negative = kept["anchors"].tolist()
+    return drift_curves(
+        kept["entropy"],
+        kept["toward_positive"],
+        kept["toward_negative"],
+        positive,
+        negative,
+        clva=(kept["clva_entropy"], kept["clva_toward_positive"], kept["clva_toward_negative"]),
+        layers=kept["layers"].tolist(),
+        groups=kept["groups"].tolist(),
+    )
+
+
+@figure(
+    "drift_curves",
+    of_record=_recorded,
+    example=Example(
+        dict(zip(_CURVES, _SAMPLES, strict=False))
+        | {"positive_layer": 2, "clva": tuple(_SAMPLES[3:]), "groups": list("aabbc")},
+        arrays={
+            "drift": dict(zip((*_CURVES, *(f"clva_{n}" for n in _CURVES)), _SAMPLES, strict=True))
+            | {"anchors": [2, 0], "layers": [0, 1, 2, 3], "groups": list("aabbc")}
+        },
+    ),
+)
 def drift_curves(
     entropy: ArrayLike,
     toward_positive: ArrayLike,

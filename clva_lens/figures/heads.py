@@ -1,6 +1,7 @@
 """Which heads look at the image: the paper's Fig. 1."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import seaborn as sns
@@ -8,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from clva_lens.figures.base import PAGE, Drawing, figure, layer_numbers, mask, numbers
+from clva_lens.figures.base import PAGE, Drawing, Example, figure, layer_numbers, mask, numbers
 from clva_lens.ground.errors import FigureError
 from clva_lens.ground.files import Row
 
@@ -18,7 +19,23 @@ SYMBOLS = {"sensitive": "^", "insensitive": "v"}
 _WRITTEN = 12
 
 
-@figure("head_intensity")
+_INTENSITY = np.array([[0.1, 0.5, 0.9], [0.3, 0.2, 0.4]])
+_GIVEN = {
+    "intensity": _INTENSITY,
+    "sensitive": _INTENSITY > 0.8,
+    "insensitive": _INTENSITY < 0.2,
+    "layers": [3, 7],
+}
+
+
+def _recorded(record: Any) -> Drawing:
+    """Draw the arrays ``heads``: intensity, sensitive, insensitive, layers."""
+    kept = record.arrays("heads")
+    marked = kept["sensitive"], kept["insensitive"]
+    return head_intensity(kept["intensity"], *marked, layers=kept["layers"].tolist())
+
+
+@figure("head_intensity", of_record=_recorded, example=Example(_GIVEN, arrays={"heads": _GIVEN}))
 def head_intensity(
     intensity: ArrayLike,
     sensitive: ArrayLike | None = None,
@@ -52,7 +69,7 @@ def head_intensity(
     names = layer_numbers(layers, count)
     cell = min(0.42, (PAGE - 1.4) / heads)
     fig = Drawing(
-        max(3.35, heads * cell + 1.4), max(1.2, count * cell) + 0.85, _rows(values, classes, names)
+        max(3.35, heads * cell + 1.4), max(1.6, count * cell) + 0.85, _rows(values, classes, names)
     )
     ax = fig.add_subplot()
     written = count <= _WRITTEN and heads <= _WRITTEN

@@ -6,14 +6,31 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from clva_lens.figures.base import MARKERS, PAGE, PALETTE, Drawing, figure, plain
-from clva_lens.figures.of_records import record_figure
+from clva_lens.figures.base import MARKERS, PAGE, PALETTE, Drawing, Example, figure, plain
 from clva_lens.ground.errors import FigureError
 
 _MOST_LEGEND_COLUMNS, _LABEL_WIDTH = 4, 30
 
 
-@figure("layer_curves")
+_ROWS = [
+    {"quantity": "r", "run": run, "layer": layer, "value": 0.5, "low": 0.4, "high": 0.6}
+    for run, layer in (("greedy", 0), ("greedy", 1), ("chance", None))
+]
+
+
+def _recorded(record: Any, table: str, marked: int | None = None) -> Drawing:
+    return layer_curves(record.rows(table), marked=marked)
+
+
+@figure(
+    "layer_curves",
+    of_record=_recorded,
+    example=Example(
+        {"rows": _ROWS, "marked": 1},
+        tables={"curves": _ROWS},
+        options={"table": "curves", "marked": 1},
+    ),
+)
 def layer_curves(rows: Sequence[Mapping[str, Any]], *, marked: int | None = None) -> Drawing:
     """Return a panel for each quantity, with a curve and a band for each run.
 
@@ -76,9 +93,3 @@ def _draw(ax: Any, rows: Sequence[Mapping[str, Any]], number: int) -> None:
     if all(row.get("low") is not None for row in curve):
         low, high = ([row[end] for row in curve] for end in ("low", "high"))
         ax.fill_between(layers, low, high, color=PALETTE[number], alpha=0.18, lw=0)
-
-
-@record_figure("layer_curves")
-def recorded_curves(record: Any, table: str, marked: int | None = None) -> Drawing:
-    """Draw a table of a record; the options are those of ``layer_curves``."""
-    return layer_curves(record.rows(table), marked=marked)

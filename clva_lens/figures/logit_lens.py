@@ -5,12 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from clva_lens.figures.base import Drawing, figure, layer_numbers, numbers, plain
+from clva_lens.figures.base import Drawing, Example, figure, layer_numbers, numbers, plain
 from clva_lens.figures.layer_map import column_names, layer_map
 from clva_lens.ground.errors import FigureError
 
 
-@figure("logit_lens")
+@figure(
+    "logit_lens",
+    example=Example(
+        {"values": [[-0.3, 0.1, 0.5], [-0.1, -0.2, 0.0]], "words": [["yes", "a", "no"]] * 2}
+    ),
+)
 def logit_lens(
     values: ArrayLike,
     words: Sequence[Sequence[str]] | None = None,

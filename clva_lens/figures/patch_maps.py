@@ -9,14 +9,17 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from numpy.typing import ArrayLike
 
-from clva_lens.figures.base import PAGE, Drawing, figure, layer_numbers, numbers, plain
+from clva_lens.figures.base import PAGE, Drawing, Example, figure, layer_numbers, numbers, plain
 
 _COLUMNS = 6
 # What fits a page; of more layers, evenly spaced ones are drawn.
 MOST_MAPS = 12
 
 
-@figure("patch_maps")
+@figure(
+    "patch_maps",
+    example=Example({"maps": np.arange(-8.0, 12.0).reshape(5, 2, 2), "layers": [0, 1, 2, 3, 7]}),
+)
 def patch_maps(
     maps: ArrayLike,
     *,

@@ -5,11 +5,20 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from clva_lens.figures.base import Drawing, figure, layer_numbers, numbers, plain
+from clva_lens.figures.base import Drawing, Example, figure, layer_numbers, numbers, plain
 from clva_lens.figures.layer_map import column_names, layer_map
 
 
-@figure("patching")
+@figure(
+    "patching",
+    example=Example(
+        {
+            "values": [[-0.3, 0.1, 0.5], [-0.1, -0.2, 0.0]],
+            "columns": ["image", "question", "last"],
+            "layers": [3, 7],
+        }
+    ),
+)
 def patching(
     values: ArrayLike,
     columns: Sequence[str] | None = None,

@@ -10,6 +10,7 @@ from clva_lens.figures.base import (
     COLUMN,
     VERMILION,
     Drawing,
+    Example,
     figure,
     layer_numbers,
     numbers,
@@ -17,7 +18,18 @@ from clva_lens.figures.base import (
 from clva_lens.ground.errors import FigureError
 
 
-@figure("pointing")
+@figure(
+    "pointing",
+    example=Example(
+        {
+            "hits": [0.1, 0.5, 0.9],
+            "shares": [0.3, 0.2, 0.4],
+            "chance": 0.1,
+            "hit_intervals": [[0.0, 0.2], [0.4, 0.6], [0.8, 1.0]],
+            "layers": [0, 3, 7],
+        }
+    ),
+)
 def pointing(
     hits: ArrayLike,
     shares: ArrayLike,

@@ -13,7 +13,16 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from clva_lens.benchmarks.parsers import parse
-from clva_lens.figures.base import PAGE, Drawing, figure, mask, numbers, plain, verbatim
+from clva_lens.figures.base import (
+    PAGE,
+    Drawing,
+    Example,
+    figure,
+    mask,
+    numbers,
+    plain,
+    verbatim,
+)
 from clva_lens.figures.overlay import OUTLINES, heat_bar, outline, outline_handles, overlay
 from clva_lens.ground.errors import FigureError
 from clva_lens.ground.files import Row
@@ -56,7 +65,54 @@ class SaliencyPicture:
     objects: Any = None
 
 
-@figure("saliency_overlays")
+_RANDOM = np.random.default_rng(0)
+_MAPS = {
+    "image": _RANDOM.integers(0, 255, size=(8, 8, 3), dtype=np.uint8),
+    "before": _RANDOM.uniform(0, 0.1, size=(1, 2, 2)),
+    "after": _RANDOM.uniform(0, 0.1, size=(1, 2, 2)),
+    "positive": np.eye(2, dtype=bool),
+    "negative": ~np.eye(2, dtype=bool),
+    "objects": np.eye(8, dtype=bool),
+}
+_ASKED = {"question": "Is there a cup in the image?", "label": "no"}
+_ANSWERS = {"greedy": ("Yes", 1.25), "CLVA": ("No", -0.5), KNOCK_OUT: ("No", -2.0)}
+
+
+def _recorded(record: Any, table: str = "questions", site: str = "") -> Drawing:
+    """Draw the rows ``questions`` and the arrays ``picture_0`` and so on.
+
+    A row has the question, its label and the answer and margin under each condition.
+    """
+    pictures = []
+    layers: list[int] = []
+    for number, row in enumerate(record.rows(table)):
+        kept: dict[str, np.ndarray] = record.arrays(f"picture_{number}")
+        layers = kept.pop("layers").tolist()
+        answers = {
+            name.removeprefix("answer "): (text, row[f"margin {name.removeprefix('answer ')}"])
+            for name, text in row.items()
+            if name.startswith("answer ")
+        }
+        asked = {"question": row["question"], "label": row["label"], "answers": answers}
+        pictures.append(SaliencyPicture(**kept, **asked))
+    return saliency_overlays(pictures, layers, site=site)
+
+
+@figure(
+    "saliency_overlays",
+    of_record=_recorded,
+    example=Example(
+        {"pictures": [SaliencyPicture(**_MAPS, **_ASKED, answers=_ANSWERS)], "layers": [4]},
+        tables={
+            "questions": [
+                _ASKED
+                | {f"answer {name}": text for name, (text, _) in _ANSWERS.items()}
+                | {f"margin {name}": margin for name, (_, margin) in _ANSWERS.items()}
+            ]
+        },
+        arrays={"picture_0": _MAPS | {"layers": [4]}},
+    ),
+)
 def saliency_overlays(
     pictures: Sequence[SaliencyPicture],
     layers: Sequence[int],

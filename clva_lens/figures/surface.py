@@ -6,12 +6,24 @@ from typing import Any
 import numpy as np
 import seaborn as sns
 
-from clva_lens.figures.base import COLUMN, Drawing, figure, plain
-from clva_lens.figures.of_records import record_figure
+from clva_lens.figures.base import COLUMN, Drawing, Example, figure, plain
 from clva_lens.ground.errors import FigureError
 
+_GRID = [{"alpha": a, "beta": b, "change": a - b} for a in (0, 14) for b in (0.0, 0.9)]
+_OPTIONS = {"across": "alpha", "down": "beta", "value": "change", "label": "change (points)"}
 
-@figure("surface")
+
+def _recorded(record: Any, table: str, **options: str) -> Drawing:
+    return surface(record.rows(table), **options)
+
+
+@figure(
+    "surface",
+    of_record=_recorded,
+    example=Example(
+        {"rows": _GRID, **_OPTIONS}, tables={"grid": _GRID}, options={"table": "grid", **_OPTIONS}
+    ),
+)
 def surface(
     rows: Sequence[Mapping[str, Any]], across: str, down: str, value: str, label: str = ""
 ) -> Drawing:
@@ -57,9 +69,3 @@ def surface(
     ax.set_ylabel(plain(down))
     ax.tick_params(length=2, rotation=0)
     return fig
-
-
-@record_figure("surface")
-def recorded_surface(record: Any, table: str, **options: str) -> Drawing:
-    """Draw a table of a record; the options are those of ``surface``."""
-    return surface(record.rows(table), **options)

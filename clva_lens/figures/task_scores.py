@@ -3,12 +3,30 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clva_lens.figures.base import MARKERS, PAGE, PALETTE, Drawing, figure, plain
-from clva_lens.figures.of_records import record_figure
+from clva_lens.figures.base import MARKERS, PAGE, PALETTE, Drawing, Example, figure, plain
 from clva_lens.ground.errors import FigureError
 
+_TASKS = ["existence", "color"]
+_ROWS = [
+    {"method": method, "metric": task, "value": 150.0 + 10 * number}
+    for number, method in enumerate(("greedy", "clva"))
+    for task in _TASKS
+]
 
-@figure("task_scores")
+
+def _recorded(record: Any, table: str, tasks: Sequence[str]) -> Drawing:
+    return task_scores(record.rows(table), tasks)
+
+
+@figure(
+    "task_scores",
+    of_record=_recorded,
+    example=Example(
+        {"rows": _ROWS, "tasks": _TASKS},
+        tables={"methods": _ROWS},
+        options={"table": "methods", "tasks": _TASKS},
+    ),
+)
 def task_scores(
     rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], label: str = "score (points of 200)"
 ) -> Drawing:
@@ -52,9 +70,3 @@ def task_scores(
     ax.set_axisbelow(True)
     fig.legend(loc="outside lower center", ncols=len(methods))
     return fig
-
-
-@record_figure("task_scores")
-def recorded_scores(record: Any, table: str, tasks: Sequence[str]) -> Drawing:
-    """Draw the scores in a table of ``measure_methods``."""
-    return task_scores(record.rows(table), tasks)

@@ -1,7 +1,7 @@
 """A name → object table that says "did you mean" when asked for a name it does not have."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -23,17 +23,23 @@ class Registry(Generic[T]):
     clva_lens.ground.errors.UnknownName: no colour 'rde'. Did you mean 'red'? Known: red.
     """
 
-    def __init__(self, kind: str) -> None:
-        """Name the kind of thing kept here; the word appears in error messages."""
+    def __init__(self, kind: str, check: Callable[[str, T], None] | None = None) -> None:
+        """Name the kind of thing kept here; the word appears in error messages.
+
+        ``check(name, item)`` raises, in words, for an item that lacks what its kind must have.
+        """
         self.kind = kind
+        self._check = check
         self._items: dict[str, T] = {}
 
     def register(self, name: str, item: T) -> T:
         """Add ``item`` under ``name`` and return it.
 
         Raises:
-            ParameterError: if the name is taken by another object.
+            ParameterError: if the name is taken by another object, or ``item`` lacks something.
         """
+        if self._check is not None:
+            self._check(name, item)
         if self._items.setdefault(name, item) is not item:
             raise ParameterError(f"the {self.kind} '{name}' is registered twice. Rename one.")
         return item

@@ -1,13 +1,19 @@
 """The check at the door: is attention where the family says, and does editing it move the model?"""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from clva_lens.engine.run import running
-from clva_lens.ground.errors import InterventionError, ModelCheckError
+from clva_lens.ground.errors import (
+    ClvaLensError,
+    InterventionError,
+    ModelCheckError,
+    PromptError,
+)
 from clva_lens.lens.observers import Observer
 from clva_lens.methods.knockout import KnockOut
 from clva_lens.methods.target import Target, shape_of
@@ -28,10 +34,32 @@ def check_family(model: PreTrainedModel, prompt: Callable[[np.ndarray, str], Pro
     """
     name = model.name_or_path or type(model).__name__
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    asked = prompt(noise, "What is in the image?")
     family = find_family(model)
+    _check_duties(name, model, family)
+    asked = prompt(noise, "What is in the image?")
     _check_pixels(name, model, asked)
     return min(_check_site(name, model, family, site.name, asked) for site in family.sites(model))
+
+
+def _check_duties(name: str, model: PreTrainedModel, family: ModelFamily) -> None:
+    """Check that the family can say of this model what it must say of each of its models."""
+    duty = "sites"
+    try:
+        sites = [site.name for site in family.sites(model)]
+        for duty in ("image_token_id", "picture_size"):
+            getattr(family, duty)(model)
+        for duty in ("visual_count", "grid"):
+            for site in sites:
+                with suppress(PromptError):  # there may be no grid, for a reason
+                    getattr(family, duty)(model, site)
+    except ClvaLensError:
+        raise
+    except Exception as error:
+        raise ModelCheckError(
+            f"{name}: the family '{family.name}' says that it knows {type(model).__name__}, but "
+            f"its {duty}() fails on it ({type(error).__name__}: {error}). Write {duty}() for such "
+            f"models in {type(family).__name__}, or let its matches() leave them out."
+        ) from error
 
 
 def _check_pixels(name: str, model: PreTrainedModel, asked: Prompt) -> None:

@@ -5,9 +5,9 @@ mean over a reference set of prompts, or by that of another prompt of the batch 
 take the head's constant part away too; the mean and the resampled z keep what is usual of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -72,6 +72,7 @@ class AblateHeads(Method):
     name: ClassVar[str] = "ablation"
     paper: ClassVar[str] = "control: head ablation by zero, mean or resampled output"
     kernel: ClassVar[Kernel] = "none"
+    zero: ClassVar[Mapping[str, Any] | None] = {"layers": ()}
     heads: Bool[Tensor, "layer head"] | HeadTable | str = "sensitive"
     mode: Mode = "zero"
     rows: ZRows = "text"

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
@@ -66,7 +66,8 @@ class Method(ABC):
     attention kernel, ``forwards`` how many forward passes of the language model a generated token
     costs (1 for the model alone), ``sites`` the attention sites it can act at; none for a method
     that leaves attention alone. ``decodings`` are the names of those it works with, ``extended``
-    those among them that neither its paper nor its release has.
+    those among them that neither its paper nor its release has. ``zero`` are the parameters that
+    switch it off, so that the model's numbers come out to the bit; None if none do.
     """
 
     name: ClassVar[str]
@@ -76,6 +77,7 @@ class Method(ABC):
     sites: ClassVar[tuple[str, ...]] = ("decoder", "qformer")
     decodings: ClassVar[tuple[str, ...]] = ("greedy", "beam", "sampling")
     extended: ClassVar[tuple[str, ...]] = ()
+    zero: ClassVar[Mapping[str, Any] | None] = None
 
     @abstractmethod
     def sessions(self, target: Target) -> list[Session]:
@@ -110,19 +112,24 @@ class Method(ABC):
         return method_hooks(self.sessions, bridge, prompt)
 
 
-METHODS = Registry[type[Method]]("method")
-SomeMethod = TypeVar("SomeMethod", bound=type[Method])
+SITES = ("decoder", "qformer")
+_TEXTS = (str, "a text")
+_NAMES = (tuple, "a tuple of names")
+# What a method says of itself: (kind, its words), by attribute.
+_SAYS: dict[str, tuple[Any, str]] = {
+    "name": _TEXTS,
+    "paper": _TEXTS,
+    "kernel": _TEXTS,
+    "forwards": (float | int, "a number"),
+    "sites": _NAMES,
+    "decodings": _NAMES,
+    "extended": _NAMES,
+    "zero": (Mapping | None, "a dictionary of parameters, or None"),
+}
 
 
-def register_method(method: SomeMethod) -> SomeMethod:
-    """Register a method under its ``name``; a decorator above ``@dataclass(frozen=True)``.
-
-    A class of the same name and module takes the place of the one before, so that a notebook's
-    cell can be run again.
-
-    Raises:
-        ParameterError: if it is no frozen dataclass, or another method has its name.
-    """
+def _check_method(name: str, method: type[Method]) -> None:
+    """Raise ParameterError, naming what a method lacks to be registered."""
     if not getattr(vars(method).get("__dataclass_params__"), "frozen", False):
         raise ParameterError(
             f"{method.__name__} is no frozen dataclass, so its parameters could change during a "
@@ -133,6 +140,54 @@ def register_method(method: SomeMethod) -> SomeMethod:
             f"{method.__name__} has no name of its own to be registered under. Write "
             'name: ClassVar[str] = "..." in it.'
         )
+    for attribute, (kind, words) in _SAYS.items():
+        found = getattr(method, attribute)
+        if not isinstance(found, kind):
+            raise ParameterError(
+                f"{attribute} of {method.__name__} must be {words}, but is {found!r}. Write "
+                f"{attribute}: ClassVar = ... in the class, or leave it out for the default."
+            )
+    parameters = {one.name: one for one in fields(method)}
+    unset = [
+        one.name
+        for one in parameters.values()
+        if one.default is MISSING and one.default_factory is MISSING
+    ]
+    among = {
+        "kernel": ((method.kernel,), get_args(Kernel)),
+        "sites": (method.sites, SITES),
+        "extended": (method.extended, method.decodings),
+        "zero": (method.zero or (), parameters),
+    }
+    for attribute, (found, known) in among.items():
+        strange = [one for one in found if one not in known]
+        if strange:
+            raise ParameterError(
+                f"{attribute} of {method.__name__} has {strange[0]!r}, which must be one of "
+                f"{', '.join(known) or 'none'}. Write {attribute} with these."
+            )
+    if unset:
+        raise ParameterError(
+            f"{method.__name__} has parameters without a default: {', '.join(unset)}. Give each "
+            f"one, so that {method.__name__}() is a method."
+        )
+
+
+METHODS = Registry[type[Method]]("method", _check_method)
+SomeMethod = TypeVar("SomeMethod", bound=type[Method])
+
+
+def register_method(method: SomeMethod) -> SomeMethod:
+    """Register a method under its ``name``; a decorator above ``@dataclass(frozen=True)``.
+
+    A class of the same name and module takes the place of the one before, so that a notebook's
+    cell can be run again.
+
+    Raises:
+        ParameterError: if it is no frozen dataclass with a name of its own and defaults for all
+            parameters, what it says of itself is wrong, or another method has its name.
+    """
+    _check_method("", method)
     known = dict(METHODS.items()).get(method.name)
     if known is not None:
         names = [(one.__module__, one.__qualname__) for one in (known, method)]

@@ -20,9 +20,9 @@ queries are edited and the system is the CLS token.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -66,6 +66,7 @@ class ClearSight(Method):
     name: ClassVar[str] = "clearsight"
     paper: ClassVar[str] = "ClearSight (VAF), arXiv:2503.13107"
     kernel: ClassVar[Kernel] = "fused + rows"
+    zero: ClassVar[Mapping[str, Any] | None] = {"enhance": 1.0, "suppress": 1.0}
     enhance: float | int = 1.15
     suppress: float | int | None = None
     variant: Variant = "released"

@@ -14,9 +14,9 @@ so nothing happens at decoding steps.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -79,6 +79,7 @@ class CLVA(Method):
     name: ClassVar[str] = "clva"
     paper: ClassVar[str] = "Cross-Layer Visual Anchors, arXiv:2603.25088"
     kernel: ClassVar[Kernel] = "fused + rows"
+    zero: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0, "beta": 0.0}
     alpha: float | int = 14.0
     beta: float | int = 0.9
     tau: float | int = 2.0

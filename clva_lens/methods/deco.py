@@ -13,9 +13,9 @@ alone; one pass, and a row of logits for each layer.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -55,6 +55,7 @@ class DeCo(Method):
     paper: ClassVar[str] = "DeCo, arXiv:2410.11779"
     kernel: ClassVar[Kernel] = "none"
     sites: ClassVar[tuple[str, ...]] = ()
+    zero: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0}
     alpha: float | int = 0.6
     layers: Sequence[int] | None = None
     top_p: float | int = 0.9

@@ -11,9 +11,10 @@ others quote the paper; its text was not at hand. α = 0 edits nothing at all. E
 kernels; twice the passes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from clva_lens.engine.session import Session
 from clva_lens.ground.errors import InterventionError, ParameterError
@@ -48,6 +49,7 @@ class ICD(Method):
     forwards: ClassVar[float | int] = 2
     sites: ClassVar[tuple[str, ...]] = ()
     extended: ClassVar[tuple[str, ...]] = ("greedy", "beam")
+    zero: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0}
     instruction: str = CONFUSED
     alpha: float | int = 1.0
     beta: float | int = 0.1

@@ -29,6 +29,7 @@ image, CMVED the rows of text, in every layer; both are exact under fused kernel
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -80,6 +81,7 @@ class IMCCD(Method):
     kernel: ClassVar[Kernel] = "eager rows"
     forwards: ClassVar[float | int] = 2
     sites: ClassVar[tuple[str, ...]] = ()
+    zero: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0, "compression": 1}
     alpha: float | int | None = None
     beta: float | int | None = None
     compression: float | int | None = None

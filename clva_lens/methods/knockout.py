@@ -5,9 +5,9 @@ the causal control: set those weights to 0 (Eq. 10 of arXiv:2603.25088v1 with we
 image token), renormalise (Eq. 11), and see whether the answer changes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -53,6 +53,7 @@ class KnockOut(Method):
     name: ClassVar[str] = "knockout"
     paper: ClassVar[str] = "control: Eqs. 10-11 of arXiv:2603.25088 with weight 0"
     kernel: ClassVar[Kernel] = "fused"
+    zero: ClassVar[Mapping[str, Any] | None] = {"layers": ()}
     layers: Sequence[int] | None = None
     rows: Rows = "text"
     heads: Bool[Tensor, "layer head"] | HeadTable | str | None = None

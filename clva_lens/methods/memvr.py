@@ -21,8 +21,9 @@ Attention is left alone; one pass, and a row of logits for each layer that is as
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -65,6 +66,7 @@ class MemVR(Method):
     paper: ClassVar[str] = "MemVR, arXiv:2410.03577"
     kernel: ClassVar[Kernel] = "none"
     sites: ClassVar[tuple[str, ...]] = ()
+    zero: ClassVar[Mapping[str, Any] | None] = {"ratio": 0.0}
     ratio: float | int = 0.12
     gamma: float | int = 0.75
     start: int | None = None

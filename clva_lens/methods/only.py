@@ -31,8 +31,9 @@ Attention is left alone; one pass, and an MLP, an output projection and an unemb
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -93,6 +94,7 @@ class ONLY(Method):
     kernel: ClassVar[Kernel] = "eager rows"
     sites: ClassVar[tuple[str, ...]] = ()
     extended: ClassVar[tuple[str, ...]] = ("greedy", "beam")
+    zero: ClassVar[Mapping[str, Any] | None] = {"support": 0.0, "contrast": 0.0}
     support: float | int = 3.0
     contrast: float | int = 1.0
     gamma: float | int = 0.2

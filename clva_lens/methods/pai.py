@@ -21,9 +21,9 @@ queries are edited.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -67,6 +67,7 @@ class PAI(Method):
     name: ClassVar[str] = "pai"
     paper: ClassVar[str] = "PAI, arXiv:2407.21771"
     kernel: ClassVar[Kernel] = "fused + rows"
+    zero: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0}
     alpha: float | int = 0.2
     guidance: float | int = 1.0
     beta: float | int = 0.1

@@ -14,8 +14,9 @@ nothing at all: the cut-off goes with the contrast. Exact under fused kernels; t
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -58,6 +59,7 @@ class VCD(Method):
     forwards: ClassVar[float | int] = 2
     sites: ClassVar[tuple[str, ...]] = ()
     extended: ClassVar[tuple[str, ...]] = ("greedy", "beam")
+    zero: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0}
     alpha: float | int | None = None
     beta: float | int | None = None
     noise_step: int | None = None

@@ -18,8 +18,9 @@ pattern before either edit; "text" keys are the prompt's text and what was gener
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -61,6 +62,12 @@ class VisFlow(Method):
     paper: ClassVar[str] = "VisFlow, arXiv:2506.12609"
     kernel: ClassVar[Kernel] = "fused + rows"
     sites: ClassVar[tuple[str, ...]] = ("decoder",)
+    zero: ClassVar[Mapping[str, Any] | None] = {
+        "salient": 1.0,
+        "sink": 1.0,
+        "system": 0.0,
+        "text": 0.0,
+    }
     salient: float | int = 20.0
     sink: float | int = 0.5
     system: float | int = 0.5

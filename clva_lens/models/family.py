@@ -1,5 +1,6 @@
 """What clva_lens has to know about a family of models: facts, no algorithms."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -184,6 +185,23 @@ class ModelFamily(ABC):
     def tiny(self, **text_config: Any) -> PreTrainedModel:
         """Return a small model with random weights: 12 layers, 4 heads, 16 image tokens."""
 
+    def tiny_inputs(self, model: PreTrainedModel, seed: int = 0, words: int = 6) -> Inputs:
+        """Return inputs of the tiny model, without a processor: BOS, image, random words.
+
+        The picture is random pixels. A family whose models take more inputs adds them here.
+        """
+        noise = torch.Generator().manual_seed(seed)
+        side = self.picture_size(model) or 32
+        site = self.sites(model)[-1].name
+        count = self.visual_count(model, site) or math.prod(self.grid(model, site))
+        image = torch.full((count,), self.image_token_id(model))
+        ids = torch.cat([torch.tensor([1]), image, torch.randint(8, 60, (words,), generator=noise)])
+        return {
+            "input_ids": ids[None],
+            "attention_mask": torch.ones_like(ids)[None],
+            "pixel_values": torch.randn(1, 3, side, side, generator=noise),
+        }
+
 
 def ask_by_template(processor: Any, question: str, system: str | None) -> str:
     """Return the prompt that a processor's chat template makes of a picture and a question.
@@ -238,7 +256,22 @@ def pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids), torch.tensor(mask)
 
 
-FAMILIES = Registry[ModelFamily]("model family")
+def _check_family(name: str, family: Any) -> None:
+    """Raise ParameterError, naming what a family lacks to be registered."""
+    if not isinstance(family, ModelFamily):
+        raise ParameterError(
+            f"'{name}' would be {family!r}, which is no ModelFamily. Register an instance: "
+            "FAMILIES.register(name, MyFamily())."
+        )
+    if vars(type(family)).get("name") != name:
+        found = getattr(family, "name", None)
+        raise ParameterError(
+            f"{type(family).__name__} is to be registered as '{name}', but the name it has is "
+            f'{found!r}. Write name = "{name}" in the class itself.'
+        )
+
+
+FAMILIES = Registry[ModelFamily]("model family", _check_family)
 
 
 def matching_family(model: nn.Module) -> ModelFamily | None:

@@ -275,6 +275,12 @@ class InstructBlip(ModelFamily):
         """Return a small InstructBLIP: two 12-layer, 4-head stacks, 8 queries, 16 patches."""
         return self.tiny_with(LlamaConfig(**(TINY_DECODER | text_config)))
 
+    def tiny_inputs(self, model: PreTrainedModel, seed: int = 0, words: int = 6) -> Inputs:
+        """Return the inputs, and a text of the Q-Former."""
+        ids = torch.randint(8, 60, (1, 4), generator=torch.Generator().manual_seed(seed))
+        reading = {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
+        return super().tiny_inputs(model, seed, words) | reading
+
     @staticmethod
     def tiny_with(text_config: PreTrainedConfig) -> InstructBlipForConditionalGeneration:
         """Return a small InstructBLIP around a language model."""

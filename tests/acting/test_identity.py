@@ -19,19 +19,6 @@ from clva_lens.methods.target import Target
 STEPS = 4
 PLACES = [("llava", heads, kernel, "decoder") for heads in HEADS for kernel in KERNELS]
 PLACES += [("instructblip", "grouped", kernel, site) for kernel in KERNELS for site in SITES]
-# Methods with a strength: what switches them off.
-ZERO = {
-    "clva": {"alpha": 0.0, "beta": 0.0},
-    "deco": {"alpha": 0.0},
-    "icd": {"alpha": 0.0},
-    "imccd": {"alpha": 0.0, "compression": 1},
-    "memvr": {"ratio": 0.0},
-    "only": {"support": 0.0, "contrast": 0.0},
-    "vcd": {"alpha": 0.0},
-    "clearsight": {"enhance": 1.0, "suppress": 1.0},
-    "pai": {"alpha": 0.0},
-    "visflow": {"salient": 1.0, "sink": 1.0, "system": 0.0, "text": 0.0},
-}
 # Parameters under which a method does something on 16 image tokens.
 STRONG = {
     "clva": {"tau": 1.0},
@@ -193,9 +180,10 @@ def test_method_moves_the_logits(lens, ask, bare, name, method):
 
 @every_method
 def test_zero_strength(lens, ask, site, bare, name):
-    if name not in ZERO:
-        pytest.skip(f"{name} has no strength; un-skip when it gets one, by adding it to ZERO")
-    zero = make(name, site, **ZERO[name])
+    off = METHODS.get(name).zero
+    if off is None:
+        pytest.skip(f"{name} has no strength; un-skip when it gets one, by writing it as its zero")
+    zero = make(name, site, **off)
     assert torch.equal(logits(lens, ask(lens, 3).inputs, zero), bare)
 
 

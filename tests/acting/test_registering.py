@@ -16,15 +16,16 @@ from clva_lens.methods.base import METHODS, BiasSession, Kernel, Method, row_bia
 @pytest.mark.parametrize("name", METHODS.names())
 def test_every_method_says_what_it_is(name):
     method = METHODS.get(name)
-    own = vars(method)
-    assert own["name"] == name
-    assert len(own["paper"]) > 10
-    assert own["kernel"] in get_args(Kernel)
+    assert vars(method)["name"] == name
+    assert len(method.paper) > 10, f"{name} does not say where it comes from. Write its paper."
+    assert method.kernel in get_args(Kernel)
     assert method.forwards >= 1
     assert set(method.sites) <= {"decoder", "qformer"}
     # Which site is asked only where there is a choice.
     known = {field.name for field in fields(method)}
-    assert ("site" in known) == (len(method.sites) > 1)
+    assert ("site" in known) == (len(method.sites) > 1), (
+        f"{name} acts at {method.sites}. Give it a parameter site, or sites with the only one."
+    )
     assert method.__doc__ is not None
     assert method() == method()  # every parameter has a default
 
@@ -87,6 +88,47 @@ def test_what_cannot_be_registered(forget):
     with pytest.raises(cl.ClvaLensError, match=r"Another has no name of its own"):
         cl.register_method(Another)
     assert "mine" not in cl.methods()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"paper": None}, r"paper of Odd must be a text, but is None\. Write paper: ClassVar"),
+        ({"kernel": "flash"}, r"kernel of Odd has 'flash', which must be one of none, fused"),
+        ({"forwards": "2"}, r"forwards of Odd must be a number"),
+        ({"sites": "decoder"}, r"sites of Odd must be a tuple of names, but is 'decoder'"),
+        ({"sites": ("vision",)}, r"sites of Odd has 'vision'.*decoder, qformer"),
+        ({"extended": ("nucleus",)}, r"extended of Odd has 'nucleus'.*greedy, beam, sampling"),
+        ({"zero": {"alpha": 0}}, r"zero of Odd has 'alpha', which must be one of strength"),
+        ({"zero": 0}, r"zero of Odd must be a dictionary of parameters, or None"),
+    ],
+)
+def test_what_a_method_says_of_itself_is_checked(forget, said, message):
+    class Odd(Method):
+        name = "mine"
+        strength: int = 1
+
+        def sessions(self, target):
+            return []
+
+    for name, value in said.items():
+        setattr(Odd, name, value)
+    with pytest.raises(cl.ClvaLensError, match=message):
+        cl.register_method(dataclass(frozen=True)(Odd))
+    assert "mine" not in cl.methods()
+
+
+def test_parameters_have_defaults(forget):
+    @dataclass(frozen=True)
+    class Bare(Method):
+        name: ClassVar[str] = "mine"
+        strength: int
+
+        def sessions(self, target):
+            return []
+
+    with pytest.raises(cl.ClvaLensError, match=r"without a default: strength\. Give each one"):
+        cl.register_method(Bare)
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,13 @@ def test_system_messages_of_pairs(toys, asked):
     cl.generate(model, [(image, question, "a chat"), (image, question, "a chat")], None, greedy)
     cl.generate(model, [(image, question)], None, greedy)
     assert [system for _, system in asked] == ["a chat", None]
-    for other in ((image, question), model.prompt(image, question, system="an image")):
-        with pytest.raises(PromptError, match="different system messages"):
-            cl.generate(model, [(image, question, "a chat"), other], None, greedy)
+    with pytest.raises(PromptError, match="different system messages"):
+        cl.generate(model, [(image, question, "a chat"), (image, question)], None, greedy)
+    other = model.prompt(image, question, system="an image")  # is run as it is, by itself
+    both = cl.generate(model, [(image, question, "a chat"), other], None, greedy)
+    alone = [cl.generate(model, one, None, greedy) for one in ((image, question, "a chat"), other)]
+    assert both.margins == [margin for one in alone for margin in one.margins]
+    assert both.margins[0] != both.margins[1]
 
 
 def test_the_toy_mme_runs(toys):

@@ -5,25 +5,18 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.image import imread
 from PIL import Image
 
 from clva_lens.figures import (
-    FIGURES,
     costs,
     differences,
     drift_curves,
-    head_attribution,
     head_intensity,
     layer_curves,
-    logit_lens,
     method_comparison,
-    patch_maps,
-    patching,
-    pointing,
     saliency_overlays,
     save,
     surface,
@@ -74,44 +67,12 @@ def picture(**changes):
     return replace(given, **changes)
 
 
-DRAW = {
-    "head_intensity": lambda: head_intensity(INTENSITY, INTENSITY > 0.8, INTENSITY < 0.2),
-    "head_attribution": lambda: head_attribution(INTENSITY - 0.4, INTENSITY > 0.8, INTENSITY < 0.2),
-    "drift_curves": lambda: drift_curves(*CURVES, 2, clva=CURVES, resamples=20),
-    "saliency_overlays": lambda: saliency_overlays([picture()], [4]),
-    "logit_lens": lambda: logit_lens(INTENSITY - 0.4, [["$a", "猫", "no"]] * 2),
-    "patch_maps": lambda: patch_maps(CURVES[0].reshape(5, 2, 2) - 0.5, layers=[0, 1, 2, 3, 7]),
-    "patching": lambda: patching(INTENSITY - 0.4, ["image", "$a 猫", "last"], layers=[3, 7]),
-    "pointing": lambda: pointing(
-        INTENSITY[0], INTENSITY[1], chance=0.1, hit_intervals=np.eye(3)[:, :2]
-    ),
-    "method_comparison": lambda: method_comparison(METHODS),
-    "differences": lambda: differences(CHANGES, ["accuracy", "auc"]),
-    "surface": lambda: surface(GRID, "alpha", "beta", "change", "change (points)"),
-    "layer_curves": lambda: layer_curves(LAYERS, marked=1),
-    "task_scores": lambda: task_scores(METHODS[:6], ["accuracy", "auc"]),
-    "costs": lambda: costs(RATIOS),
-}
-
-
-def test_every_registered_figure_is_drawn_here():
-    assert set(FIGURES.names()) == set(DRAW)
-
-
-@pytest.mark.parametrize("name", DRAW)
-def test_same_data_same_bytes_and_no_trace_in_matplotlib(tmp_path, name):
-    with mpl.rc_context({"font.size": 23, "figure.dpi": 31, "savefig.bbox": "tight"}):
-        before = dict(mpl.rcParams)
-        first = save(DRAW[name](), tmp_path / "a", name, None, PROVENANCE)
-        assert dict(mpl.rcParams) == before
-    second = save(DRAW[name](), tmp_path / "b", name, None, PROVENANCE)
-    assert [path.name for path in first] == [f"{name}.{e}" for e in ("pdf", "png", "csv")]
-    for one, other in zip(first, second, strict=True):
-        assert one.read_bytes() == other.read_bytes(), one.suffix
+def heads():
+    return head_intensity(INTENSITY, INTENSITY > 0.8, INTENSITY < 0.2)
 
 
 def test_files_carry_provenance_and_the_drawn_rows(tmp_path):
-    fig = DRAW["head_intensity"]()
+    fig = heads()
     pdf, png, table = save(fig, tmp_path, "heads", None, PROVENANCE)
     with Image.open(png) as image:
         assert json.loads(image.text["Description"]) == PROVENANCE
@@ -136,7 +97,7 @@ def test_save_takes_rows_or_a_data_frame(tmp_path):
             assert orient == "records"
             return [{"x": 1}, {"x": 2, "y": 3}]
 
-    fig = DRAW["head_intensity"]()
+    fig = heads()
     *_, table = save(fig, tmp_path, "frame", Frame(), {})
     assert table.read_bytes() == b"x,y\n1,\n2,3\n"
     with pytest.raises(FigureError, match="0 rows of drawn data"):
@@ -167,7 +128,7 @@ def test_a_notebook_shows_the_picture():
 def test_heads_write_numbers_up_to_twelve():
     assert "0.90" in {text.get_text() for text in head_intensity(INTENSITY).axes[0].texts}
     assert not head_intensity(np.full((13, 2), 0.5)).axes[0].texts
-    labels = [text.get_text() for text in DRAW["head_intensity"]().legends[0].get_texts()]
+    labels = [text.get_text() for text in heads().legends[0].get_texts()]
     assert labels == ["sensitive (1 of 6 heads)", "insensitive (1 of 6 heads)"]
 
 
