@@ -24,6 +24,7 @@ from matplotlib.text import Text
 from numpy.typing import ArrayLike
 
 from clva_lens.ground.errors import FigureError
+from clva_lens.ground.files import Row
 from clva_lens.ground.registry import Registry
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), told apart with every common colour blindness.
