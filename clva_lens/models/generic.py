@@ -16,6 +16,7 @@ and quantised weights on a GPU.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,7 +51,10 @@ VIDEO = (
 class PicturePasses(DecoderPasses):
     """Passes of a decoder whose prompts must have no videos."""
 
-    video: int | None = None
+    def __init__(self, entry: nn.Module, image_token_id: int, video_token_id: int | None) -> None:
+        """Name the token of a video too, where it is not that of a picture."""
+        super().__init__(entry, image_token_id)
+        self.video = None if video_token_id == image_token_id else video_token_id
 
     def _begin(self, rows: Tensor, ids: Tensor, mask: Tensor | None) -> TokenSpans:
         if self.video is not None and (ids == self.video).any():
@@ -102,11 +106,7 @@ class Generic(ModelFamily):
             )
         image, video = self.image_token_id(model), _video_token(model)
 
-        def passes() -> PicturePasses:
-            watcher = PicturePasses(model, image)
-            watcher.video = None if video == image else video
-            return watcher
-
+        passes = partial(PicturePasses, model, image, video)
         return (Site("decoder", modules, layers, len(decoder.layers), config, passes),)
 
     def activations(self, model: PreTrainedModel) -> activations.Activations:

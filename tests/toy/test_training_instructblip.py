@@ -11,8 +11,8 @@ from transformers import AttentionInterface, AutoModelForImageTextToText, AutoPr
 from transformers.models.instructblip.modeling_instructblip import eager_attention_forward
 
 from clva_lens.ground.errors import ParameterError
+from clva_lens.toy import train, vision
 from clva_lens.toy import train_instructblip as training
-from clva_lens.toy import vision
 from clva_lens.toy.build_instructblip import (
     QUERIES,
     VISION_WIDTH,
@@ -179,7 +179,7 @@ def test_alignment_turns_patches_into_their_words(batch, monkeypatch):
 
 
 def test_a_run_that_broke_off_goes_on_where_it_was(tmp_path, monkeypatch):
-    for module in (training, vision):
+    for module in (train, vision):
         monkeypatch.setattr(module, "EVERY", 2)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
     recipe = training.InstructBlipRecipe(
