@@ -82,7 +82,7 @@ def evaluate(
         "batch_size": batch_size,
         **machine(model),
     }
-    asking = _Asking(model, samples, method, decoding, batch_size, progress)
+    asking = _Asking(model, chosen, samples, method, decoding, batch_size, progress)
     if out is None:
         answers = [answer for batch in asking.batches(0) for answer in batch]
         return _report(judge(chosen, samples, answers), record, asking.seconds)
@@ -121,6 +121,7 @@ class _Asking:
     """The questions of a run to a model; ``seconds`` is the time spent in it so far."""
 
     model: LensModel
+    benchmark: Benchmark
     samples: Sequence[Sample]
     method: Method | None
     decoding: Decoding
@@ -135,7 +136,10 @@ class _Asking:
             BenchmarkError: if memory runs out.
         """
         chats = self.model.family.chats
-        asked = [(s.image, s.question, s.system if chats else None) for s in self.samples]
+        asked = [
+            (self.benchmark.picture(s), s.question, s.system if chats else None)
+            for s in self.samples
+        ]
         made = generate_batches(
             self.model,
             asked,
