@@ -109,6 +109,10 @@ class Benchmark(ABC):
     def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
         """Return all samples, or ``limit`` of them chosen with ``seed``."""
 
+    def picture(self, sample: Sample) -> Any:
+        """Return the picture that a model is shown for a sample: its image, read as any other."""
+        return sample.image
+
     def questions(self) -> list[Sample]:
         """Return all samples for scoring: pictures that are files need not be there."""
         return self.samples()

@@ -16,7 +16,6 @@ import numpy as np
 from clva_lens.benchmarks.base import (
     BENCHMARKS,
     Answer,
-    Benchmark,
     Sample,
     Score,
     choose,
@@ -32,7 +31,13 @@ from clva_lens.benchmarks.chair_truth import (
     read_image_ids,
 )
 from clva_lens.benchmarks.chair_vocabulary import synonym_file, vocabulary
-from clva_lens.benchmarks.files import find_images, locate, read_object, read_rows
+from clva_lens.benchmarks.files import (
+    PictureBenchmark,
+    find_images,
+    locate,
+    read_object,
+    read_rows,
+)
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.files import sha256
 
@@ -40,7 +45,7 @@ _FROM = "images.cocodataset.org (annotations_trainval2014.zip, val2014.zip)"
 
 
 @dataclass(frozen=True)
-class ChairCoco(Benchmark):
+class ChairCoco(PictureBenchmark):
     """CHAIR on images of COCO.
 
     Published numbers are on 500 images of val2014 that each paper drew for itself, mostly without a
@@ -80,6 +85,7 @@ class ChairCoco(Benchmark):
 
     def __post_init__(self) -> None:
         """Check the names."""
+        super().__post_init__()
         LEMMATISERS.get(self.lemmatiser)
         require_known("truncation", self.truncation, TRUNCATIONS)
 
@@ -125,7 +131,7 @@ class ChairCoco(Benchmark):
         what = f"the folder with the images of {self.split}"
         folder = locate(self.images or self.data, (".",) if self.images else places, what, _FROM)
         paths = find_images(folder, [sample.image for sample in chosen])
-        return [replace(sample, image=path) for sample, path in zip(chosen, paths, strict=True)]
+        return [replace(s, image=path) for s, path in zip(chosen, paths, strict=True)]
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
         """Return the CHAIR score."""

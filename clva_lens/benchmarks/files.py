@@ -3,14 +3,42 @@
 import json
 import os
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clva_lens.benchmarks.base import Benchmark, Sample
 from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.picture import Picture, check_reading
 
 DATA = "CLVA_LENS_DATA"
 # COCO pictures are called by number in some releases and with this prefix in others.
 _COCO = "COCO_val2014_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureBenchmark(Benchmark):
+    """A benchmark whose pictures are files.
+
+    The official scripts of LLaVA, POPE and MME read a picture by ``PIL.Image.open(path)
+    .convert("RGB")``, which neither turns it as its EXIF tag says nor minds transparency;
+    transformers' ``load_image`` turns it. Published numbers were made both ways.
+
+    Args:
+        orientation: "as stored", or "upright".
+        background: the colour behind what is transparent; None takes what is stored with it.
+    """
+
+    orientation: str = "as stored"
+    background: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check how pictures are read."""
+        check_reading(self.orientation, self.background)
+
+    def picture(self, sample: Sample) -> Picture:
+        """Return a sample's picture with how it is read."""
+        return Picture(sample.image, self.orientation, self.background)
 
 
 def locate(given: str | Path | None, places: Sequence[str], what: str, source: str) -> Path:

@@ -18,7 +18,6 @@ import numpy as np
 from clva_lens.benchmarks.base import (
     BENCHMARKS,
     Answer,
-    Benchmark,
     Sample,
     Score,
     choose,
@@ -28,7 +27,7 @@ from clva_lens.benchmarks.base import (
 from clva_lens.benchmarks.chair import label, score_captions
 from clva_lens.benchmarks.chair_reading import Reader
 from clva_lens.benchmarks.chair_vocabulary import vocabulary
-from clva_lens.benchmarks.files import find_images, locate, read_rows
+from clva_lens.benchmarks.files import PictureBenchmark, find_images, locate, read_rows
 from clva_lens.benchmarks.protocols import PROTOCOLS
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.files import sha256
@@ -44,7 +43,7 @@ _FILES = {
 
 
 @dataclass(frozen=True)
-class LlavaBench(Benchmark):
+class LlavaBench(PictureBenchmark):
     """One part of LLaVA-Bench; the label of a sample is the reference answer.
 
     Args:
@@ -62,6 +61,7 @@ class LlavaBench(Benchmark):
 
     def __post_init__(self) -> None:
         """Check the names."""
+        super().__post_init__()
         require_known("part", self.part, PARTS)
         PROTOCOLS.get(self.protocol)
 

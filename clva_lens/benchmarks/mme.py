@@ -15,13 +15,12 @@ from typing import Any, ClassVar
 from clva_lens.benchmarks.base import (
     BENCHMARKS,
     Answer,
-    Benchmark,
     Sample,
     Score,
     choose,
     require_known,
 )
-from clva_lens.benchmarks.files import find_images
+from clva_lens.benchmarks.files import PictureBenchmark, find_images
 from clva_lens.benchmarks.metrics import auc
 from clva_lens.benchmarks.mme_files import (
     find_questions,
@@ -117,7 +116,7 @@ def _pictures(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Mme(Benchmark):
+class Mme(PictureBenchmark):
     """MME, or one of its three parts.
 
     Args:
@@ -143,6 +142,7 @@ class Mme(Benchmark):
 
     def __post_init__(self) -> None:
         """Check the names."""
+        super().__post_init__()
         require_known("subset", self.subset, SUBSETS)
         PARSERS.get(self.parser)
         PROTOCOLS.get(self.protocol)

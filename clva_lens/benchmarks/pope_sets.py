@@ -19,13 +19,12 @@ from clva_lens.benchmarks import hub
 from clva_lens.benchmarks.base import (
     BENCHMARKS,
     Answer,
-    Benchmark,
     Sample,
     Score,
     choose,
     require_known,
 )
-from clva_lens.benchmarks.files import find_images, locate, read_rows
+from clva_lens.benchmarks.files import PictureBenchmark, find_images, locate, read_rows
 from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.pope import score_pope
 from clva_lens.benchmarks.protocols import PROTOCOLS
@@ -53,7 +52,7 @@ _HUB_KEYS = ("question_id", "question", "answer", "image_source", "image", "cate
 
 
 @dataclass(frozen=True)
-class Pope(Benchmark):
+class Pope(PictureBenchmark):
     """One POPE set.
 
     Args:
@@ -81,6 +80,7 @@ class Pope(Benchmark):
 
     def __post_init__(self) -> None:
         """Check the names."""
+        super().__post_init__()
         require_known("source", self.source, SOURCES)
         require_known("split", self.split, SPLITS)
         PARSERS.get(self.parser)

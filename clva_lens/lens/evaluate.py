@@ -87,7 +87,7 @@ def run_benchmark(
     # A setting that cannot be scored should not be found out after hours of answers.
     judge(benchmark, samples, [Answer(sample.id, "") for sample in samples])
     record = _record(model, benchmark, asking, len(samples))
-    answering = _Answering(model, samples, asking, progress)
+    answering = _Answering(model, benchmark, samples, asking, progress)
     if out is None:
         answers = [answer for batch in answering.batches(0) for answer in batch]
         return _report(judge(benchmark, samples, answers), record, answering.seconds)
@@ -145,6 +145,7 @@ class _Answering:
     """The questions of a run to a model; ``seconds`` is the time spent in it so far."""
 
     model: LensModel
+    benchmark: Benchmark
     samples: Sequence[Sample]
     asking: Asking
     progress: bool
@@ -157,7 +158,10 @@ class _Answering:
             BenchmarkError: if memory runs out.
         """
         chats = self.model.family.chats
-        asked = [(s.image, s.question, s.system if chats else None) for s in self.samples]
+        asked = [
+            (self.benchmark.picture(s), s.question, s.system if chats else None)
+            for s in self.samples
+        ]
         options = {"progress": self.progress, "done": done, "record_errors": True}
         with closing(generate_batches(self.model, asked, self.asking, **options)) as made:
             try:

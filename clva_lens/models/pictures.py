@@ -1,76 +1,165 @@
-"""Pictures as they are given, read into RGB: from files, PIL images, arrays and tensors."""
+"""Pictures as they are given, read into RGB: one gate for files, bytes, PIL images and arrays.
 
+What comes out is what the model's own processor makes of the picture once it is opened: turned
+upright as transformers' ``load_image`` does, and with what is transparent on white as transformers'
+image processors do. (``load_image`` itself drops the transparency, so that there a path and an
+opened picture differ.)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO, IOBase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from clva_lens.ground.errors import PromptError
+from clva_lens.ground.picture import Picture
 
-ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+ImageLike = str | Path | bytes | IOBase | Image.Image | np.ndarray | Tensor | Picture
+
+LONGEST_RATIO = 200
+"""Of the sides: Qwen2-VL's processor refuses more. One that scales the shorter side to 336 pixels,
+as LLaVA-1.5's does, makes 336 × 67,200 of it."""
+
+_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_CLEAR = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
 def read_image(image: ImageLike) -> Image.Image:
-    """Return a picture as RGB: from a path, a PIL image, or an array or tensor of pixels.
+    """Return a picture as RGB: from a path, a file, its bytes, a PIL image, an array or a tensor.
 
-    Arrays are [height, width] or [height, width, 3 or 4], uint8 or floats in [0, 1].
+    Arrays are [height, width] or [height, width, channels], with grey, grey and alpha, RGB or RGBA
+    as channels; booleans, uint8, uint16 (of which the upper byte is taken, as Pillow does in
+    files) or floats in [0, 1]. Files are held to the same ranges. A ``Picture`` says how it is
+    read; without one it is upright and on white.
 
     Raises:
-        PromptError: if there is no readable image, or the pixels are out of range.
+        PromptError: if there is no readable picture, it is too large, or its pixels are out of
+            range.
     """
-    if isinstance(image, str | Path):
-        return _open_image(Path(image))
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, Tensor):
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
-    if not isinstance(image, np.ndarray):
-        raise PromptError(
-            f"an image must be a path, a PIL image or an array, but got {type(image).__name__}. "
-            "Pass the path of a picture."
-        )
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
-        raise PromptError(
-            f"an image array must be [height, width] or [height, width, 3 or 4], but is "
-            f"{list(image.shape)}. Transpose or split it."
-        )
-    if image.dtype != np.uint8:
-        if not np.issubdtype(image.dtype, np.floating):
-            raise PromptError(
-                f"image pixels must be uint8 or floats in [0, 1], but are {image.dtype}. "
-                "Convert them with .astype(numpy.uint8)."
-            )
-        if not np.isfinite(image).all():
-            raise PromptError(
-                f"the image has {int((~np.isfinite(image)).sum())} pixel values that are NaN or "
-                "infinite. Replace them, for example with numpy.nan_to_num."
-            )
-        if image.size and (image.min() < 0 or image.max() > 1):
-            raise PromptError(
-                f"float pixels must be in [0, 1], but range from {image.min():g} to "
-                f"{image.max():g}. Divide by 255, or pass uint8."
-            )
-        image = (image * 255).round().astype(np.uint8)
-    if image.size == 0:
-        raise PromptError(f"the image is empty ({list(image.shape)}). Pass at least one pixel.")
-    return Image.fromarray(image).convert("RGB")
-
-
-def _open_image(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise PromptError(f"there is no image file '{path}'. Check the path.")
+    asked = image if isinstance(image, Picture) else Picture(image)
+    source = asked.source
+    name = _name(source)
     try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
+        with _opened(source) as opened:
+            _check_size(name, *opened.size)
+            if asked.orientation == "upright":
+                opened = ImageOps.exif_transpose(opened)
+            if opened.mode in _DEEP:
+                opened = Image.fromarray(_eight_bits(np.asarray(opened)))
+            return _rgb(opened, asked.background)
+    except (PromptError, MemoryError):
+        raise
     except UnidentifiedImageError:
         raise PromptError(
-            f"'{path}' is not an image that Pillow can read. Pass a JPEG or PNG file."
+            f"{name} is not an image that Pillow can read. Pass a JPEG or PNG file."
         ) from None
-    except Image.DecompressionBombError as error:
-        raise PromptError(f"'{path}' is too large ({error}). Scale the picture down.") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PromptError(f"{name} is too large ({error}). Scale the picture down.") from None
+    except Exception as error:  # decoders of damaged files raise errors of every kind
+        state, remedy = "broken or truncated", "Replace the file with a whole one"
+        if isinstance(source, Image.Image | IOBase):
+            state, remedy = f"closed, {state}", "Open it again, or pass its path"
+        why = str(error) or type(error).__name__
+        raise PromptError(f"{name} is {state} ({why}). {remedy}.") from error
+
+
+def _name(source: Any) -> str:
+    path = source if isinstance(source, str | Path) else getattr(source, "filename", None)
+    return f"'{path}'" if path else "the picture"
+
+
+@contextmanager
+def _opened(source: Any) -> Iterator[Image.Image]:
+    """Yield the picture, which is not decoded yet where it is a file."""
+    if isinstance(source, str | Path):
+        if not Path(source).is_file():
+            raise PromptError(f"there is no image file '{source}'. Check the path.")
+        # Not by its name: Pillow 13 maps some TIFF files into memory and forgets to turn them.
+        with Path(source).open("rb") as file:
+            yield Image.open(file)
+    elif isinstance(source, bytes | IOBase):
+        file: Any = BytesIO(source) if isinstance(source, bytes) else source
+        yield Image.open(file)
+    elif isinstance(source, Image.Image):
+        yield source
+    else:
+        yield Image.fromarray(_eight_bits(_array(source)))
+
+
+def _array(source: Any) -> np.ndarray:
+    if isinstance(source, Tensor):
+        source = source.detach().cpu()
+        source = (source.float() if source.is_floating_point() else source).numpy()
+    if not isinstance(source, np.ndarray):
         raise PromptError(
-            f"'{path}' is broken or truncated ({error}). Replace the file with a whole one."
-        ) from None
+            f"an image must be a path, a PIL image or an array, but got {type(source).__name__}. "
+            "Pass the path of a picture."
+        )
+    return source
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if not width or not height:
+        raise PromptError(f"{name} is empty ({width} × {height}). Pass at least one pixel.")
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and width * height > most:
+        raise PromptError(
+            f"{name} is too large ({width} × {height} = {width * height:,} pixels, at most "
+            f"{most:,}). Scale the picture down, or raise PIL.Image.MAX_IMAGE_PIXELS."
+        )
+    short, long = sorted((width, height))
+    if long / short > LONGEST_RATIO:
+        raise PromptError(
+            f"{name} is {width} × {height} pixels, so one side is {long / short:,.0f} times the "
+            f"other, at most {LONGEST_RATIO}: processors that scale the shorter side would take "
+            "gigabytes. Crop or pad the picture."
+        )
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """Return an array of pixels as uint8, by the range of its type."""
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    if pixels.ndim not in (2, 3) or channels not in (0, 1, 2, 3, 4):
+        raise PromptError(
+            f"an image array must be [height, width] or [height, width, 1 to 4], but is "
+            f"{list(pixels.shape)}. Transpose or split it."
+        )
+    if pixels.size == 0:
+        raise PromptError(f"the image is empty ({list(pixels.shape)}). Pass at least one pixel.")
+    if pixels.ndim == 3 and channels == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * 255
+    if np.issubdtype(pixels.dtype, np.unsignedinteger) and pixels.dtype.itemsize == 2:
+        return (pixels >> 8).astype(np.uint8)
+    if not np.issubdtype(pixels.dtype, np.floating):
+        raise PromptError(
+            f"image pixels must be uint8, uint16 or floats in [0, 1], but are {pixels.dtype}. "
+            "Scale them, and convert them with .astype(numpy.uint8)."
+        )
+    if not np.isfinite(pixels).all():
+        raise PromptError(
+            f"the image has {int((~np.isfinite(pixels)).sum())} pixel values that are NaN or "
+            "infinite. Replace them, for example with numpy.nan_to_num."
+        )
+    if pixels.min() < 0 or pixels.max() > 1:
+        raise PromptError(
+            f"float pixels must be in [0, 1], but range from {pixels.min():g} to "
+            f"{pixels.max():g}. Divide by 255, or pass uint8."
+        )
+    return (pixels * 255).round().astype(np.uint8)
+
+
+def _rgb(opened: Image.Image, background: str | None) -> Image.Image:
+    clear = opened.mode in _CLEAR or opened.info.get("transparency") is not None
+    if background is None or not clear:
+        return opened.convert("RGB")
+    behind = Image.new("RGBA", opened.size, background)
+    return Image.alpha_composite(behind, opened.convert("RGBA")).convert("RGB")
