@@ -9,13 +9,16 @@ methods need to *see* is formed from queries and keys, for the rows in question 
 
 ``clva_sdpa`` and ``clva_eager`` are registered with transformers once, each with the mask builder
 of its base kernel. While a ``Run`` is installed its site's configuration names one of them; modules
-of no run are passed through. Nothing is stored on any module, and ``remove`` restores everything.
+of no run of this thread or task (models/belonging.py) are passed through. Nothing is stored on any
+module, and the last ``remove`` restores everything.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -33,11 +36,12 @@ from clva_lens.engine.logits import watch_logits
 from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.engine.stream import Part, StreamCall, stream_hooks, stream_name
 from clva_lens.ground.errors import InterventionError
+from clva_lens.models.belonging import HERE, Owned, found_at, opening
 from clva_lens.models.family import Site, find_family, find_site
 from clva_lens.models.step import Step
 
 
-class Run:
+class Run(Owned):
     """One site of a model whose attention goes through sessions, from ``install`` to ``remove``."""
 
     def __init__(self, site: Site) -> None:
@@ -46,15 +50,18 @@ class Run:
         Raises:
             InterventionError: if its attention kernel cannot be intercepted.
         """
+        super().__init__(site.modules)
         self.site = site
         self.passes = site.passes()
         self.sessions: list[Session] = []
-        self.kernel = site.config._attn_implementation or "eager"
+        self.acting: dict[int, Acting] = {}
+        other = _other_run(site.config)
+        self.kernel = other.kernel if other else site.config._attn_implementation or "eager"
         if self.kernel.startswith("clva_"):
             raise InterventionError(
-                "another model that shares this model's configuration object is in a run, or this "
-                "model is a copy made during one. Give the models configurations of their own, or "
-                "end the other run first."
+                "this model is a copy that was made while the model was in a run, so its attention "
+                "is routed nowhere. Copy it after the run, or call "
+                f"set_attn_implementation('{self.kernel.removeprefix('clva_')}') on the copy."
             )
         if self.kernel not in KERNELS:
             raise InterventionError(
@@ -72,22 +79,21 @@ class Run:
 
     def install(self) -> None:
         """Route the site's attention through this run, and watch the model's inputs."""
-        if any(id(module) in _ACTIVE for module in self.site.modules):
-            raise InterventionError(
-                "this model's attention is already routed through a run. This is a bug in "
-                "clva_lens: open_run() should have joined it."
-            )
         self._hooks = self.passes.hooks()
+        self.enter()
         self.site.config._attn_implementation = f"clva_{self.kernel}"
         for module in self.site.modules:
-            _ACTIVE[id(module)] = self
+            _ACTIVE.setdefault(id(module), []).append(self)
 
     def remove(self) -> None:
-        """Undo ``install``."""
+        """Undo ``install``; the kernel's name is changed back after the last run on the model."""
+        self.leave()
         for module in self.site.modules:
-            _ACTIVE.pop(id(module), None)
-            _ROUTES.pop(id(module), None)
-        self.site.config._attn_implementation = self.kernel
+            _ACTIVE[id(module)].remove(self)
+            if not _ACTIVE[id(module)]:
+                del _ACTIVE[id(module)]
+        if _other_run(self.site.config) is None:
+            self.site.config._attn_implementation = self.kernel
         for hook in (*self._hooks, *self._streams.values()):
             hook.remove()
         self._streams.clear()
@@ -128,12 +134,8 @@ class Run:
     def _arrange(self) -> None:
         """Note which modules' attention sessions act on; the others cost nothing."""
         self.merging = Merging(self.merging.fused)
-        for module, layer in self._layers.items():
-            acting = Acting.at(layer, self.sessions)
-            if acting is None:
-                _ROUTES.pop(module, None)
-            else:
-                _ROUTES[module] = self, acting
+        acting = {at: Acting.at(layer, self.sessions) for at, layer in self._layers.items()}
+        self.acting = {at: one for at, one in acting.items() if one is not None}
 
     def step_on(self, device: torch.device) -> Step | None:
         """Return the pass that is running, on the device of the layer that asks.
@@ -224,77 +226,107 @@ class Run:
         return None if found is hidden else found.reshape(value.shape)
 
 
-_ACTIVE: dict[int, Run] = {}
-"""The runs that modules, by their ids, are in."""
+_ACTIVE: dict[int, list[Run]] = {}
+"""The runs that modules, by their ids, are in: those of all threads and tasks."""
 
-_ROUTES: dict[int, tuple[Run, Acting]] = {}
-"""Those modules whose attention sessions act on; the others go past the run."""
+_CHANGING = threading.RLock()
+"""Held while runs are installed and removed."""
+
+
+def _other_run(config: Any) -> Run | None:
+    """Return a run, anybody's, of a site that has this configuration object."""
+    found = (run for runs in _ACTIVE.values() for run in runs if run.site.config is config)
+    return next(found, None)
+
+
+def _runs_here(model: PreTrainedModel) -> list[Run]:
+    """Return the runs of this thread or task that a model is in."""
+    found = (found_at(site.modules[0]) for site in find_family(model).sites(model))
+    return [run for run in found if isinstance(run, Run)]
 
 
 def edited_streams(model: PreTrainedModel) -> set[str]:
     """Return TransformerLens' names of what sessions of open runs may edit in the stream."""
-    runs = [_ACTIVE.get(id(site.modules[0])) for site in find_family(model).sites(model)]
     return {
         stream_name(run.site.name, *place)
-        for run in runs
-        if run is not None
+        for run in _runs_here(model)
         for session in run.sessions
         for place in session.streams
     }
 
 
-def open_run(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[], None]:
+def open_run(
+    model: PreTrainedModel, sessions: Sequence[Session], frame: FrameType | None = None
+) -> Callable[[], None]:
     """Add sessions to the runs of their sites, starting those there are not; return what undoes it.
+
+    The runs are those of this thread or task. ``frame`` is the generator that asks, if one does.
 
     Raises:
         ModelLoadError: if no family knows the model.
-        InterventionError: if a site's attention kernel cannot be intercepted.
+        InterventionError: if a site's attention kernel cannot be intercepted, or this context has a
+            run that belongs to another thread, task or generator.
         ParameterError: if a session names a part of the residual stream that there is not.
     """
     joined: list[tuple[Run, Session]] = []
 
     def close() -> None:
-        for run, session in joined:
-            if session in run.sessions:
-                run.drop(session)
-                session.end()
-        for run in {id(run): run for run, _ in joined}.values():
-            if run.sessions:
-                run.follow(model)
-            elif _ACTIVE.get(id(run.site.modules[0])) is run:
-                run.remove()
+        with _CHANGING:
+            for run, session in joined:
+                if session in run.sessions:
+                    run.drop(session)
+                    session.end()
+                if frame in run.frames:
+                    run.frames.remove(frame)
+            for run in {id(run): run for run, _ in joined}.values():
+                if run.sessions:
+                    run.follow(model)
+                elif run in _ACTIVE.get(id(run.site.modules[0]), ()):
+                    run.remove()
 
-    try:
-        for session in sessions:
-            site = find_site(model, session.site)
-            run = _ACTIVE.get(id(site.modules[0]))
-            if run is None:
-                run = Run(site)
-                run.install()
-            run.add(session)
-            joined.append((run, session))
-            if session.streams:
-                run.follow(model)
-            session.begin()
-    except BaseException:
-        close()
-        raise
+    with _CHANGING:
+        try:
+            for session in sessions:
+                run = _run_at(find_site(model, session.site))
+                joined.append((run, session))
+                with opening(run):
+                    run.add(session)
+                    if session.streams:
+                        run.follow(model)
+                    session.begin()
+                run.frames += [] if frame is None else [frame]
+        except BaseException:
+            close()
+            raise
     return close
 
 
+def _run_at(site: Site) -> Run:
+    """Return this context's run of a site; it is started if there is none."""
+    run = found_at(site.modules[0])
+    if isinstance(run, Run):
+        run.check()
+        return run
+    run = Run(site)
+    with opening(run):
+        run.install()
+    return run
+
+
 def open_sessions(model: PreTrainedModel) -> list[Session]:
-    """Return the sessions of all runs that a model is in."""
-    runs = (_ACTIVE.get(id(site.modules[0])) for site in find_family(model).sites(model))
-    return [session for run in runs if run is not None for session in run.sessions]
+    """Return the sessions of the runs of this thread or task that a model is in."""
+    return [session for run in _runs_here(model) for session in run.sessions]
 
 
 @contextmanager
-def running(model: PreTrainedModel, sessions: Sequence[Session]) -> Iterator[None]:
-    """Have sessions in the model's run inside the ``with`` block.
+def running(
+    model: PreTrainedModel, sessions: Sequence[Session], frame: FrameType | None = None
+) -> Iterator[None]:
+    """Have sessions in the model's run inside the ``with`` block; ``frame`` as for ``open_run``.
 
     An error of the model that its family understands is raised as a clearer one.
     """
-    close = open_run(model, sessions)
+    close = open_run(model, sessions, frame)
     try:
         yield
     except TypeError as error:
@@ -340,10 +372,10 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         """Run the base kernel, under the bias of the run that the module belongs to."""
         base = sdpa_attention_forward if kernel == "sdpa" else _base_eager(module)
-        route = _ROUTES.get(id(module))
-        if route is None:
+        run: Any = HERE.get().get(id(module))
+        acting = None if run is None else run.acting.get(id(module))
+        if acting is None:
             return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        run, acting = route
         ready = run.merging.ready(acting, run.passes.step, key, attention_mask)
         if ready is not None:
             return base(module, query, key, value, ready, scaling=scaling, **kwargs)

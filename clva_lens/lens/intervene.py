@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import Context
 from functools import partial
 from typing import Any, TypeVar
 
 import nnsight
 import torch
+from greenlet import getcurrent
 from jaxtyping import Float
 from nnsight.intervention.interleaver import Interleaver, Mediator, OutOfOrderError
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
 from clva_lens.methods.base import Method
 from clva_lens.methods.clva import ClvaSession
 from clva_lens.methods.target import Target, shape_of
+from clva_lens.models.belonging import drawn_frame
 from clva_lens.models.family import find_family, matching_family
 from clva_lens.models.prompt import Prompt
 from clva_lens.science.anchors import VisualAnchors
@@ -77,16 +80,20 @@ def intervening(model: Any, *methods: Method) -> Iterator[Intervention]:
     """Apply methods to whatever runs ``model`` inside the ``with`` block; no nnsight is needed.
 
     ``model`` is a transformers model or an nnsight handle of one. Everything is undone when the
-    block ends, also by an exception.
+    block ends, also by an exception. The methods are for the thread and the asyncio task that
+    opened the block: in others the model is plain, so a function that runs in a thread of its own
+    opens the block itself.
 
     Raises:
         ModelLoadError: if no family knows the model.
-        InterventionError: if its attention kernel cannot be intercepted.
+        InterventionError: if its attention kernel cannot be intercepted, or a half-finished
+            generator has a block open on the model.
         ParameterError: if a method does not fit the model.
     """
     found = transformers_model(model)
     sessions = _sessions(found, methods, getattr(model, "processor", None))
-    with running(found, sessions):
+    _share_context()
+    with running(found, sessions, drawn_frame()):
         yield Intervention(sessions)
 
 
@@ -100,7 +107,8 @@ def observing(
     """
     found = transformers_model(model)
     observer = Observer(layers, shape_of(found, site))
-    with running(found, [observer]):
+    _share_context()
+    with running(found, [observer], drawn_frame()):
         yield Observation(observer)
 
 
@@ -175,6 +183,7 @@ def join_trace(
         InterventionError: outside a trace, after the model started, or on an unknown model.
     """
     root, interleaver = _running(name, instead)
+    _share_context()
     model = transformers_model(root)
     sessions, handle = make(root, model)
     _attach(model, sessions, interleaver)
@@ -236,6 +245,20 @@ def _running(name: str, instead: str) -> tuple[nnsight.Envoy, Interleaver]:
     return root, interleaver
 
 
+def _share_context() -> None:
+    """Have an nnsight worker, if this is one, run in the context of whoever runs the model.
+
+    What a block of a trace opens is for the model, which runs beside it in the same thread.
+    """
+    worker = getcurrent()
+    runner = worker.parent
+    if getattr(worker, "mediator", None) is None or runner is None:
+        return
+    if runner.gr_context is None:
+        runner.gr_context = Context()
+    worker.gr_context = runner.gr_context
+
+
 class _Guard(Mediator):
     """A worker that does nothing but undo the run when nnsight ends it, in whatever way."""
 
@@ -244,6 +267,7 @@ class _Guard(Mediator):
         self._close = close
 
     def _run(self) -> None:
+        _share_context()
         try:
             # After tracer.stop() there is no result to wait for.
             with suppress(OutOfOrderError):
