@@ -256,11 +256,16 @@ def edited_streams(model: PreTrainedModel) -> set[str]:
 
 
 def open_run(
-    model: PreTrainedModel, sessions: Sequence[Session], frame: FrameType | None = None
+    model: PreTrainedModel,
+    sessions: Sequence[Session],
+    frame: FrameType | None = None,
+    *,
+    traced: bool = False,
 ) -> Callable[[], None]:
     """Add sessions to the runs of their sites, starting those there are not; return what undoes it.
 
-    The runs are those of this thread or task. ``frame`` is the generator that asks, if one does.
+    The runs are those of this thread or task. ``frame`` is the generator that asks, if one does,
+    ``traced`` whether it is for an nnsight trace.
 
     Raises:
         ModelLoadError: if no family knows the model.
@@ -295,6 +300,7 @@ def open_run(
                         run.follow(model)
                     session.begin()
                 run.frames += [] if frame is None else [frame]
+                run.traced = run.traced or traced
         except BaseException:
             close()
             raise

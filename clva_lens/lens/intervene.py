@@ -277,7 +277,7 @@ class _Guard(Mediator):
 
 
 def _attach(model: PreTrainedModel, sessions: Sequence[Session], interleaver: Interleaver) -> None:
-    guard = _Guard(open_run(model, sessions))
+    guard = _Guard(open_run(model, sessions, traced=True))
     interleaver.mediators.append(guard)
     # It is started at once: if the rest of the block fails before the model runs, nnsight only
     # unwinds workers that are waiting. It goes back to whoever runs the model, not to this block.

@@ -30,8 +30,8 @@ from transformers import DynamicCache, PreTrainedModel
 from clva_lens.engine.run import open_run, open_sessions
 from clva_lens.engine.session import Session
 from clva_lens.ground.errors import InterventionError, ParameterError
-from clva_lens.models.family import Inputs, find_family, find_site
 from clva_lens.models.belonging import hook_after
+from clva_lens.models.family import Inputs, find_family, find_site
 from clva_lens.models.passes import DecoderPasses
 from clva_lens.models.readout import wide
 from clva_lens.models.step import Step

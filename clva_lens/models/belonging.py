@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from clva_lens.ground.errors import InterventionError
 
-HERE: ContextVar[Mapping[int, "Owned"]] = ContextVar("clva_lens_runs", default={})
+HERE: ContextVar[Mapping[int, "Owned"]] = ContextVar("clva_lens_runs", default=MappingProxyType({}))
 """The runs of this thread or task, by the ids of the modules that they are at."""
 
 _OPENING: ContextVar["Owned | None"] = ContextVar("clva_lens_opening", default=None)
@@ -31,7 +31,12 @@ _SETTING_UP = ("contextlib", "_pytest.fixtures")
 
 
 class Owned:
-    """What belongs to the thread and the task that made it, and to the generators in ``frames``."""
+    """What belongs to the thread and the task that made it, and to the generators in ``frames``.
+
+    ``traced``: an nnsight trace serves every call of the model, so no other thread may call it.
+    """
+
+    traced = False
 
     def __init__(self, places: Iterable[nn.Module]) -> None:
         """Name the modules that it is at."""
@@ -81,6 +86,14 @@ def found_at(module: nn.Module) -> Owned | None:
     return None if found is None or found._left else found
 
 
+def _refuse_beside_a_trace(owned: Owned) -> None:
+    if owned.traced and owned._owner[0] != threading.get_ident():
+        raise InterventionError(
+            "another thread traces this model, and an nnsight trace takes part in every call of "
+            "it. Call it after the trace, or load the model once more for this thread."
+        )
+
+
 @contextmanager
 def opening(owned: Owned) -> Iterator[None]:
     """Have hooks that are put on modules in the block belong to ``owned``."""
@@ -104,7 +117,7 @@ def hook_before(
     def before(module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         if owned is not None:
             if not owned.here():
-                return None
+                return _refuse_beside_a_trace(owned) if first else None
             if first:
                 owned.check()
         return call(module, args, kwargs)
@@ -125,11 +138,13 @@ def hook_after(module: nn.Module, call: Callable[..., Any]) -> RemovableHandle:
 
 
 def drawn_frame() -> FrameType | None:
-    """Return the frame of the generator that called the caller, if one did and iterates.
+    """Return the frame of the generator that enters the context manager that asks, if one does.
 
-    Between the two may be context managers, as of ``contextlib``.
+    Generators that are context managers themselves are passed over.
     """
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _sets_up(frame):
+        frame = frame.f_back
     while frame is not None:
         if not _sets_up(frame):
             if not frame.f_code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR):
