@@ -13,30 +13,28 @@ of no run of this thread or task (models/belonging.py) are passed through. Nothi
 module, and the last ``remove`` restores everything.
 """
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers import PreTrainedModel
 
 from clva_lens.engine import bias as folding
-from clva_lens.engine import windows
+from clva_lens.engine.attend import KERNELS
+from clva_lens.engine.checkpointing import checkpointed, refuse_checkpoint
 from clva_lens.engine.kernels import Acting, Merging
 from clva_lens.engine.logits import watch_logits
 from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.engine.stream import Part, StreamCall, stream_hooks, stream_name
+from clva_lens.ground.ambient import exact
 from clva_lens.ground.errors import InterventionError
-from clva_lens.models.belonging import HERE, Owned, found_at, opening
+from clva_lens.models.belonging import Owned, found_at, opening
 from clva_lens.models.family import Site, find_family, find_site
 from clva_lens.models.step import Step
 
@@ -192,10 +190,16 @@ class Run(Owned):
                 "logits_to_keep, or with use_cache=False."
             )
         call = AttentionCall(layer, step, query, key, mask, None, scaling, value, window=window)
-        for session in acting.sessions:
-            bias = session.attention(call)
-            if bias is not None:
-                call.bias = folding.add(call.bias, folding.on(bias, query.device))
+        inside = checkpointed() if query.shape[2] > 1 else None
+        if inside == "again":
+            return None
+        with exact(), torch.set_grad_enabled(torch.is_grad_enabled() and inside is None):
+            for session in acting.sessions:
+                bias = session.attention(call)
+                if bias is not None:
+                    call.bias = folding.add(call.bias, folding.on(bias, query.device))
+        if inside and call.bias is not None:
+            refuse_checkpoint("attention")
         self._open = (call, acting) if acting.output else None
         return None if call.bias is None else call
 
@@ -205,9 +209,12 @@ class Run(Owned):
         if opened is not None:
             call, acting = opened
             call.z = out
-            for session in acting.sessions:
-                edited = session.output(call, out) if session.edits_output else None
-                out = out if edited is None else edited
+            with exact():
+                for session in acting.sessions:
+                    edited = session.output(call, out) if session.edits_output else None
+                    out = out if edited is None else edited
+            if out is not call.z and out.shape[1] > 1 and checkpointed():
+                refuse_checkpoint("what the heads put out")
         return out
 
     def stream(self, part: Part, layer: int, value: Tensor) -> Tensor | None:
@@ -219,10 +226,16 @@ class Run(Owned):
         batch = len(step.text_rows)
         hidden = value if value.ndim == 3 else value.unflatten(0, (batch, -1))  # OPT's MLPs
         found = hidden
-        for session in self.sessions:
-            if (part, layer) in session.streams:
-                edited = session.stream(call, found)
-                found = found if edited is None else edited
+        inside = checkpointed() if hidden.shape[1] > 1 else None
+        if inside == "again":
+            return None
+        with exact():
+            for session in self.sessions:
+                if (part, layer) in session.streams:
+                    edited = session.stream(call, found)
+                    found = found if edited is None else edited
+        if inside and found is not hidden:
+            refuse_checkpoint("the residual stream")
         return None if found is hidden else found.reshape(value.shape)
 
 
@@ -342,72 +355,3 @@ def running(
         raise clearer from error
     finally:
         close()
-
-
-def _base_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Return the eager attention function of the file that defines the module."""
-    return sys.modules[type(module).__module__].eager_attention_forward
-
-
-KERNELS = {"sdpa": sdpa_mask, "eager": eager_mask}
-"""The kernels that can be intercepted, with what builds their masks."""
-
-
-def _check_formula(site: str, kwargs: dict[str, Any]) -> None:
-    """Refuse attention that is no softmax of scaled products under a mask."""
-    if "softcap" not in kwargs and "s_aux" not in kwargs:
-        return
-    odd = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    if odd:
-        raise InterventionError(
-            f"the {site}'s attention has more in it than queries, keys and a mask ({odd[0]}: "
-            "capped scores, or sinks), so its rows cannot be formed from these. Use a model "
-            "without."
-        )
-
-
-def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the base kernel, under the bias of the run that the module belongs to."""
-        base = sdpa_attention_forward if kernel == "sdpa" else _base_eager(module)
-        run: Any = HERE.get().get(id(module))
-        acting = None if run is None else run.acting.get(id(module))
-        if acting is None:
-            return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        ready = run.merging.ready(acting, run.passes.step, key, attention_mask)
-        if ready is not None:
-            return base(module, query, key, value, ready, scaling=scaling, **kwargs)
-        _check_formula(run.site.name, kwargs)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        count, step, mask, values = query.shape[2], run.passes.step, attention_mask, value
-        seen = key
-        # A static cache hands over its empty end too: leave it out, as the kernel would.
-        if attention_mask is None and step is not None and step.causal and count > 1:
-            seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
-        if step is not None and step.causal:
-            seen, values, mask = windows.widen(seen, values, mask, step.offset + count, count)
-        window = kwargs.get("sliding_window")
-        call = run.edit(acting, query, seen, values, mask, scale, window)
-        if call is None:
-            out, weights = base(
-                module, query, key, value, attention_mask, scaling=scaling, **kwargs
-            )
-        else:
-            bound = partial(base, module, scaling=scale, **kwargs)
-            out, weights = run.merging.attend(bound, call, acting)
-        return run.output(out), weights
-
-    return attend
-
-
-for _kernel, _mask in KERNELS.items():
-    AttentionInterface.register(f"clva_{_kernel}", _attend(_kernel))
-    AttentionMaskInterface.register(f"clva_{_kernel}", _mask)

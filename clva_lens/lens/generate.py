@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import InterventionError, ModelLoadError, ParameterError, PromptError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.ground.registry import Registry
@@ -235,7 +236,7 @@ def generate_batches(
             advance(len(batch))
 
 
-@torch.inference_mode()
+@undisturbed()
 def _answer(
     model: LensModel,
     batch: Sequence[Triple],
@@ -324,7 +325,8 @@ def _generate_batch(
     first = _FirstLogits()
     methods = () if method is None else (method,)
     devices = [hf_model.device] if hf_model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), intervening(model, *methods) as run:
+    rng = torch.random.fork_rng(devices=devices)
+    with torch.inference_mode(), rng, intervening(model, *methods) as run:
         searches = [session.decode for session in run.sessions if session.decode is not None]
         if searches and prompt["input_ids"].shape[0] > 1:
             return None
@@ -339,7 +341,8 @@ def _generate_batch(
         )
     assert isinstance(out, Tensor) and first.scores is not None
     ends = set(eos if isinstance(eos, list) else [eos]) | {pad}
-    new = [_until(row, ends) for row in out[:, prompt.answer_start :].cpu()]
+    # Ordinary tensors, which a copy outside of inference mode is.
+    new = [_until(row, ends).clone() for row in out[:, prompt.answer_start :].cpu()]
     scores = first.scores
     for session in run.sessions:
         scores = scores if session.uncut is None else session.uncut

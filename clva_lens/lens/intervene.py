@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import nnsight
-import torch
 from greenlet import getcurrent
 from jaxtyping import Float
 from nnsight.intervention.interleaver import Interleaver, Mediator, OutOfOrderError
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from clva_lens.engine.run import open_run, running
 from clva_lens.engine.session import Session
+from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import InterventionError, ModelLoadError
 from clva_lens.lens.observers import AttentionTrace, HeadChoice, Observer, QueryObserver
 from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
@@ -103,10 +103,11 @@ def observing(
 ) -> Iterator[Observation]:
     """Look at the attention of whatever runs ``model`` inside the ``with`` block.
 
-    ``site`` is where, None the family's own; ``layers`` are 0-based.
+    ``site`` is where, None the family's own; ``layers`` are 0-based. Where gradients are recorded
+    they flow through what is observed, so run the model under ``torch.no_grad()`` if you need none.
     """
     found = transformers_model(model)
-    observer = Observer(layers, shape_of(found, site))
+    observer = Observer(layers, shape_of(found, site), differentiable=True)
     _share_context()
     with running(found, [observer], drawn_frame()):
         yield Observation(observer)
@@ -287,7 +288,7 @@ def _attach(model: PreTrainedModel, sessions: Sequence[Session], interleaver: In
     guard.worker.parent = block.parent
 
 
-@torch.inference_mode()
+@undisturbed()
 def trace_attention(
     model: Any,
     prompt: Prompt,
@@ -318,7 +319,7 @@ def trace_attention(
     return observer.trace(prompt.batched, logits)
 
 
-@torch.inference_mode()
+@undisturbed()
 def head_means(
     model: Any,
     prompts: Sequence[Prompt],
@@ -355,7 +356,7 @@ def _last_logits(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "batch
     return model(**prompt.inputs, **keep).logits[:, -1]
 
 
-@torch.inference_mode()
+@undisturbed()
 def composed_saliency(
     model: Any,
     prompt: Prompt,

@@ -47,7 +47,7 @@ from clva_lens.science.anchors import (
     reanchor_log_weights,
     saliency_map,
 )
-from clva_lens.science.heads import EmptyPolicy, HeadClasses, classify_heads
+from clva_lens.science.heads import EmptyPolicy, HeadClasses, check_classes, classify_heads
 
 
 @register_method
@@ -107,7 +107,7 @@ class CLVA(Method):
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
         # The empty policy and λ have one owner.
-        classify_heads(torch.zeros(1, 2), self.head_threshold, self.empty)
+        check_classes(self.head_threshold, self.empty)
 
     def sessions(self, target: Target) -> list[Session]:
         """Return one session, with the site and every layer resolved."""
@@ -176,6 +176,7 @@ class ClvaSession(Session):
         self._shares: Float[Tensor, "anchor batch head"] | None = None
         self._found: HeadClasses | None = None
 
+    @torch.no_grad()  # masks are steps, whose slope is 0
     def attention(self, call: AttentionCall) -> Bias | None:
         """Read the anchor layers; return the bias of Eq. 10 at the edited ones."""
         if call.layer in (self.method.negative_layer, self.positive_layer):

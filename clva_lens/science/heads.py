@@ -173,15 +173,7 @@ def classify_heads(
     >>> classes.insensitive, classes.insensitive_fallback  # ⌈0.159·4⌉ = 1 head
     (tensor([[ True, False, False, False]]), tensor([True]))
     """
-    if not (math.isfinite(threshold) and threshold >= 0):
-        raise ParameterError(
-            f"threshold must be a finite number of standard deviations >= 0, but is {threshold}. "
-            "Pass threshold=1.0 for the paper's setting."
-        )
-    if empty not in get_args(EmptyPolicy):
-        raise ParameterError(
-            f"empty must be 'tail' or 'skip', but is {empty!r}. Pass empty='tail'."
-        )
+    check_classes(threshold, empty)
     if check:
         _require_finite(intensity)
     # Less the first head's: of equal heads, μ and σ are exactly 0.
@@ -206,6 +198,19 @@ def classify_heads(
         threshold=float(threshold),
         empty=empty,
     )
+
+
+def check_classes(threshold: float | int, empty: str) -> None:
+    """Raise ParameterError unless these are a λ and a policy of ``classify_heads``."""
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise ParameterError(
+            f"threshold must be a finite number of standard deviations >= 0, but is {threshold}. "
+            "Pass threshold=1.0 for the paper's setting."
+        )
+    if empty not in get_args(EmptyPolicy):
+        raise ParameterError(
+            f"empty must be 'tail' or 'skip', but is {empty!r}. Pass empty='tail'."
+        )
 
 
 def _require_finite(intensity: Float[Tensor, "*batch layer head"]) -> None:
