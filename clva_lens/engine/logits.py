@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
+from clva_lens.models.belonging import hook_after, hook_before
+
 Edit = Callable[[Float[Tensor, "batch vocabulary"]], Float[Tensor, "batch vocabulary"]]
 
 
@@ -34,7 +36,7 @@ def watch_logits(entry: nn.Module, edit: Edit) -> list[RemovableHandle]:
         nonlocal ready
         ready = True
 
-    def replace(_: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+    def replace(_: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
         if not ready or isinstance(out, FakeTensor):
             return None
         own = out[:, -1]
@@ -44,8 +46,8 @@ def watch_logits(entry: nn.Module, edit: Edit) -> list[RemovableHandle]:
         return torch.cat([out[:, :-1], last[:, None].to(out.dtype)], dim=1)
 
     return [
-        entry.register_forward_pre_hook(begin),
-        entry.register_forward_hook(begin),
-        language.get_decoder().register_forward_hook(finish),
-        language.get_output_embeddings().register_forward_hook(replace),
+        hook_before(entry, begin),
+        hook_after(entry, begin),
+        hook_after(language.get_decoder(), finish),
+        hook_after(language.get_output_embeddings(), replace),
     ]

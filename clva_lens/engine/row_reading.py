@@ -1,7 +1,8 @@
 """What is read from attention rows, reduced while they are formed: masses and visual maps.
 
 Both the lens (lens/observers.py) and the methods read attention through these two functions, so
-that what is shown is what is acted on. Only a few rows of one layer's pattern exist at a time.
+that what is shown is what is acted on. Only a few rows of one layer's pattern exist at a time,
+unless gradients are recorded.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,6 @@ class PromptRows(NamedTuple):
     map: Float[Tensor, "batch head visual"]
 
 
-@torch.no_grad()
 def read_prompt_rows(call: AttentionCall) -> PromptRows:
     """Return masses and the map of one layer; the pass must hold the whole prompt."""
     step = call.step
@@ -61,7 +61,6 @@ def _means(step: Step) -> tuple[Float[Tensor, "batch 1 2 row"], Float[Tensor, "b
     return weights, torch.stack([spans.image, spans.system, spans.text], dim=2).float()
 
 
-@torch.no_grad()
 def read_query_rows(call: AttentionCall) -> Float[Tensor, "batch query visual"]:
     """Return each prompt row's attention to each image token, averaged over the heads."""
     maps = [
@@ -78,13 +77,12 @@ def read_generated_rows(call: AttentionCall) -> Float[Tensor, "batch head row vi
     """
     count = call.query.shape[2]
     maps = [
-        call.step.on_image(call.rows(start, stop)).detach()
+        call.step.on_image(call.rows(start, stop))
         for start, stop in call.row_pieces(count - call.new_rows, count)
     ]
     return maps[0] if len(maps) == 1 else torch.cat(maps, dim=2)
 
 
-@torch.no_grad()
 def read_received(call: AttentionCall) -> Float[Tensor, "batch visual"]:
     """Return the attention that each image token receives from the other image tokens.
 
@@ -93,7 +91,7 @@ def read_received(call: AttentionCall) -> Float[Tensor, "batch visual"]:
     """
     spans, visual = call.step.spans, call.step.visual
     first, end = call.step.block or (int(visual.min()), int(visual.max()) + 1)
-    received = torch.zeros(spans.image.shape, device=call.query.device)
+    received = torch.zeros(spans.image.shape, dtype=torch.float32, device=call.query.device)
     key = torch.arange(call.step.keys, device=received.device)
     for start, stop in call.row_pieces(first, end):
         pattern = call.rows(start, stop)[..., : call.step.keys].mean(dim=1)

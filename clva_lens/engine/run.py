@@ -8,37 +8,38 @@ arXiv:2603.25088v1 is a bias, the fused kernels keep working, and no pattern is 
 methods need to *see* is formed from queries and keys, for the rows in question only.
 
 ``clva_sdpa`` and ``clva_eager`` are registered with transformers once, each with the mask builder
-of its base kernel. While a ``SiteRun`` is installed its site's configuration names one of them;
-modules of no run are passed through. Nothing is stored on any module, and ``remove`` restores
-everything.
+of its base kernel. While a ``SiteRun`` is installed its site's configuration names one of them; modules
+of no run of this thread or task (models/belonging.py) are passed through. Nothing is stored on any
+module, and the last ``remove`` restores everything.
 """
 
-import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers import PreTrainedModel
 
 from clva_lens.engine import bias as folding
-from clva_lens.engine import windows
+from clva_lens.engine.attend import KERNELS
+from clva_lens.engine.checkpointing import checkpointed, refuse_checkpoint
 from clva_lens.engine.kernels import Acting, Merging
 from clva_lens.engine.logits import watch_logits
 from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.engine.stream import Part, StreamCall, stream_hooks, stream_name
+from clva_lens.ground.ambient import exact
 from clva_lens.ground.errors import InterventionError
+from clva_lens.models.belonging import Owned, found_at, opening
 from clva_lens.models.family import Site, find_family, find_site
 from clva_lens.models.step import Step
 
 
-class SiteRun:
+class SiteRun(Owned):
     """One site of a model whose attention goes through sessions, from ``install`` to ``remove``."""
 
     def __init__(self, site: Site) -> None:
@@ -47,15 +48,18 @@ class SiteRun:
         Raises:
             InterventionError: if its attention kernel cannot be intercepted.
         """
+        super().__init__(site.modules)
         self.site = site
         self.passes = site.passes()
         self.sessions: list[Session] = []
-        self.kernel = site.config._attn_implementation or "eager"
+        self.acting: dict[int, Acting] = {}
+        other = _other_run(site.config)
+        self.kernel = other.kernel if other else site.config._attn_implementation or "eager"
         if self.kernel.startswith("clva_"):
             raise InterventionError(
-                "another model that shares this model's configuration object is in a run, or this "
-                "model is a copy made during one. Give the models configurations of their own, or "
-                "end the other run first."
+                "this model is a copy that was made while the model was in a run, so its attention "
+                "is routed nowhere. Copy it after the run, or call "
+                f"set_attn_implementation('{self.kernel.removeprefix('clva_')}') on the copy."
             )
         if self.kernel not in KERNELS:
             raise InterventionError(
@@ -73,22 +77,21 @@ class SiteRun:
 
     def install(self) -> None:
         """Route the site's attention through this run, and watch the model's inputs."""
-        if any(id(module) in _ACTIVE for module in self.site.modules):
-            raise InterventionError(
-                "this model's attention is already routed through a run. This is a bug in "
-                "clva_lens: add_sessions() should have joined it."
-            )
         self._hooks = self.passes.hooks()
+        self.enter()
         self.site.config._attn_implementation = f"clva_{self.kernel}"
         for module in self.site.modules:
-            _ACTIVE[id(module)] = self
+            _ACTIVE.setdefault(id(module), []).append(self)
 
     def remove(self) -> None:
-        """Undo ``install``."""
+        """Undo ``install``; the kernel's name is changed back after the last run on the model."""
+        self.leave()
         for module in self.site.modules:
-            _ACTIVE.pop(id(module), None)
-            _ROUTES.pop(id(module), None)
-        self.site.config._attn_implementation = self.kernel
+            _ACTIVE[id(module)].remove(self)
+            if not _ACTIVE[id(module)]:
+                del _ACTIVE[id(module)]
+        if _other_run(self.site.config) is None:
+            self.site.config._attn_implementation = self.kernel
         for hook in (*self._hooks, *self._streams.values()):
             hook.remove()
         self._streams.clear()
@@ -129,12 +132,8 @@ class SiteRun:
     def _arrange(self) -> None:
         """Note which modules' attention sessions act on; the others cost nothing."""
         self.merging = Merging(self.merging.fused)
-        for module, layer in self._layers.items():
-            acting = Acting.at(layer, self.sessions)
-            if acting is None:
-                _ROUTES.pop(module, None)
-            else:
-                _ROUTES[module] = self, acting
+        acting = {at: Acting.at(layer, self.sessions) for at, layer in self._layers.items()}
+        self.acting = {at: one for at, one in acting.items() if one is not None}
 
     def step_on(self, device: torch.device) -> Step | None:
         """Return the pass that is running, on the device of the layer that asks.
@@ -191,10 +190,16 @@ class SiteRun:
                 "logits_to_keep, or with use_cache=False."
             )
         call = AttentionCall(layer, step, query, key, mask, None, scaling, value, window=window)
-        for session in acting.sessions:
-            bias = session.attention(call)
-            if bias is not None:
-                call.bias = folding.add(call.bias, folding.on(bias, query.device))
+        inside = checkpointed() if query.shape[2] > 1 else None
+        if inside == "again":
+            return None
+        with exact(), torch.set_grad_enabled(torch.is_grad_enabled() and inside is None):
+            for session in acting.sessions:
+                bias = session.attention(call)
+                if bias is not None:
+                    call.bias = folding.add(call.bias, folding.on(bias, query.device))
+        if inside and call.bias is not None:
+            refuse_checkpoint("attention")
         self._open = (call, acting) if acting.output else None
         return None if call.bias is None else call
 
@@ -204,9 +209,12 @@ class SiteRun:
         if opened is not None:
             call, acting = opened
             call.z = out
-            for session in acting.sessions:
-                edited = session.output(call, out) if session.edits_output else None
-                out = out if edited is None else edited
+            with exact():
+                for session in acting.sessions:
+                    edited = session.output(call, out) if session.edits_output else None
+                    out = out if edited is None else edited
+            if out is not call.z and out.shape[1] > 1 and checkpointed():
+                refuse_checkpoint("what the heads put out")
         return out
 
     def stream(self, part: Part, layer: int, value: Tensor) -> Tensor | None:
@@ -218,84 +226,126 @@ class SiteRun:
         batch = len(step.text_rows)
         hidden = value if value.ndim == 3 else value.unflatten(0, (batch, -1))  # OPT's MLPs
         found = hidden
-        for session in self.sessions:
-            if (part, layer) in session.streams:
-                edited = session.stream(call, found)
-                found = found if edited is None else edited
+        inside = checkpointed() if hidden.shape[1] > 1 else None
+        if inside == "again":
+            return None
+        with exact():
+            for session in self.sessions:
+                if (part, layer) in session.streams:
+                    edited = session.stream(call, found)
+                    found = found if edited is None else edited
+        if inside and found is not hidden:
+            refuse_checkpoint("the residual stream")
         return None if found is hidden else found.reshape(value.shape)
 
 
-_ACTIVE: dict[int, SiteRun] = {}
-"""The runs that modules, by their ids, are in."""
+_ACTIVE: dict[int, list[SiteRun]] = {}
+"""The runs that modules, by their ids, are in: those of all threads and tasks."""
 
-_ROUTES: dict[int, tuple[SiteRun, Acting]] = {}
-"""Those modules whose attention sessions act on; the others go past the run."""
+_CHANGING = threading.RLock()
+"""Held while runs are installed and removed."""
+
+
+def _other_run(config: Any) -> SiteRun | None:
+    """Return a run, anybody's, of a site that has this configuration object."""
+    found = (run for runs in _ACTIVE.values() for run in runs if run.site.config is config)
+    return next(found, None)
+
+
+def _runs_here(model: PreTrainedModel) -> list[SiteRun]:
+    """Return the runs of this thread or task that a model is in."""
+    found = (found_at(site.modules[0]) for site in find_family(model).sites(model))
+    return [run for run in found if isinstance(run, SiteRun)]
 
 
 def edited_streams(model: PreTrainedModel) -> set[str]:
     """Return TransformerLens' names of what sessions of open runs may edit in the stream."""
-    runs = [_ACTIVE.get(id(site.modules[0])) for site in find_family(model).sites(model)]
     return {
         stream_name(run.site.name, *place)
-        for run in runs
-        if run is not None
+        for run in _runs_here(model)
         for session in run.sessions
         for place in session.streams
     }
 
 
-def add_sessions(model: PreTrainedModel, sessions: Sequence[Session]) -> Callable[[], None]:
+def add_sessions(
+    model: PreTrainedModel,
+    sessions: Sequence[Session],
+    frame: FrameType | None = None,
+    *,
+    traced: bool = False,
+) -> Callable[[], None]:
     """Add sessions to the runs of their sites, starting those there are not; return what undoes it.
+
+    The runs are those of this thread or task. ``frame`` is the generator that asks, if one does,
+    ``traced`` whether it is for an nnsight trace.
 
     Raises:
         ModelLoadError: if no family knows the model.
-        InterventionError: if a site's attention kernel cannot be intercepted.
+        InterventionError: if a site's attention kernel cannot be intercepted, or this context has a
+            run that belongs to another thread, task or generator.
         ParameterError: if a session names a part of the residual stream that there is not.
     """
     joined: list[tuple[SiteRun, Session]] = []
 
     def close() -> None:
-        for run, session in joined:
-            if session in run.sessions:
-                run.drop(session)
-                session.end()
-        for run in {id(run): run for run, _ in joined}.values():
-            if run.sessions:
-                run.follow(model)
-            elif _ACTIVE.get(id(run.site.modules[0])) is run:
-                run.remove()
+        with _CHANGING:
+            for run, session in joined:
+                if session in run.sessions:
+                    run.drop(session)
+                    session.end()
+                if frame in run.frames:
+                    run.frames.remove(frame)
+            for run in {id(run): run for run, _ in joined}.values():
+                if run.sessions:
+                    run.follow(model)
+                elif run in _ACTIVE.get(id(run.site.modules[0]), ()):
+                    run.remove()
 
-    try:
-        for session in sessions:
-            site = find_site(model, session.site)
-            run = _ACTIVE.get(id(site.modules[0]))
-            if run is None:
-                run = SiteRun(site)
-                run.install()
-            run.add(session)
-            joined.append((run, session))
-            if session.streams:
-                run.follow(model)
-            session.begin()
-    except BaseException:
-        close()
-        raise
+    with _CHANGING:
+        try:
+            for session in sessions:
+                run = _run_at(find_site(model, session.site))
+                joined.append((run, session))
+                with opening(run):
+                    run.add(session)
+                    if session.streams:
+                        run.follow(model)
+                    session.begin()
+                run.frames += [] if frame is None else [frame]
+                run.traced = run.traced or traced
+        except BaseException:
+            close()
+            raise
     return close
 
 
+def _run_at(site: Site) -> SiteRun:
+    """Return this context's run of a site; it is started if there is none."""
+    run = found_at(site.modules[0])
+    if isinstance(run, SiteRun):
+        run.check()
+        return run
+    run = SiteRun(site)
+    with opening(run):
+        run.install()
+    return run
+
+
 def open_sessions(model: PreTrainedModel) -> list[Session]:
-    """Return the sessions of all runs that a model is in."""
-    runs = (_ACTIVE.get(id(site.modules[0])) for site in find_family(model).sites(model))
-    return [session for run in runs if run is not None for session in run.sessions]
+    """Return the sessions of the runs of this thread or task that a model is in."""
+    return [session for run in _runs_here(model) for session in run.sessions]
 
 
 @contextmanager
-def running(model: PreTrainedModel, sessions: Sequence[Session]) -> Iterator[None]:
-    """Have sessions in the model's run inside the ``with`` block.
+def running(
+    model: PreTrainedModel, sessions: Sequence[Session], frame: FrameType | None = None
+) -> Iterator[None]:
+    """Have sessions in the model's run inside the ``with`` block; ``frame`` as for ``add_sessions``.
 
     An error of the model that its family understands is raised as a clearer one.
     """
-    close = add_sessions(model, sessions)
+    close = add_sessions(model, sessions, frame)
     try:
         yield
     except TypeError as error:
@@ -305,72 +355,3 @@ def running(model: PreTrainedModel, sessions: Sequence[Session]) -> Iterator[Non
         raise clearer from error
     finally:
         close()
-
-
-def _base_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Return the eager attention function of the file that defines the module."""
-    return sys.modules[type(module).__module__].eager_attention_forward
-
-
-KERNELS = {"sdpa": sdpa_mask, "eager": eager_mask}
-"""The kernels that can be intercepted, with what builds their masks."""
-
-
-def _check_formula(site: str, kwargs: dict[str, Any]) -> None:
-    """Refuse attention that is no softmax of scaled products under a mask."""
-    if "softcap" not in kwargs and "s_aux" not in kwargs:
-        return
-    odd = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    if odd:
-        raise InterventionError(
-            f"the {site}'s attention has more in it than queries, keys and a mask ({odd[0]}: "
-            "capped scores, or sinks), so its rows cannot be formed from these. Use a model "
-            "without."
-        )
-
-
-def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the base kernel, under the bias of the run that the module belongs to."""
-        base = sdpa_attention_forward if kernel == "sdpa" else _base_eager(module)
-        route = _ROUTES.get(id(module))
-        if route is None:
-            return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        run, acting = route
-        ready = run.merging.ready(acting, run.passes.step, key, attention_mask)
-        if ready is not None:
-            return base(module, query, key, value, ready, scaling=scaling, **kwargs)
-        _check_formula(run.site.name, kwargs)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        count, step, mask, values = query.shape[2], run.passes.step, attention_mask, value
-        seen = key
-        # A static cache hands over its empty end too: leave it out, as the kernel would.
-        if attention_mask is None and step is not None and step.causal and count > 1:
-            seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
-        if step is not None and step.causal:
-            seen, values, mask = windows.widen(seen, values, mask, step.offset + count, count)
-        window = kwargs.get("sliding_window")
-        call = run.edit(acting, query, seen, values, mask, scale, window)
-        if call is None:
-            out, weights = base(
-                module, query, key, value, attention_mask, scaling=scaling, **kwargs
-            )
-        else:
-            bound = partial(base, module, scaling=scale, **kwargs)
-            out, weights = run.merging.attend(bound, call, acting)
-        return run.output(out), weights
-
-    return attend
-
-
-for _kernel, _mask in KERNELS.items():
-    AttentionInterface.register(f"clva_{_kernel}", _attend(_kernel))
-    AttentionMaskInterface.register(f"clva_{_kernel}", _mask)

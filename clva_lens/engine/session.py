@@ -98,7 +98,7 @@ class AttentionCall:
         position = torch.arange(self.key.shape[2], device=self.key.device)
         row = torch.arange(start, stop, device=self.key.device) + self.step.offset
         future = position[None, :] > row[:, None]
-        return torch.zeros(future.shape, device=self.key.device).masked_fill_(
+        return torch.zeros(future.shape, dtype=torch.float32, device=self.key.device).masked_fill_(
             future, torch.finfo(torch.float32).min
         )
 
@@ -120,7 +120,7 @@ def as_additive(mask: Tensor) -> Float[Tensor, "..."]:
     """Return a mask, of truths or of summands, as float32 summands of the scores."""
     if mask.dtype != torch.bool:
         return mask.float()
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(
         ~mask, torch.finfo(torch.float32).min
     )
 

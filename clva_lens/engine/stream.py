@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from clva_lens.ground.errors import ParameterError
 from clva_lens.models.activations import Place
+from clva_lens.models.belonging import hook_after, hook_before
 from clva_lens.models.family import find_family
 from clva_lens.models.step import Step
 
@@ -79,9 +80,9 @@ def _hook(
             return None
         return ((found, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": found})
 
-    def after(_: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def after(_: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         return edit(part, place.layer, output)
 
     if place.tap.side == "input":
-        return place.module.register_forward_pre_hook(before, with_kwargs=True)
-    return place.module.register_forward_hook(after)
+        return hook_before(place.module, before)
+    return hook_after(place.module, after)

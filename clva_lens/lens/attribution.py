@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,6 +13,7 @@ from clva_lens.engine.session import Session
 from clva_lens.figures import Drawing, head_attribution, patch_maps
 from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
+from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
 from clva_lens.lens.load import LensModel
@@ -199,7 +199,7 @@ def direct_logit_attribution(
         )
     found = model.hf_model
     methods = () if method is None else (method,)
-    with torch.no_grad(), intervening(model, *methods):
+    with undisturbed(), intervening(model, *methods):
         reading = _Reading(found, model.words, tokens)
         with running(found, reading.sessions):
             found(**prompt.inputs, logits_to_keep=1)

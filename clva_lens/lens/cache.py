@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clva_lens.engine.run import edited_streams, running
 from clva_lens.engine.session import AttentionCall, Session, as_additive, raw_scores
 from clva_lens.engine.stream import Part, Stream, StreamCall
+from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import ParameterError, PromptError, UnknownName
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.methods.base import Method
@@ -41,7 +42,7 @@ class CachedRun(NamedTuple):
     cache: "ActivationCache"
 
 
-@torch.no_grad()
+@undisturbed()
 def run_with_cache(
     lens: Any, prompt: Prompt, names_filter: NamesFilter = None, method: Method | None = None
 ) -> CachedRun:
@@ -245,7 +246,8 @@ def _seen(call: AttentionCall, form: str) -> Tensor:
     if form in ("rot_q", "rot_k"):
         return rearrange(call.query if form == "rot_q" else call.key, "b h p d -> b p h d")
     batch, heads, count = call.query.shape[:3]
-    matrix = torch.empty(batch, heads, count, call.key.shape[2], device=call.query.device)
+    size = (batch, heads, count, call.key.shape[2])
+    matrix = torch.empty(size, dtype=torch.float32, device=call.query.device)
     rows = call.rows if form == "pattern" else call.scores
     for start, stop in call.row_pieces(0, count):
         matrix[:, :, start:stop] = rows(start, stop)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from clva_lens.engine.run import running
+from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import (
     ClvaLensError,
     InterventionError,
@@ -21,7 +21,7 @@ from clva_lens.models.family import ModelFamily, find_family
 from clva_lens.models.prompt import Prompt
 
 
-@torch.inference_mode()
+@undisturbed()
 def check_family(model: PreTrainedModel, prompt: Callable[[np.ndarray, str], Prompt]) -> float:
     """Return how far the logits move when text may not see the image; it must be more than 0.
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from itertools import groupby
 
 import numpy as np
-import torch
 
 from clva_lens.ground.errors import ClvaLensError
 from clva_lens.lens.check import check_family
@@ -61,7 +60,6 @@ def check(model: LensModel) -> str:
     )
 
 
-@torch.inference_mode()
 def refusals(model: LensModel, prompt: Prompt) -> Iterator[tuple[str, str | None]]:
     """Yield each registered method's name, and why the model refuses it; None if it applies.
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import (
     InterventionError,
     LogitsError,
@@ -138,6 +139,7 @@ def generate_batches(
             advance(_rows(unit))
 
 
+from clva_lens.ground.ambient import undisturbed
 def _each(model: LensModel, prompts: Any) -> list[Unit]:
     """Return every prompt by itself: as it is, or as a list of one picture and question."""
     single = isinstance(prompts, tuple) and len(prompts) in (2, 3) and isinstance(prompts[1], str)
@@ -181,7 +183,7 @@ def _units(each: Sequence[Unit], size: int, done: int) -> Iterator[tuple[int, Un
         yield place, pairs
 
 
-@torch.no_grad()
+@undisturbed()
 def _answer(model: LensModel, unit: Unit, place: int, asking: Asking) -> Generation:
     """Return the answers to one batch, whose first prompt has this place among all."""
     prompt = unit
@@ -236,6 +238,7 @@ def _generate_batch(
     model: LensModel, prompt: Prompt, place: int, asking: Asking
 ) -> tuple[list[Tensor], list[float | None]] | None:
     """Return ids and margins, or None if the method searches for one prompt at a time."""
+from clva_lens.ground.ambient import undisturbed
     hf_model, decoding, count = model.hf_model, asking.how, len(prompt["input_ids"])
     config = settled(decoding, hf_model, model.words)
     methods = () if asking.method is None else (asking.method,)
@@ -253,6 +256,7 @@ def _generate_batch(
             generation_config=config,
             **({"custom_generate": searches[0]} if searches else {}),
         )
+from clva_lens.ground.ambient import undisturbed
     assert isinstance(out, Tensor) and seen.first is not None
     if not seen.finite:
         raise LogitsError(

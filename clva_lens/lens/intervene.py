@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import Context
 from functools import partial
 from typing import Any, TypeVar
 
 import nnsight
+from greenlet import getcurrent
 from nnsight.intervention.interleaver import Interleaver, Mediator, OutOfOrderError
 from transformers import PreTrainedModel
 
@@ -16,6 +18,7 @@ from clva_lens.lens.observers import AttentionTrace, Observer
 from clva_lens.methods.base import Method
 from clva_lens.methods.clva import ClvaSession
 from clva_lens.methods.target import Target, shape_of
+from clva_lens.models.belonging import drawn_frame
 from clva_lens.models.family import transformers_model
 from clva_lens.science.anchors import VisualAnchors
 
@@ -72,16 +75,20 @@ def intervening(model: Any, *methods: Method) -> Iterator[Intervention]:
     """Apply methods to whatever runs ``model`` inside the ``with`` block; no nnsight is needed.
 
     ``model`` is a transformers model or an nnsight handle of one. Everything is undone when the
-    block ends, also by an exception.
+    block ends, also by an exception. The methods are for the thread and the asyncio task that
+    opened the block: in others the model is plain, so a function that runs in a thread of its own
+    opens the block itself.
 
     Raises:
         ModelLoadError: if no family knows the model.
-        InterventionError: if its attention kernel cannot be intercepted.
+        InterventionError: if its attention kernel cannot be intercepted, or a half-finished
+            generator has a block open on the model.
         ParameterError: if a method does not fit the model.
     """
     found = transformers_model(model)
     sessions = _sessions(found, methods, getattr(model, "processor", None))
-    with running(found, sessions):
+    _share_context()
+    with running(found, sessions, drawn_frame()):
         yield Intervention(sessions)
 
 
@@ -91,11 +98,13 @@ def observing(
 ) -> Iterator[Observation]:
     """Look at the attention of whatever runs ``model`` inside the ``with`` block.
 
-    ``site`` is where, None the family's own; ``layers`` are 0-based.
+    ``site`` is where, None the family's own; ``layers`` are 0-based. Where gradients are recorded
+    they flow through what is observed, so run the model under ``torch.no_grad()`` if you need none.
     """
     found = transformers_model(model)
-    observer = Observer(layers, shape_of(found, site))
-    with running(found, [observer]):
+    observer = Observer(layers, shape_of(found, site), differentiable=True)
+    _share_context()
+    with running(found, [observer], drawn_frame()):
         yield Observation(observer)
 
 
@@ -151,6 +160,7 @@ def join_trace(
         InterventionError: outside a trace, after the model started, or on an unknown model.
     """
     root, interleaver = _running(name, instead)
+    _share_context()
     model = transformers_model(root)
     sessions, handle = make(root, model)
     _attach(model, sessions, interleaver)
@@ -212,6 +222,20 @@ def _running(name: str, instead: str) -> tuple[nnsight.Envoy, Interleaver]:
     return root, interleaver
 
 
+def _share_context() -> None:
+    """Have an nnsight worker, if this is one, run in the context of whoever runs the model.
+
+    What a block of a trace opens is for the model, which runs beside it in the same thread.
+    """
+    worker = getcurrent()
+    runner = worker.parent
+    if getattr(worker, "mediator", None) is None or runner is None:
+        return
+    if runner.gr_context is None:
+        runner.gr_context = Context()
+    worker.gr_context = runner.gr_context
+
+
 class _Guard(Mediator):
     """A worker that does nothing but undo the run when nnsight ends it, in whatever way."""
 
@@ -220,6 +244,7 @@ class _Guard(Mediator):
         self._close = close
 
     def _run(self) -> None:
+        _share_context()
         try:
             # After tracer.stop() there is no result to wait for.
             with suppress(OutOfOrderError):
@@ -229,7 +254,7 @@ class _Guard(Mediator):
 
 
 def _attach(model: PreTrainedModel, sessions: Sequence[Session], interleaver: Interleaver) -> None:
-    guard = _Guard(add_sessions(model, sessions))
+    guard = _Guard(add_sessions(model, sessions, traced=True))
     interleaver.mediators.append(guard)
     # It is started at once: if the rest of the block fails before the model runs, nnsight only
     # unwinds workers that are waiting. It goes back to whoever runs the model, not to this block.

@@ -17,6 +17,7 @@ from clva_lens.figures import Drawing, patch_maps
 from clva_lens.figures import logit_lens as draw_lens
 from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
+from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
 from clva_lens.lens.load import LensModel
@@ -260,7 +261,7 @@ def logit_lens(
         )
     prompt.spans.places(span)  # a span that is not there is said before the model runs
     found, methods = model.hf_model, () if method is None else (method,)
-    with torch.no_grad(), intervening(model, *methods):
+    with undisturbed(), intervening(model, *methods):
         reading = _Reading(found, model.words, span, layers, tokens, k)
         with running(found, [reading]):
             found(**prompt.inputs, logits_to_keep=1)

@@ -145,9 +145,14 @@ def chosen_layers(layers: Sequence[int] | str, shape: Shape) -> tuple[int, ...]:
 
 
 class Observer(Session):
-    """A session that edits nothing and keeps what ``row_reading.py`` reads at the chosen layers."""
+    """A session that edits nothing and keeps what ``row_reading.py`` reads at the chosen layers.
 
-    def __init__(self, layers: Sequence[int] | str, shape: Shape) -> None:
+    ``differentiable``: where gradients are recorded, they flow through what is read.
+    """
+
+    def __init__(
+        self, layers: Sequence[int] | str, shape: Shape, *, differentiable: bool = False
+    ) -> None:
         """Choose the layers: "all", or 0-based indices.
 
         Raises:
@@ -155,13 +160,17 @@ class Observer(Session):
         """
         self.layers = chosen_layers(layers, shape)
         self.shape, self.site = shape, shape.site
+        self.differentiable = differentiable
         self._prompt: dict[int, PromptRows] = {}
         self._generated: list[dict[int, Float[Tensor, "batch head row visual"]]] = []
 
     def attention(self, call: AttentionCall) -> None:
         """Read the layer's rows."""
-        if call.layer not in self.layers:
-            return
+        if call.layer in self.layers:
+            with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+                self._read(call)
+
+    def _read(self, call: AttentionCall) -> None:
         if call.step.number == 0:
             if call.layer == self.layers[0]:
                 self._prompt, self._generated = {}, []
@@ -218,6 +227,7 @@ class QueryObserver(Session):
         self.site = shape.site
         self._maps: dict[int, Float[Tensor, "batch query visual"]] = {}
 
+    @torch.no_grad()
     def attention(self, call: AttentionCall) -> None:
         """Read the layer's rows."""
         if call.layer in self.layers:

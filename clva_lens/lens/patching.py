@@ -14,6 +14,7 @@ from clva_lens.figures import Drawing, patch_maps
 from clva_lens.figures import patching as draw_patching
 from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
+from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.intervene import intervening, refuse_in_trace
@@ -135,7 +136,7 @@ class PatchingResult:
         return "\n".join(lines)
 
 
-@torch.inference_mode()
+@undisturbed()
 def patch_activations(
     model: LensModel,
     source: Prompt,
@@ -280,7 +281,7 @@ def _runner(
                 "the tokenizer has no single token for yes or no, so there is no margin. Pass a "
                 "metric= of the logits."
             )
-        values = torch.as_tensor(made, device=logits.device).float().reshape(-1)
+        values = torch.as_tensor(made, dtype=torch.float32, device=logits.device).reshape(-1)
         if len(values) != len(logits):
             raise ParameterError(
                 f"the metric made {len(values)} numbers from the logits of {len(logits)} samples. "

@@ -131,5 +131,5 @@ def _intervals(draws: Bootstrap, values: Tensor) -> Float[Tensor, "*axes 2"]:
     """Return (low, high) of the mean over the first axis, for each of the others."""
     columns = values.reshape(len(values), -1).T.numpy()
     made: list[Interval] = draws.intervals([(weighted_mean, column, None) for column in columns])
-    ends = torch.tensor([[one.low, one.high] for one in made])
-    return ends.reshape(*values.shape[1:], 2).float()
+    ends = torch.tensor([[one.low, one.high] for one in made], dtype=torch.float32)
+    return ends.reshape(*values.shape[1:], 2)

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from clva_lens.engine.run import running
 from clva_lens.engine.session import Session
+from clva_lens.ground.ambient import undisturbed
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.observers import AttentionTrace, HeadChoice, Observer, QueryObserver
 from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
@@ -19,7 +19,7 @@ from clva_lens.models.family import transformers_model
 from clva_lens.models.prompt import Prompt
 
 
-@torch.inference_mode()
+@undisturbed()
 def trace_attention(
     model: Any,
     prompt: Prompt,
@@ -50,7 +50,7 @@ def trace_attention(
     return observer.trace(prompt.batched, logits)
 
 
-@torch.inference_mode()
+@undisturbed()
 def composed_saliency(
     model: Any,
     prompt: Prompt,
@@ -91,7 +91,7 @@ def composed_saliency(
     return saliency @ (looks if prompt.batched else looks[0])
 
 
-@torch.inference_mode()
+@undisturbed()
 def head_means(
     model: Any,
     prompts: Sequence[Prompt],

@@ -303,5 +303,5 @@ def _on_image(
     if call.step.block is not None:
         start, stop = call.step.block
         return functional.pad(weights, (start, call.key.shape[2] - stop))
-    keys = torch.zeros(len(weights), call.key.shape[2], device=weights.device)
+    keys = torch.zeros(len(weights), call.key.shape[2], dtype=torch.float32, device=weights.device)
     return keys.scatter_(1, call.step.visual, weights)

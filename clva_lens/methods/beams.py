@@ -45,7 +45,7 @@ class Beams:
     @classmethod
     def start(cls, ids: Ids) -> "Beams":
         """Return the state of a prompt, once for each beam; only the first one counts."""
-        scores = torch.full((len(ids),), LOWEST, device=ids.device)
+        scores = torch.full((len(ids),), LOWEST, dtype=torch.float32, device=ids.device)
         scores[0] = 0
         return cls(ids, scores, ids.shape[1])
 
@@ -107,4 +107,5 @@ class Beams:
         chosen = self.finished[:count]
         ids = [sequence for _, sequence in chosen]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=padding)
-        return padded, torch.tensor([score for score, _ in chosen], device=padded.device)
+        scores = torch.tensor([one for one, _ in chosen], dtype=torch.float32, device=padded.device)
+        return padded, scores

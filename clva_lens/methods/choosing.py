@@ -77,6 +77,7 @@ class ChosenHeads:
         self.layers = tuple(i for i in chosen if self.kind is not None or bool(given[i].any()))
         self._given = given
 
+    @torch.no_grad()
     def at(self, call: AttentionCall) -> Bool[Tensor, "batch head"]:
         """Return the chosen heads of one layer, for each sample; a prompt is classified first.
 

@@ -113,8 +113,9 @@ class _ClearSightSession(Session):
             return None
         spans = call.step.spans
         image, system = (factor - 1 for factor in self.method.factors)
-        scale = image * span_keys(call, spans.image) + system * span_keys(call, spans.system)
-        scale = rearrange(scale.float(), "b k -> b 1 1 k")
+        keys = (span_keys(call, span).float() for span in (spans.image, spans.system))
+        scale = sum(factor * one for factor, one in zip((image, system), keys, strict=True))
+        scale = rearrange(scale, "b k -> b 1 1 k")
         if self.method.variant == "paper":
             scale = scale * rearrange(self._perceiving(call), "b h -> b h 1 1")
 
@@ -123,6 +124,7 @@ class _ClearSightSession(Session):
 
         return score_bias(call, edited_rows(call, "text"), change)
 
+    @torch.no_grad()
     def _perceiving(self, call: AttentionCall) -> Bool[Tensor, "batch head"]:
         """Return the half of the heads with the most attention to the image, on the prompt."""
         if call.step.number == 0:

@@ -176,6 +176,7 @@ class ClvaSession(Session):
         self._shares: Float[Tensor, "anchor batch head"] | None = None
         self._found: HeadClasses | None = None
 
+    @torch.no_grad()  # masks are steps, whose slope is 0
     def attention(self, call: AttentionCall) -> Bias | None:
         """Read the anchor layers; return the bias of Eq. 10 at the edited ones."""
         if call.layer in (self.method.negative_layer, self.positive_layer):

@@ -30,6 +30,7 @@ from transformers import DynamicCache, PreTrainedModel
 from clva_lens.engine.run import add_sessions, open_sessions
 from clva_lens.engine.session import Session
 from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.models.belonging import hook_after
 from clva_lens.models.family import Inputs, find_family, find_site
 from clva_lens.models.passes import DecoderPasses
 from clva_lens.models.readout import wide
@@ -160,7 +161,7 @@ class ContrastSession(Session):
     def begin(self) -> None:
         """Watch the pictures that come in, and the key-value cache."""
         self._handles = find_family(self.model).watch(self.model, self._seen)
-        self._handles.append(self._entry.register_forward_hook(self._follow, with_kwargs=True))
+        self._handles.append(hook_after(self._entry, self._follow))
 
     def end(self) -> None:
         """Let go of the model, its cache and the second input."""

@@ -155,7 +155,7 @@ class _CompressedDistances(Session):
         start, rows = _text_rows(call)
         keys = _at_image(call, call.key)
         count = keys.shape[2]
-        turn = self.share * (count - torch.arange(count, device=keys.device))
+        turn = self.share * (count - torch.arange(count, dtype=torch.float32, device=keys.device))
         angle = turn[:, None] * self.rotary.inv_freq.float().to(keys.device)
         cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
         keys = keys.float()
@@ -165,7 +165,7 @@ class _CompressedDistances(Session):
         change = raw_scores(call.query[:, :, start:], turned - keys, call.scaling)
         change = change * rearrange(rows, "b q -> b 1 q 1")
         shape = (*call.query.shape[:3], call.key.shape[2])
-        bias = torch.zeros(shape, device=call.query.device)
+        bias = torch.zeros(shape, dtype=torch.float32, device=call.query.device)
         where = rearrange(call.step.visual, "b v -> b 1 1 v").expand_as(change)
         bias[:, :, start:].scatter_(3, where, change)
         return bias

@@ -98,7 +98,9 @@ class _KnockOutSession(Session):
             return None
         if self._bias is None or self._bias[0] is not call.step:
             batch, visual = call.step.visual.shape
-            none = torch.full((batch, visual), -torch.inf, device=call.query.device)
+            none = torch.full(
+                (batch, visual), -torch.inf, dtype=torch.float32, device=call.query.device
+            )
             self._bias = (call.step, row_bias(call, self.rows, none))
         bias = self._bias[1]
         if self.heads is None:

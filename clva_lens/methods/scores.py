@@ -27,7 +27,8 @@ def score_bias(
     wanted = rows.any(dim=0).nonzero()
     if len(wanted) == 0:
         return None
-    bias = torch.zeros(batch, heads, count, call.key.shape[2], device=call.query.device)
+    size = (batch, heads, count, call.key.shape[2])
+    bias = torch.zeros(size, dtype=torch.float32, device=call.query.device)
     for start, stop in call.row_pieces(int(wanted[0]), int(wanted[-1]) + 1):
         chosen = rearrange(rows[:, start:stop], "b q -> b 1 q 1")
         bias[:, :, start:stop] = change(call.products(start, stop)).where(chosen, 0.0)

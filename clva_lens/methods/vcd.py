@@ -113,5 +113,6 @@ def add_noise(
 ) -> Float[Tensor, "batch channel height width"]:
     """Return x_t of normalised pixels; the same noise, standard normal, for every picture."""
     signal, noise = noise_weights(step)
-    drawn = torch.randn(pixels.shape[1:], generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(pixels.shape[1:], generator=generator, dtype=torch.float32)
     return signal * pixels + noise * drawn.to(pixels)

@@ -140,6 +140,7 @@ class _VisFlowSession(Session):
         rows = rearrange(edited_rows(call, "text"), "b q -> b 1 q 1")
         return rearrange(weights, "b h k -> b h 1 k").where(rows, 0.0)
 
+    @torch.no_grad()
     def _judge(self, call: AttentionCall) -> _Judged:
         method, layer = self.method, call.layer
         tokens = system = text = None
@@ -162,7 +163,7 @@ class _VisFlowSession(Session):
         """Return the log-weight of each key, for each head if some heads differ."""
         spans, method = call.step.spans, self.method
         batch, keys = call.query.shape[0], call.key.shape[2]
-        weights = torch.zeros(batch, 1, keys, device=call.query.device)
+        weights = torch.zeros(batch, 1, keys, dtype=torch.float32, device=call.query.device)
         if judged.tokens is not None:
             weights.scatter_(2, rearrange(call.step.visual, "b v -> b 1 v"), judged.tokens[:, None])
         for heads, loss, span in (

@@ -14,6 +14,7 @@ from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import ClvaLensError, ModelLoadError, ParameterError, PromptError
 from clva_lens.ground.registry import Registry
 from clva_lens.models.activations import Activations
+from clva_lens.models.belonging import hook_before
 from clva_lens.models.passes import Passes
 
 # The decoder of a family's tiny model.
@@ -235,7 +236,7 @@ def note_inputs(
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.update(read({"pixel_values": args[0], **kwargs} if args else kwargs))
 
-    return module.register_forward_pre_hook(note, with_kwargs=True)
+    return hook_before(module, note)
 
 
 def replace_lead(inputs: Inputs, head: list[int], starts: Iterable[int], pad: int) -> Inputs:

@@ -20,6 +20,7 @@ from transformers import Cache
 
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError
+from clva_lens.models.belonging import hook_before
 from clva_lens.models.step import Step
 
 NO_IMAGE = (
@@ -44,9 +45,9 @@ class Passes(ABC):
 
     def hooks(self) -> list[RemovableHandle]:
         """Start watching; the handles stop it."""
-        handles = [self.entry.register_forward_pre_hook(self._before, with_kwargs=True)]
+        handles = [hook_before(self.entry, self._before, first=True)]
         if self.embedding is not None:
-            handles.append(self.embedding.register_forward_pre_hook(self._embed, with_kwargs=True))
+            handles.append(hook_before(self.embedding, self._embed, first=True))
         return handles
 
     def _embed(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

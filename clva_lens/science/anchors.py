@@ -107,7 +107,7 @@ def saliency_map(
 
 def head_shares(heads: Bool[Tensor, "*batch head"]) -> Float[Tensor, "*batch head"]:
     """Return what each head counts in the mean over a set: 1/|H| in it, 0 outside; float32."""
-    return heads / heads.sum(dim=-1, keepdim=True).clamp(min=1)
+    return heads.float() / heads.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def mean_of_heads(

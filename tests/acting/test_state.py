@@ -6,7 +6,8 @@ from tiny_models import lens_of
 from transformers import AttentionInterface
 
 import clva_lens as cl
-from clva_lens.engine.run import _ACTIVE, _ROUTES
+from clva_lens.engine.run import _ACTIVE
+from clva_lens.models.belonging import HERE
 
 METHOD = cl.CLVA(tau=1.0)
 
@@ -26,7 +27,7 @@ def state(model):
         if hasattr(module, "config")
     }
     parameters = {name: (p.data_ptr(), p._version) for name, p in model.named_parameters()}
-    runs = dict(_ACTIVE), dict(_ROUTES)
+    runs = dict(_ACTIVE), dict(HERE.get())
     return modules, configs, parameters, model.generation_config.to_dict(), *runs
 
 

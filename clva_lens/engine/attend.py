@@ -1,0 +1,87 @@
+"""The attention functions that are registered with transformers, one for each kernel.
+
+A module that is in no run of this thread or task is passed through to the kernel itself.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from clva_lens.engine import windows
+from clva_lens.ground.errors import InterventionError
+from clva_lens.models.belonging import HERE
+
+
+def _base_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return the eager attention function of the file that defines the module."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+KERNELS = {"sdpa": sdpa_mask, "eager": eager_mask}
+"""The kernels that can be intercepted, with what builds their masks."""
+
+
+def _check_formula(site: str, kwargs: dict[str, Any]) -> None:
+    """Refuse attention that is no softmax of scaled products under a mask."""
+    if "softcap" not in kwargs and "s_aux" not in kwargs:
+        return
+    odd = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if odd:
+        raise InterventionError(
+            f"the {site}'s attention has more in it than queries, keys and a mask ({odd[0]}: "
+            "capped scores, or sinks), so its rows cannot be formed from these. Use a model "
+            "without."
+        )
+
+
+def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the base kernel, under the bias of the run that the module belongs to."""
+        base = sdpa_attention_forward if kernel == "sdpa" else _base_eager(module)
+        run: Any = HERE.get().get(id(module))
+        acting = None if run is None else run.acting.get(id(module))
+        if run is None or acting is None:
+            return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        ready = run.merging.ready(acting, run.passes.step, key, attention_mask)
+        if ready is not None:
+            return base(module, query, key, value, ready, scaling=scaling, **kwargs)
+        _check_formula(run.site.name, kwargs)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        count, step, mask, values = query.shape[2], run.passes.step, attention_mask, value
+        seen = key
+        # A static cache hands over its empty end too: leave it out, as the kernel would.
+        if attention_mask is None and step is not None and step.causal and count > 1:
+            seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
+        if step is not None and step.causal:
+            seen, values, mask = windows.widen(seen, values, mask, step.offset + count, count)
+        window = kwargs.get("sliding_window")
+        call = run.edit(acting, query, seen, values, mask, scale, window)
+        if call is None:
+            out, weights = base(
+                module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            )
+        else:
+            bound = partial(base, module, scaling=scale, **kwargs)
+            out, weights = run.merging.attend(bound, call, acting)
+        return run.output(out), weights
+
+    return attend
+
+
+for _kernel, _mask in KERNELS.items():
+    AttentionInterface.register(f"clva_{_kernel}", _attend(_kernel))
+    AttentionMaskInterface.register(f"clva_{_kernel}", _mask)

@@ -1,0 +1,35 @@
+"""Gradient checkpointing: layers that are computed once more while gradients flow back.
+
+By then a run may be over or have read another prompt, so what a session did inside of such a layer
+cannot be repeated: edits there are refused, and sessions that only look do so once.
+"""
+
+import sys
+from typing import Literal
+
+from clva_lens.ground.errors import InterventionError
+
+_TORCH = "torch.utils.checkpoint"
+# What of that module calls a layer the second time: of its two forms, the re-entrant one first.
+_AGAIN = ("backward", "unpack_hook")
+
+
+def checkpointed() -> Literal["first", "again"] | None:
+    """Return whether this runs inside of a checkpoint, for the first time or once more."""
+    frame, found = sys._getframe(1), None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _TORCH:
+            if frame.f_code.co_name in _AGAIN:
+                return "again"
+            found = "first"
+        frame = frame.f_back
+    return found
+
+
+def refuse_checkpoint(what: str) -> None:
+    """Raise InterventionError: ``what`` was edited inside of a checkpoint."""
+    raise InterventionError(
+        f"{what} is edited in a layer under gradient checkpointing, which would be computed once "
+        "more without the edit while gradients flow back, so they would be wrong. Call "
+        "model.gradient_checkpointing_disable() first."
+    )
