@@ -145,6 +145,7 @@ class Draft(Kept):
             UnknownName: if there is no such figure.
             RecordError: if the name is taken, or what it draws was not kept.
         """
+        figure = RECORD_FIGURES.spelled(figure)
         name = name or figure
         if any(one["name"] == name for one in self._figures):
             raise RecordError(f"there is a figure '{name}' already. Pass name= another one.")

@@ -19,7 +19,7 @@ from clva_lens.lens.generate import Decoding
 from clva_lens.lens.intervene import trace_attention
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.observers import AttentionTrace
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import MethodLike
 from clva_lens.toy.toys import TOYS
 from clva_lens.toy.train import RECIPE
 
@@ -53,7 +53,7 @@ def benchmarks_for(model: LensModel, kind: str, named: Sequence[str] = ()) -> tu
 def measure_methods(
     model: LensModel,
     benchmarks: Sequence[str | Benchmark],
-    methods: Mapping[str, Method | None],
+    methods: Mapping[str, MethodLike | None],
     decoding: Decoding | None = None,
     *,
     decodings: Mapping[str, Decoding] | None = None,
@@ -138,7 +138,7 @@ def _row(
 def trace_samples(
     model: LensModel,
     samples: Sequence[Sample],
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     site: str | None = None,
     batch_size: int = 32,

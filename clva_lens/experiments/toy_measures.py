@@ -10,7 +10,7 @@ from torch import Tensor
 from clva_lens.lens.intervene import trace_attention
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.observers import AttentionTrace
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import MethodLike
 from clva_lens.toy.questions import Question
 from clva_lens.toy.scenes import Scene, render
 
@@ -19,7 +19,7 @@ def trace_questions(
     model: LensModel,
     scenes: Sequence[Scene],
     asked: Sequence[tuple[int, Question]],
-    method: Method | None = None,
+    method: MethodLike | None = None,
     batch_size: int = 50,
 ) -> AttentionTrace:
     """Return the attention for (scene index, question) pairs, with a batch axis."""

@@ -19,7 +19,7 @@ from clva_lens.engine.session import AttentionCall, Session, as_additive, raw_sc
 from clva_lens.engine.stream import Part, Stream, StreamCall
 from clva_lens.ground.errors import ParameterError, PromptError, UnknownName
 from clva_lens.lens.intervene import intervening, refuse_in_trace
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import MethodLike
 from clva_lens.models.activations import Place
 from clva_lens.models.family import find_family
 from clva_lens.models.prompt import Prompt
@@ -43,7 +43,7 @@ class CachedRun(NamedTuple):
 
 @torch.no_grad()
 def run_with_cache(
-    lens: Any, prompt: Prompt, names_filter: NamesFilter = None, method: Method | None = None
+    lens: Any, prompt: Prompt, names_filter: NamesFilter = None, method: MethodLike | None = None
 ) -> CachedRun:
     """Return the logits and the activations of one forward pass; see ``LensModel.run_with_cache``.
 
@@ -69,8 +69,7 @@ def run_with_cache(
     reader = _Reader(lens, activations.places, chosen, len(prompt["input_ids"]))
     sites = {place.site for place in chosen if place.site is not None}
     sessions: list[_Attention | _Stream] = [_Attention(site, chosen) for site in sorted(sites)]
-    methods = () if method is None else (method,)
-    with intervening(lens, *methods):
+    with intervening(lens, method):
         # What methods make of a module's output comes after nnsight has served it.
         edited = edited_streams(model)
         late = [place for place in chosen if place.name in edited and place.tap.side == "output"]

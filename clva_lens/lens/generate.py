@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from clva_lens.ground.errors import InterventionError, ModelLoadError, ParameterError, PromptError
+from clva_lens.ground.parameters import Parameters, check_arguments
 from clva_lens.ground.progress import progress_bar
 from clva_lens.ground.registry import Registry
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import Method, MethodLike, as_method
 from clva_lens.models.prompt import ImageLike, Prompt
 
 YES = ("yes", "Yes", "YES", " yes", " Yes")
@@ -24,7 +25,7 @@ NO = ("no", "No", "NO", " no", " No")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Greedy:
+class Greedy(Parameters):
     """The likeliest token at each step."""
 
     max_new_tokens: int = 32
@@ -39,7 +40,7 @@ class Greedy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beam:
+class Beam(Parameters):
     """Beam search; the paper's has 5 beams."""
 
     num_beams: int = 5
@@ -61,7 +62,7 @@ class Beam:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Parameters):
     """Nucleus sampling, repeatable for the same seed, prompts and batch size."""
 
     temperature: float | int = 1.0
@@ -171,7 +172,7 @@ def check_decoding(method: Method | None, decoding: Decoding) -> None:
 def generate(
     model: LensModel,
     prompts: Prompt | Sequence[Prompt] | Sequence[Asked],
-    method: Method | None = None,
+    method: MethodLike | None = None,
     decoding: Decoding | None = None,
     *,
     batch_size: int = 8,
@@ -195,7 +196,7 @@ def generate(
 def generate_batches(
     model: LensModel,
     prompts: Prompt | Sequence[Prompt] | Sequence[Asked],
-    method: Method | None = None,
+    method: MethodLike | None = None,
     decoding: Decoding | None = None,
     *,
     batch_size: int = 8,
@@ -215,7 +216,8 @@ def generate_batches(
         ParameterError: if the method or the batch size does not fit.
     """
     refuse_in_trace("generate", ", or trace with model.generate(prompt)")
-    decoding = decoding or Greedy()
+    method, decoding = as_method(method), decoding or Greedy()
+    check_arguments(generate, batch_size=batch_size)
     if batch_size < 1:
         raise ParameterError(f"batch_size must be >= 1, but is {batch_size}. Pass batch_size=8.")
     check_decoding(method, decoding)

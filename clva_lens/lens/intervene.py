@@ -17,12 +17,13 @@ from clva_lens.engine.session import Session
 from clva_lens.ground.errors import InterventionError, ModelLoadError
 from clva_lens.lens.observers import AttentionTrace, HeadChoice, Observer, QueryObserver
 from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import Method, MethodLike, as_methods
 from clva_lens.methods.clva import ClvaSession
 from clva_lens.methods.target import Target, shape_of
 from clva_lens.models.family import find_family, matching_family
 from clva_lens.models.prompt import Prompt
 from clva_lens.science.anchors import VisualAnchors
+from clva_lens.science.heads import SomeHeads
 
 Handle = TypeVar("Handle")
 
@@ -73,11 +74,12 @@ class Observation:
 
 
 @contextmanager
-def intervening(model: Any, *methods: Method) -> Iterator[Intervention]:
+def intervening(model: Any, *methods: MethodLike | None) -> Iterator[Intervention]:
     """Apply methods to whatever runs ``model`` inside the ``with`` block; no nnsight is needed.
 
-    ``model`` is a transformers model or an nnsight handle of one. Everything is undone when the
-    block ends, also by an exception.
+    ``model`` is a transformers model or an nnsight handle of one. A method may be given by its
+    registered name, with its default parameters. Everything is undone when the block ends, also by
+    an exception.
 
     Raises:
         ModelLoadError: if no family knows the model.
@@ -85,7 +87,7 @@ def intervening(model: Any, *methods: Method) -> Iterator[Intervention]:
         ParameterError: if a method does not fit the model.
     """
     found = transformers_model(model)
-    sessions = _sessions(found, methods, getattr(model, "processor", None))
+    sessions = _sessions(found, as_methods(methods), getattr(model, "processor", None))
     with running(found, sessions):
         yield Intervention(sessions)
 
@@ -104,7 +106,7 @@ def observing(
         yield Observation(observer)
 
 
-def intervene(*methods: Method) -> Intervention:
+def intervene(*methods: MethodLike | None) -> Intervention:
     """Apply methods to the nnsight trace this is called in, from its first pass to its last.
 
     Call it before any value is read in the block: reading waits until the model has computed the
@@ -117,7 +119,7 @@ def intervene(*methods: Method) -> Intervention:
     """
 
     def make(root: Any, model: PreTrainedModel) -> tuple[list[Session], Intervention]:
-        sessions = _sessions(model, methods, getattr(root, "processor", None))
+        sessions = _sessions(model, as_methods(methods), getattr(root, "processor", None))
         return sessions, Intervention(sessions)
 
     return join_trace("intervene", "with cl.intervening(model, method):", make)
@@ -267,7 +269,7 @@ def _attach(model: PreTrainedModel, sessions: Sequence[Session], interleaver: In
 def trace_attention(
     model: Any,
     prompt: Prompt,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     layers: Sequence[int] | str = "all",
     site: str | None = None,
@@ -288,8 +290,7 @@ def trace_attention(
     refuse_in_trace("trace_attention", ", or cl.observe() in it")
     found = transformers_model(model)
     observer = Observer(layers, shape_of(found, site))
-    methods = () if method is None else (method,)
-    with intervening(model, *methods), running(found, [observer]):
+    with intervening(model, method), running(found, [observer]):
         logits = _last_logits(found, prompt)
     return observer.trace(prompt.batched, logits)
 
@@ -298,7 +299,7 @@ def trace_attention(
 def head_means(
     model: Any,
     prompts: Sequence[Prompt],
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     rows: ZRows = "text",
     site: str | None = None,
@@ -318,9 +319,8 @@ def head_means(
     refuse_in_trace("head_means", "")
     found = transformers_model(model)
     session = MeanSession(shape_of(found, site), rows)
-    methods = () if method is None else (method,)
     for prompt in prompts:
-        with intervening(model, *methods), running(found, [session]):
+        with intervening(model, method), running(found, [session]):
             _last_logits(found, prompt)
     return session.means()
 
@@ -335,9 +335,9 @@ def _last_logits(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "batch
 def composed_saliency(
     model: Any,
     prompt: Prompt,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
-    heads: HeadChoice = "all",
+    heads: HeadChoice | SomeHeads = "all",
     layers: Sequence[int] | str = "all",
     qformer_layers: Sequence[int] | str = "all",
 ) -> Float[Tensor, "*batch layer visual"]:
@@ -356,14 +356,13 @@ def composed_saliency(
     """
     refuse_in_trace("composed_saliency", ", or cl.observe() in it")
     found = transformers_model(model)
-    methods = () if method is None else (method,)
     target = Target(found)
     decoder = Observer(layers, target.at("decoder"))
     queries = None
     if target.at().site != "decoder":
         queries = QueryObserver(qformer_layers, target.at())
     observers: list[Session] = [decoder] if queries is None else [decoder, queries]
-    with intervening(model, *methods), running(found, observers):
+    with intervening(model, method), running(found, observers):
         _last_logits(found, prompt)
     saliency = decoder.trace(prompt.batched).saliency(heads)
     if queries is None:

@@ -19,7 +19,7 @@ from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.logit_lens import MARGIN
 from clva_lens.lens.observers import chosen_layers
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import Method, MethodLike
 from clva_lens.methods.patching import PatchActivations, PatchedPart
 from clva_lens.methods.target import Shape, shape_of
 from clva_lens.models.prompt import Prompt
@@ -145,7 +145,7 @@ def patch_activations(
     part: PatchedPart = "resid_pre",
     each: Each | None = None,
     metric: Metric | None = None,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     progress: bool = True,
 ) -> PatchingResult:
     """Return how a metric of ``target`` changes when it gets activations of ``source``.
@@ -184,10 +184,9 @@ def patch_activations(
     base = PatchActivations(source=source, cache={}, part=part, layers=numbers)
     wanted = [base.activation(layer) for layer in numbers]
     cache = model.run_with_cache(source, wanted, method=method).cache
-    own = () if method is None else (method,)
 
     def run(prompt: Prompt, *patch: Method) -> Float[Tensor, " batch"]:
-        with intervening(model, *own, *patch):
+        with intervening(model, method, *patch):
             made = found(**prompt.inputs, logits_to_keep=1).logits[:, -1:]
         return measure(made, len(made))
 
