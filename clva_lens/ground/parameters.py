@@ -1,6 +1,7 @@
 """Parameters are what their annotations say: one that is not is named when it is given."""
 
 import functools
+import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import MISSING, fields
 from numbers import Integral, Real
@@ -24,8 +25,8 @@ class Parameters:
     """A base for frozen dataclasses: fields must fit their annotations, and cannot change.
 
     A sequence becomes a tuple and a number of another library Python's own, before the class's own
-    ``__post_init__`` sees them. Which of several words a ``Literal`` allows, the shapes of tensors,
-    and what else may stand for a tensor, are left to it.
+    ``__post_init__`` sees them. Which of several words a ``Literal`` allows is looked at after it, and
+    the shapes of tensors, and what else may stand for a tensor, are left to it.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -36,8 +37,9 @@ class Parameters:
 
             @functools.wraps(own)
             def checked(self: Any) -> None:
-                Parameters.__post_init__(self)
+                _check_fields(self)
                 own(self)
+                _check_choices(self)
 
             cls.__post_init__ = checked
 
@@ -47,11 +49,26 @@ class Parameters:
         Raises:
             ParameterError: naming the first one that does not fit its annotation.
         """
-        for field in fields(self):  # pyright: ignore[reportArgumentType]
-            given = getattr(self, field.name)
-            found = _checked(type(self), field.name, given, field.default)
-            if found is not given:
-                object.__setattr__(self, field.name, found)
+        _check_fields(self)
+        _check_choices(self)
+
+
+def _check_fields(owner: Any) -> None:
+    for field in fields(owner):
+        given = getattr(owner, field.name)
+        found = _checked(type(owner), field.name, given, field.default)
+        if found is not given:
+            object.__setattr__(owner, field.name, found)
+
+
+def _check_choices(owner: Any) -> None:
+    """Refuse a word that a ``Literal`` does not allow, where the class itself has not."""
+    for field in fields(owner):
+        hint, value = _hints(type(owner)).get(field.name, Any), getattr(owner, field.name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ParameterError(
+                f"{field.name} must be {_said(hint)}, but is {value!r}. Pass one of these."
+            )
 
 
 def check_arguments(function: Any, **given: Any) -> None:
@@ -60,8 +77,9 @@ def check_arguments(function: Any, **given: Any) -> None:
     Raises:
         ParameterError: naming the first one that does not fit its annotation.
     """
+    known = inspect.signature(function).parameters
     for name, value in given.items():
-        _checked(function, name, value, function.__kwdefaults__.get(name, MISSING))
+        _checked(function, name, value, known[name].default)
 
 
 def _checked(owner: Any, name: str, value: Any, usual: Any) -> Any:
@@ -86,7 +104,7 @@ def _hints(owner: Any) -> dict[str, Any]:
 
 def _fitted(value: Any, hint: Any) -> Any:
     """Return ``value`` if the annotation allows it, else raise TypeError."""
-    kind = get_origin(hint) or hint
+    kind: Any = get_origin(hint) or hint
     if kind in (Union, UnionType):
         for one in get_args(hint):
             try:
@@ -107,7 +125,7 @@ def _fitted(value: Any, hint: Any) -> Any:
         if isinstance(several, Collection) and not isinstance(several, str | bytes | dict):
             return tuple(_fitted(item, get_args(hint)[0]) for item in several)
     elif _is_array(kind):
-        kind = kind.array_type
+        kind = getattr(kind, "array_type", Any)
     if kind in (int, float, tuple, Sequence) or not isinstance(value, kind):
         raise TypeError
     return value
