@@ -175,54 +175,22 @@ def load(
             "trust_remote_code=True was passed, but clva_lens never runs code from a model "
             "repository. Load the model yourself, and pass (hf_model, processor)."
         )
+    given = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+    given = {option: value for option, value in given.items() if value is not None} | options
     if isinstance(model, tuple):
-        hf_model, processor = _pair(model)
+        hf_model, processor = _pair(model, given)
         name = hf_model.name_or_path or type(hf_model).__name__
-        given = {"dtype": dtype, "device_map": device_map}
-        given |= {"attn_implementation": attn_implementation, **options}
-        unused = [option for option, value in given.items() if value is not None]
-        if unused:
-            raise ModelLoadError(
-                f"{' and '.join(unused)} was passed with a model that is loaded already. Pass it "
-                "to the model's own from_pretrained()."
-            )
     else:
         name = str(model)
-        published = published_folder(name, **options)  # Qwen-VL has a reader of its own
-        source = _source(name) if published is None else published
-        if source.parent == pretrained.FOLDER and dtype is None:
-            dtype = torch.float32
-        if attn_implementation is not None:
-            options["attn_implementation"] = attn_implementation
-        if device_map is not None:
-            options["device_map"] = device_map
-        with _quiet(source.parent == pretrained.FOLDER):
-            if published is None:
-                hf_model = _from_pretrained(name, source, dtype=dtype or "auto", **options)
-                processor = _processor(name, source)
-            else:
-                hf_model, processor = read_published(published, dtype=dtype or "auto", **options)
-    find_family(hf_model)
-    if not hasattr(processor, "image_processor"):
-        raise ModelLoadError(
-            f"'{name}' has a {type(processor).__name__} but no image processor. Save the model's "
-            "processor beside the weights, or pass (hf_model, processor)."
-        )
-    hf_model.eval()
-    if hf_model.device.type == "meta":
-        raise ModelLoadError(
-            f"the first weights of '{name}' are on the device 'meta' (offloaded, or never loaded), "
-            "so nnsight cannot tell where inputs go. Load it with a device_map that keeps what "
-            "comes first (vision tower, embeddings) on a device, or use cl.intervening(hf_model, "
-            "method) around the model itself."
-        )
-    lens = LensModel(hf_model, processor, name)
+        hf_model, processor = _read(name, given)
+    _require_usable(hf_model, processor, name)
+    lens = LensModel(hf_model.eval(), processor, name)
     if check:
         check_family(lens.hf_model, lens.prompt)
     return lens
 
 
-def _pair(model: tuple[Any, ...]) -> tuple[PreTrainedModel, Any]:
+def _pair(model: tuple[Any, ...], options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
     """Return a loaded model and its processor; a PEFT model as what its adapters act in."""
     if len(model) == 2 and hasattr(model[0], "get_base_model"):
         if any(one.is_prompt_learning for one in model[0].peft_config.values()):
@@ -237,7 +205,42 @@ def _pair(model: tuple[Any, ...]) -> tuple[PreTrainedModel, Any]:
             "a tuple must be (hf_model, processor) with a transformers model first. Pass "
             "cl.load((hf_model, processor))."
         )
+    unused = [option for option, value in options.items() if value is not None]
+    if unused:
+        raise ModelLoadError(
+            f"{' and '.join(unused)} was passed with a model that is loaded already. Pass it "
+            "to the model's own from_pretrained()."
+        )
     return model[0], model[1]
+
+
+def _read(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """Return the model and the processor of a toy, a folder or a Hub id."""
+    published = published_folder(name, **options)  # Qwen-VL has a reader of its own
+    source = _source(name) if published is None else published
+    toy = source.parent == pretrained.FOLDER
+    options = {"dtype": torch.float32 if toy else "auto"} | options
+    with _quiet(toy):
+        if published is not None:
+            return read_published(published, **options)
+        return _from_pretrained(name, source, **options), _processor(name, source)
+
+
+def _require_usable(model: PreTrainedModel, processor: Any, name: str) -> None:
+    """Refuse a model of no family, without an image processor, or whose inputs have no place."""
+    find_family(model)
+    if not hasattr(processor, "image_processor"):
+        raise ModelLoadError(
+            f"'{name}' has a {type(processor).__name__} but no image processor. Save the model's "
+            "processor beside the weights, or pass (hf_model, processor)."
+        )
+    if model.device.type == "meta":
+        raise ModelLoadError(
+            f"the first weights of '{name}' are on the device 'meta' (offloaded, or never loaded), "
+            "so nnsight cannot tell where inputs go. Load it with a device_map that keeps what "
+            "comes first (vision tower, embeddings) on a device, or use cl.intervening(hf_model, "
+            "method) around the model itself."
+        )
 
 
 @contextmanager
