@@ -12,6 +12,7 @@ import numpy as np
 
 from clva_lens.benchmarks.lines import broken_line, read_lines
 from clva_lens.ground.errors import BenchmarkError, ParameterError
+from clva_lens.ground.parameters import Parameters
 from clva_lens.ground.registry import Registry
 
 
@@ -75,7 +76,7 @@ def _number(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class Benchmark(ABC):
+class Benchmark(Parameters, ABC):
     """A set of samples and the rule that scores answers to them; its fields are its settings.
 
     Whatever the score depends on besides the answers is a field (parser, prompt, lemmatiser, where

@@ -8,9 +8,9 @@ arXiv:2603.25088v1 is a bias, the fused kernels keep working, and no pattern is 
 methods need to *see* is formed from queries and keys, for the rows in question only.
 
 ``clva_sdpa`` and ``clva_eager`` are registered with transformers once, each with the mask builder
-of its base kernel. While a ``SiteRun`` is installed its site's configuration names one of them; modules
-of no run of this thread or task (models/belonging.py) are passed through. Nothing is stored on any
-module, and the last ``remove`` restores everything.
+of its base kernel. While a ``SiteRun`` is installed its site's configuration names one of them;
+modules of no run of this thread or task (models/belonging.py) are passed through. Nothing is stored
+on any module, and the last ``remove`` restores everything.
 """
 
 import threading
@@ -341,7 +341,7 @@ def open_sessions(model: PreTrainedModel) -> list[Session]:
 def running(
     model: PreTrainedModel, sessions: Sequence[Session], frame: FrameType | None = None
 ) -> Iterator[None]:
-    """Have sessions in the model's run inside the ``with`` block; ``frame`` as for ``add_sessions``.
+    """Have sessions in the model's run in the ``with`` block; ``frame`` as in ``add_sessions``.
 
     An error of the model that its family understands is raised as a clearer one.
     """

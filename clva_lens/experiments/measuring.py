@@ -20,7 +20,7 @@ from clva_lens.lens.evaluate import run_benchmark
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.observers import AttentionTrace
 from clva_lens.lens.trace import trace_attention
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import MethodLike
 from clva_lens.toy.toys import TOYS
 from clva_lens.toy.train import RECIPE
 
@@ -124,7 +124,7 @@ def _row(
 def trace_samples(
     model: LensModel,
     samples: Sequence[Sample],
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     site: str | None = None,
     batch_size: int = 32,

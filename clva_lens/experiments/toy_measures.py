@@ -11,7 +11,7 @@ from clva_lens.benchmarks.base import Sample
 from clva_lens.experiments.measuring import trace_samples
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.observers import AttentionTrace
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import MethodLike
 from clva_lens.toy.questions import Question
 from clva_lens.toy.scenes import Scene, render
 
@@ -20,7 +20,7 @@ def trace_questions(
     model: LensModel,
     scenes: Sequence[Scene],
     asked: Sequence[tuple[int, Question]],
-    method: Method | None = None,
+    method: MethodLike | None = None,
     batch_size: int = 50,
 ) -> AttentionTrace:
     """Return the attention for (scene index, question) pairs, with a batch axis."""

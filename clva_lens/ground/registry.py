@@ -1,7 +1,7 @@
 """A name → object table that says "did you mean" when asked for a name it does not have."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -9,6 +9,20 @@ from typing import Any, Generic, TypeVar
 from clva_lens.ground.errors import ParameterError, UnknownName
 
 T = TypeVar("T")
+
+
+def known_as(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that ``name`` is, whatever its case; None if there is no single one."""
+    known = tuple(known)
+    alike = [one for one in known if one.casefold() == name.casefold()]
+    return name if name in known else alike[0] if len(alike) == 1 else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean '…'?" with the nearest known name whatever its case, or nothing."""
+    folded = {one.casefold(): one for one in known}
+    near = get_close_matches(name.casefold(), folded, n=1)
+    return f" Did you mean '{folded[near[0]]}'?" if near else ""
 
 
 class Registry(Generic[T]):
@@ -21,6 +35,8 @@ class Registry(Generic[T]):
     Traceback (most recent call last):
         ...
     clva_lens.ground.errors.UnknownName: no colour 'rde'. Did you mean 'red'? Known: red.
+    >>> colours.get("Red")
+    '#f00'
     """
 
     def __init__(self, kind: str, check: Callable[[str, T], None] | None = None) -> None:
@@ -45,17 +61,25 @@ class Registry(Generic[T]):
         return item
 
     def get(self, name: str) -> T:
-        """Return the object registered as ``name``.
+        """Return the object registered as ``name``, whatever its case.
 
         Raises:
             UnknownName: listing the known names and the nearest one.
         """
-        if name in self._items:
-            return self._items[name]
-        near = get_close_matches(name, self._items, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        known = ", ".join(self.names()) or "none"
-        raise UnknownName(f"no {self.kind} '{name}'.{hint} Known: {known}.")
+        return self._items[self.spelled(name)]
+
+    def spelled(self, name: str) -> str:
+        """Return a name as it is registered; case matters only between names that differ by it.
+
+        Raises:
+            UnknownName: listing the known names and the nearest one.
+        """
+        found = known_as(str(name), self._items)
+        if found is None:
+            known = ", ".join(self.names()) or "none"
+            hint = did_you_mean(str(name), self._items)
+            raise UnknownName(f"no {self.kind} '{name}'.{hint} Known: {known}.")
+        return found
 
     def remove(self, name: str) -> None:
         """Take the object registered as ``name`` out again.
@@ -63,8 +87,7 @@ class Registry(Generic[T]):
         Raises:
             UnknownName: listing the known names and the nearest one.
         """
-        self.get(name)
-        del self._items[name]
+        del self._items[self.spelled(name)]
 
     def names(self) -> tuple[str, ...]:
         """Return the registered names, sorted."""

@@ -3,12 +3,12 @@
 import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.registry import did_you_mean
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
@@ -55,9 +55,7 @@ def restore_settings(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def _hint(owner: type, name: str) -> Any:
     known = [field.name for field in fields(owner)]
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        listed = ", ".join(known) or "nothing to set"
+        hint, listed = did_you_mean(name, known), ", ".join(known) or "nothing to set"
         raise ParameterError(f"{owner.__name__} has no '{name}'.{hint} It has: {listed}.")
     return get_type_hints(owner)[name]
 

@@ -20,7 +20,7 @@ from clva_lens.lens.load import LensModel
 from clva_lens.lens.logit_parts import LogitParts
 from clva_lens.lens.margins import answer_tokens
 from clva_lens.lens.observers import Observer
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import MethodLike
 from clva_lens.methods.target import shape_of
 from clva_lens.models.family import find_family
 from clva_lens.models.prompt import Prompt, VisualTokens, visual_tokens
@@ -147,7 +147,7 @@ def direct_logit_attribution(
     model: LensModel,
     prompt: Prompt,
     tokens: str | int | Sequence[str | int] = ...,
-    method: Method | None = ...,
+    method: MethodLike | None = ...,
 ) -> LogitAttribution: ...
 
 
@@ -159,7 +159,7 @@ def direct_logit_attribution(
     model: LensModel | None = None,
     prompt: Prompt | None = None,
     tokens: str | int | Sequence[str | int] = ("yes", "no"),
-    method: Method | None = None,
+    method: MethodLike | None = None,
 ) -> LogitAttribution | Attributing:
     """Return what each head, MLP and image token adds to a logit at the prompt's last position.
 
@@ -198,8 +198,7 @@ def direct_logit_attribution(
             "Pass both."
         )
     found = model.hf_model
-    methods = () if method is None else (method,)
-    with undisturbed(), intervening(model, *methods):
+    with undisturbed(), intervening(model, method):
         reading = _Reading(found, model.words, tokens)
         with running(found, reading.sessions):
             found(**prompt.inputs, logits_to_keep=1)

@@ -20,7 +20,7 @@ from clva_lens.engine.stream import Part, Stream, StreamCall
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import ParameterError, PromptError, UnknownName
 from clva_lens.lens.intervene import intervening, refuse_in_trace
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import MethodLike
 from clva_lens.models.activations import Place
 from clva_lens.models.family import find_family
 from clva_lens.models.prompt import Prompt
@@ -44,7 +44,7 @@ class CachedRun(NamedTuple):
 
 @undisturbed()
 def run_with_cache(
-    lens: Any, prompt: Prompt, names_filter: NamesFilter = None, method: Method | None = None
+    lens: Any, prompt: Prompt, names_filter: NamesFilter = None, method: MethodLike | None = None
 ) -> CachedRun:
     """Return the logits and the activations of one forward pass; see ``LensModel.run_with_cache``.
 
@@ -70,8 +70,7 @@ def run_with_cache(
     reader = _Reader(lens, activations.places, chosen, len(prompt["input_ids"]))
     sites = {place.site for place in chosen if place.site is not None}
     sessions: list[_Attention | _Stream] = [_Attention(site, chosen) for site in sorted(sites)]
-    methods = () if method is None else (method,)
-    with intervening(lens, *methods):
+    with intervening(lens, method):
         # What methods make of a module's output comes after nnsight has served it.
         edited = edited_streams(model)
         late = [place for place in chosen if place.name in edited and place.tap.side == "output"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.parameters import Parameters
 from clva_lens.ground.registry import Registry
 from clva_lens.methods.base import Method
 from clva_lens.models.family import find_site
@@ -38,7 +39,7 @@ _NO_CHOICE = {
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
 
 
-class Decoding(ABC):
+class Decoding(Parameters, ABC):
     """How the next token is chosen: a frozen dataclass with ``max_new_tokens``."""
 
     max_new_tokens: int

@@ -12,19 +12,20 @@ from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Sco
 from clva_lens.benchmarks.run_folder import ORIGIN, Report, class_name, open_run
 from clva_lens.ground.checkout import origin
 from clva_lens.ground.errors import BenchmarkError, ParameterError
+from clva_lens.ground.parameters import check_arguments
 from clva_lens.lens.asking import Asking
 from clva_lens.lens.decoding import Decoding, Greedy, check_decoding, told
 from clva_lens.lens.generate import generate_batches
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.provenance import describe, identity, machine
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import MethodLike, as_method
 from clva_lens.methods.target import Target
 
 
 def evaluate(
     model: LensModel,
     benchmark: str | Benchmark,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     decoding: Decoding | None = None,
     *,
     limit: int | None = None,
@@ -49,14 +50,15 @@ def evaluate(
     whole batches before are kept.
 
     Raises:
-        UnknownName: if there is no such benchmark.
+        UnknownName: if there is no such benchmark, or no method of that name.
         BenchmarkError: if the limit does not fit, pictures are missing, memory runs out, or the
             folder cannot be used (see ``run_folder.open_run``).
         ParameterError: if the method or the batch size does not fit, or ``resume`` has no ``out``.
     """
     chosen = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
+    check_arguments(evaluate, limit=limit, seed=seed, batch_size=batch_size)
     asking = Asking(
-        method=method,
+        method=as_method(method),
         decoding=decoding,
         batch_size=batch_size,
         limit=limit,

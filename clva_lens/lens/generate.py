@@ -18,13 +18,14 @@ from clva_lens.ground.errors import (
     ParameterError,
     PromptError,
 )
+from clva_lens.ground.parameters import check_arguments
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.asking import Asking
 from clva_lens.lens.decoding import Decoding, Watch, check_decoding, drawing, settled
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import yes_margins
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import MethodLike, as_method
 from clva_lens.models.pictures import ImageLike
 from clva_lens.models.prompt import Prompt, as_prompt
 
@@ -73,7 +74,7 @@ class Generation:
 def generate(
     model: LensModel,
     prompts: Any,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     decoding: Decoding | None = None,
     *,
     batch_size: int = 8,
@@ -92,7 +93,8 @@ def generate(
         LogitsError: if the model's logits are not finite.
         InterventionError: inside a trace; ``with model.generate(prompt):`` is one.
     """
-    asking = Asking(method=method, decoding=decoding, batch_size=batch_size)
+    check_arguments(generate, batch_size=batch_size)
+    asking = Asking(method=as_method(method), decoding=decoding, batch_size=batch_size)
     with closing(generate_batches(model, prompts, asking, progress=progress)) as batches:
         return _joined(list(batches))
 
@@ -139,7 +141,6 @@ def generate_batches(
             advance(_rows(unit))
 
 
-from clva_lens.ground.ambient import undisturbed
 def _each(model: LensModel, prompts: Any) -> list[Unit]:
     """Return every prompt by itself: as it is, or as a list of one picture and question."""
     single = isinstance(prompts, tuple) and len(prompts) in (2, 3) and isinstance(prompts[1], str)
@@ -238,7 +239,6 @@ def _generate_batch(
     model: LensModel, prompt: Prompt, place: int, asking: Asking
 ) -> tuple[list[Tensor], list[float | None]] | None:
     """Return ids and margins, or None if the method searches for one prompt at a time."""
-from clva_lens.ground.ambient import undisturbed
     hf_model, decoding, count = model.hf_model, asking.how, len(prompt["input_ids"])
     config = settled(decoding, hf_model, model.words)
     methods = () if asking.method is None else (asking.method,)
@@ -256,7 +256,6 @@ from clva_lens.ground.ambient import undisturbed
             generation_config=config,
             **({"custom_generate": searches[0]} if searches else {}),
         )
-from clva_lens.ground.ambient import undisturbed
     assert isinstance(out, Tensor) and seen.first is not None
     if not seen.finite:
         raise LogitsError(

@@ -15,7 +15,7 @@ from clva_lens.engine.run import add_sessions, running
 from clva_lens.engine.session import Session
 from clva_lens.ground.errors import InterventionError
 from clva_lens.lens.observers import AttentionTrace, Observer
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import Method, MethodLike, as_methods
 from clva_lens.methods.clva import ClvaSession
 from clva_lens.methods.target import Target, shape_of
 from clva_lens.models.belonging import drawn_frame
@@ -71,13 +71,13 @@ class Observation:
 
 
 @contextmanager
-def intervening(model: Any, *methods: Method) -> Iterator[Intervention]:
+def intervening(model: Any, *methods: MethodLike | None) -> Iterator[Intervention]:
     """Apply methods to whatever runs ``model`` inside the ``with`` block; no nnsight is needed.
 
-    ``model`` is a transformers model or an nnsight handle of one. Everything is undone when the
-    block ends, also by an exception. The methods are for the thread and the asyncio task that
-    opened the block: in others the model is plain, so a function that runs in a thread of its own
-    opens the block itself.
+    ``model`` is a transformers model or an nnsight handle of one. A method may be given by its
+    registered name, with its default parameters. Everything is undone when the block ends, also by
+    an exception. The methods are for the thread and the asyncio task that opened the block; in
+    others the model is plain, so what runs in a thread of its own opens the block itself.
 
     Raises:
         ModelLoadError: if no family knows the model.
@@ -86,7 +86,7 @@ def intervening(model: Any, *methods: Method) -> Iterator[Intervention]:
         ParameterError: if a method does not fit the model.
     """
     found = transformers_model(model)
-    sessions = _sessions(found, methods, getattr(model, "processor", None))
+    sessions = _sessions(found, as_methods(methods), getattr(model, "processor", None))
     _share_context()
     with running(found, sessions, drawn_frame()):
         yield Intervention(sessions)
@@ -108,7 +108,7 @@ def observing(
         yield Observation(observer)
 
 
-def intervene(*methods: Method) -> Intervention:
+def intervene(*methods: MethodLike | None) -> Intervention:
     """Apply methods to the nnsight trace this is called in, from its first pass to its last.
 
     Call it before any value is read in the block: reading waits until the model has computed the
@@ -121,7 +121,7 @@ def intervene(*methods: Method) -> Intervention:
     """
 
     def make(root: Any, model: PreTrainedModel) -> tuple[list[Session], Intervention]:
-        sessions = _sessions(model, methods, getattr(root, "processor", None))
+        sessions = _sessions(model, as_methods(methods), getattr(root, "processor", None))
         return sessions, Intervention(sessions)
 
     return join_trace("intervene", "with cl.intervening(model, method):", make)

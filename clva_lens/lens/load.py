@@ -16,7 +16,7 @@ from transformers.utils import logging
 from clva_lens.ground.errors import ModelLoadError, PromptError
 from clva_lens.lens.cache import CachedRun, NamesFilter, run_with_cache
 from clva_lens.lens.check import check_family
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import MethodLike
 from clva_lens.models.family import ModelFamily, Site, find_family
 from clva_lens.models.pictures import ImageLike
 from clva_lens.models.prompt import Prompt, as_lists, prompt_of
@@ -117,7 +117,7 @@ class LensModel(TransformersModel):
         prompt: Prompt,
         names_filter: NamesFilter = None,
         *,
-        method: Method | None = None,
+        method: MethodLike | None = None,
     ) -> CachedRun:
         """Return (logits, ``transformer_lens.ActivationCache``) of one forward pass.
 

@@ -23,7 +23,7 @@ from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import MARGIN, answer_tokens, margins
 from clva_lens.lens.observers import chosen_layers
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import MethodLike
 from clva_lens.methods.target import shape_of
 from clva_lens.models.family import find_family, transformers_model
 from clva_lens.models.prompt import Prompt, VisualTokens, visual_tokens
@@ -200,7 +200,7 @@ def logit_lens(
     prompt: Prompt,
     span: Span = ...,
     layers: Sequence[int] | str = ...,
-    method: Method | None = ...,
+    method: MethodLike | None = ...,
     *,
     tokens: str | int | Sequence[str | int] | None = ...,
     k: int = ...,
@@ -222,7 +222,7 @@ def logit_lens(
     prompt: Prompt | None = None,
     span: Span = "last",
     layers: Sequence[int] | str = "all",
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     tokens: str | int | Sequence[str | int] | None = None,
     k: int = 5,
@@ -260,8 +260,8 @@ def logit_lens(
             "logit_lens was called outside a trace without a model and a prompt. Pass both."
         )
     prompt.spans.places(span)  # a span that is not there is said before the model runs
-    found, methods = model.hf_model, () if method is None else (method,)
-    with undisturbed(), intervening(model, *methods):
+    found = model.hf_model
+    with undisturbed(), intervening(model, method):
         reading = _Reading(found, model.words, span, layers, tokens, k)
         with running(found, [reading]):
             found(**prompt.inputs, logits_to_keep=1)

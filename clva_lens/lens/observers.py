@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from clva_lens.engine.row_reading import (
@@ -20,7 +20,7 @@ from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import check_layers
 from clva_lens.methods.target import Shape
 from clva_lens.science.anchors import saliency_map
-from clva_lens.science.heads import EmptyPolicy, HeadClasses, classify_heads
+from clva_lens.science.heads import EmptyPolicy, HeadClasses, SomeHeads, classify_heads, head_mask
 
 HeadChoice = Literal["all", "sensitive", "insensitive"]
 
@@ -76,22 +76,21 @@ class AttentionTrace:
         return classify_heads(self.intensity, threshold, empty)
 
     def saliency(
-        self, heads: HeadChoice | Bool[Tensor, "*batch layer head"] = "all"
+        self, heads: HeadChoice | SomeHeads = "all"
     ) -> Float[Tensor, "*batch layer visual"]:
         """Return where a head set looks (Eq. 4), for each traced layer.
 
-        ``heads`` is "all", a class of Eqs. 2–3 at λ = 1, or a mask of heads.
+        ``heads`` is "all", a class of Eqs. 2–3 at λ = 1, a mask of heads, pairs (layer, head) or
+        {layer: [heads]}; a layer without heads looks nowhere.
 
         Raises:
             ParameterError: if the choice is unknown or the mask has another shape.
         """
-        if isinstance(heads, Tensor):
-            if heads.shape[-2:] != self.intensity.shape[-2:]:
-                raise ParameterError(
-                    f"the mask of heads is {tuple(heads.shape)}, but the trace has "
-                    f"{tuple(self.intensity.shape[-2:])} (layers, heads). Pass a mask like that."
-                )
-            chosen = heads.to(self.maps.device).expand(self.intensity.shape)
+        if not isinstance(heads, str):
+            size = self.intensity.shape
+            depth = self.num_layers
+            mask = head_mask(heads, self.layers, size[-1], depth=depth, of="the trace")
+            chosen = mask.to(self.maps.device).expand(size)
         elif heads == "all":
             chosen = torch.ones_like(self.intensity, dtype=torch.bool)
         elif heads == "sensitive":
@@ -100,7 +99,7 @@ class AttentionTrace:
             chosen = self.heads().insensitive
         else:
             raise ParameterError(
-                f"heads must be 'all', 'sensitive', 'insensitive' or a mask, but is {heads!r}. "
+                f"heads must be 'all', 'sensitive', 'insensitive' or name heads, but is {heads!r}. "
                 "Pass one of these."
             )
         return saliency_map(self.maps, chosen)

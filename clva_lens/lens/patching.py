@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clva_lens.figures import Drawing, patch_maps
@@ -21,13 +21,19 @@ from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import MARGIN, yes_margins
 from clva_lens.lens.observers import chosen_layers
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import Method, MethodLike
 from clva_lens.methods.patching import PatchActivations, PatchedPart
 from clva_lens.methods.target import shape_of
 from clva_lens.models.prompt import Prompt
 
 LogitMetric = Callable[[Float[Tensor, "batch 1 vocabulary"]], Any]
 """From the logits of the last position to a number for each sample, as TransformerLens' metrics."""
+
+LEAST_SHARE = 0.05
+"""A difference smaller than this share of the largest effect divides nothing sensibly."""
+
+LEAST_CHANGE = 1e-3
+"""Nor does one smaller than this share of the metric itself: that may be rounding."""
 
 Each = Literal["position", "head"]
 """Whether every position of a span is patched on its own, or every head."""
@@ -54,19 +60,34 @@ class PatchingResult:
     prompt: Prompt
 
     @property
+    def effect(self) -> Float[Tensor, "*batch layer column"]:
+        """How a patch changes the metric, in its own unit (nats, for the margin)."""
+        return self.values - self.target[..., None, None]
+
+    @property
+    def divides(self) -> Bool[Tensor, "*batch"]:
+        """Whether source and target differ enough for shares of their difference to say much."""
+        larger = torch.maximum(self.source.abs(), self.target.abs())
+        largest = self.effect.abs().amax(dim=(-2, -1))
+        least = torch.maximum(LEAST_SHARE * largest, LEAST_CHANGE * larger)
+        return (self.source - self.target).abs() > least
+
+    @property
     def normalised(self) -> Float[Tensor, "*batch layer column"]:
         """The effect as a share of the difference: 0 is the target unpatched, 1 the source.
 
         Raises:
-            ParameterError: if the metric is the same for both prompts.
+            ParameterError: if the metric is almost the same for both prompts (see ``divides``).
         """
-        difference = self.source - self.target
-        if (difference == 0).any():
+        if not self.divides.all():
+            number = int((~self.divides).reshape(-1).nonzero()[0])
+            source, target = (float(x.reshape(-1)[number]) for x in (self.source, self.target))
             raise ParameterError(
-                "the metric is the same for source and target, so no share of their difference can "
-                "be given. Read .values, or choose prompts that the model answers differently."
+                f"the metric is almost the same for source and target ({source:+.3g} and "
+                f"{target:+.3g}), so shares of their difference say nothing. Read .effect, in the "
+                "metric's own unit, or choose prompts that the model answers differently."
             )
-        return (self.values - self.target[..., None, None]) / difference[..., None, None]
+        return self.effect / (self.source - self.target)[..., None, None]
 
     def on_grid(self) -> Float[Tensor, "*batch layer row column"]:
         """Return the normalised effect of each image token on the patch grid.
@@ -80,34 +101,49 @@ class PatchingResult:
                 "only image tokens that were patched one by one lie on a grid. Call "
                 "patch_activations(..., spans='image', each='position')."
             )
-        return self.normalised.unflatten(-1, self.prompt.grid_at("decoder"))
+        return self._gridded(self.normalised)
+
+    def _gridded(
+        self, effects: Float[Tensor, "*batch layer token"]
+    ) -> Float[Tensor, "*batch layer row column"]:
+        return effects.unflatten(-1, self.prompt.grid_at("decoder"))
 
     def draw(self) -> Drawing:
         """Return the normalised effect, drawn: image tokens on the patch grid, else a heat map.
 
-        Up to 12 evenly spaced layers are drawn on the grid.
+        Up to 12 evenly spaced layers are drawn on the grid. Where source and target hardly differ
+        (see ``divides``) the effect is in the metric's own unit, and the label says so.
 
         Raises:
-            ParameterError: if this is a batch, or the metric is the same for both prompts.
+            ParameterError: if this is a batch.
         """
         if self.values.ndim > 2:
             raise ParameterError(
                 "this is of a batch. Patch the prompts one at a time to draw the effect."
             )
-        label = f"effect of {self.part} on {self.label}\n(0: unpatched, 1: source)"
+        shares = bool(self.divides)
+        effects = self.normalised if shares else self.effect
+        unit = "nats" if self.label == MARGIN else "its own unit"
+        apart = float(self.source - self.target)
+        note = (
+            "(0: unpatched, 1: source)"
+            if shares
+            else f"in {unit}, as source − target is only {apart:+.2g}"
+        )
+        label = f"effect of {self.part} on {self.label}\n{note}"
         gridded = not isinstance(self.prompt.sites["decoder"].grid, str)
         if (self.each, self.span) == ("position", "image") and gridded:
-            maps = self.on_grid()
+            maps = self._gridded(effects)
             chosen = evenly(len(maps), MOST_MAPS)
             numbered = [self.layers[row] for row in chosen]
-            label = f"effect of {self.part} (1: source)"
+            label = f"effect of {self.part} {'(1: source)' if shares else note}"
             return patch_maps(maps[chosen].cpu().numpy(), layers=numbered, label=label, sums=False)
         across = {
             "position": f"patched position of the span '{self.span}' (index in the prompt: token)",
             "head": f"patched head (index, 0-based), span '{self.span}'",
         }
         return draw_patching(
-            self.normalised.cpu().numpy(),
+            effects.cpu().numpy(),
             self.columns,
             layers=self.layers,
             across=across.get(self.each or "", "patched span"),
@@ -115,8 +151,8 @@ class PatchingResult:
         )
 
     def _repr_png_(self) -> bytes | None:
-        """Return the picture that a notebook shows; none for a batch, or without a difference."""
-        if self.values.ndim > 2 or bool((self.source == self.target).any()):
+        """Return the picture that a notebook shows; none for a batch."""
+        if self.values.ndim > 2:
             return None
         return self.draw()._repr_png_()
 
@@ -147,7 +183,7 @@ def patch_activations(
     part: PatchedPart = "resid_pre",
     each: Each | None = None,
     metric: LogitMetric | None = None,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     progress: bool = True,
 ) -> PatchingResult:
     """Return how a metric of ``target`` changes when it gets activations of ``source``.
@@ -214,9 +250,10 @@ def _columns(
             yield name, {"span": name}
         return
     if each not in ("position", "head") or len(names) != 1 or (each == "head" and part != "z"):
+        remedy = "spans='image'" if each == "position" else "each='head', spans='image', part='z'"
         raise ParameterError(
             f"each={each!r} was passed with spans={names} and part='{part}', but 'position' takes "
-            "one span, and 'head' one span and part='z'. Pass spans='image', for example."
+            f"one span, and 'head' one span and part='z'. Pass {remedy}, for example."
         )
     if each == "head":
         shape = shape_of(model.hf_model, "decoder")
@@ -267,13 +304,12 @@ def _each_under(
 
 
 def _runner(
-    model: LensModel, metric: LogitMetric | None, method: Method | None
+    model: LensModel, metric: LogitMetric | None, method: MethodLike | None
 ) -> Callable[..., Float[Tensor, " batch"]]:
     """Return what runs a prompt, under patches, to a number for each sample."""
-    own = () if method is None else (method,)
 
     def run(prompt: Prompt, *patch: Method) -> Float[Tensor, " batch"]:
-        with intervening(model, *own, *patch):
+        with intervening(model, method, *patch):
             logits = model.hf_model(**prompt.inputs, logits_to_keep=1).logits[:, -1:]
         made: Any = yes_margins(logits[:, -1], model.words) if metric is None else metric(logits)
         if metric is None and None in made:

@@ -11,7 +11,7 @@ from torch import Tensor
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.trace import trace_attention
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import MethodLike
 from clva_lens.models.prompt import Prompt
 from clva_lens.science.drift import AttentionDrift, attention_drift
 from clva_lens.science.moments import RunningMoments
@@ -57,7 +57,7 @@ class TraceStatistics:
 def trace_statistics(
     model: Any,
     prompts: Iterable[Prompt],
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     site: str | None = None,
     progress: bool = True,

@@ -13,17 +13,18 @@ from clva_lens.ground.ambient import undisturbed
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.observers import AttentionTrace, HeadChoice, Observer, QueryObserver
 from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
-from clva_lens.methods.base import Method
+from clva_lens.methods.base import MethodLike
 from clva_lens.methods.target import Target, shape_of
 from clva_lens.models.family import transformers_model
 from clva_lens.models.prompt import Prompt
+from clva_lens.science.heads import SomeHeads
 
 
 @undisturbed()
 def trace_attention(
     model: Any,
     prompt: Prompt,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     layers: Sequence[int] | str = "all",
     site: str | None = None,
@@ -44,8 +45,7 @@ def trace_attention(
     refuse_in_trace("trace_attention", ", or cl.observe() in it")
     found = transformers_model(model)
     observer = Observer(layers, shape_of(found, site))
-    methods = () if method is None else (method,)
-    with intervening(model, *methods), running(found, [observer]):
+    with intervening(model, method), running(found, [observer]):
         logits = _last_logits(found, prompt)
     return observer.trace(prompt.batched, logits)
 
@@ -54,9 +54,9 @@ def trace_attention(
 def composed_saliency(
     model: Any,
     prompt: Prompt,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
-    heads: HeadChoice = "all",
+    heads: HeadChoice | SomeHeads = "all",
     layers: Sequence[int] | str = "all",
     qformer_layers: Sequence[int] | str = "all",
 ) -> Float[Tensor, "*batch layer visual"]:
@@ -75,14 +75,13 @@ def composed_saliency(
     """
     refuse_in_trace("composed_saliency", ", or cl.observe() in it")
     found = transformers_model(model)
-    methods = () if method is None else (method,)
     target = Target(found)
     decoder = Observer(layers, target.at("decoder"))
     queries = None
     if target.at().site != "decoder":
         queries = QueryObserver(qformer_layers, target.at())
     observers: list[Session] = [decoder] if queries is None else [decoder, queries]
-    with intervening(model, *methods), running(found, observers):
+    with intervening(model, method), running(found, observers):
         _last_logits(found, prompt)
     saliency = decoder.trace(prompt.batched).saliency(heads)
     if queries is None:
@@ -95,7 +94,7 @@ def composed_saliency(
 def head_means(
     model: Any,
     prompts: Sequence[Prompt],
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     rows: ZRows = "text",
     site: str | None = None,
@@ -115,9 +114,8 @@ def head_means(
     refuse_in_trace("head_means", "")
     found = transformers_model(model)
     session = MeanSession(shape_of(found, site), rows)
-    methods = () if method is None else (method,)
     for prompt in prompts:
-        with intervening(model, *methods), running(found, [session]):
+        with intervening(model, method), running(found, [session]):
             _last_logits(found, prompt)
     return session.means()
 

@@ -18,9 +18,10 @@ from clva_lens.engine.row_reading import stack_layers
 from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import Kernel, Method, check_order, edited_rows, register_method
-from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
+from clva_lens.methods.choosing import ChosenHeads, chosen_heads
 from clva_lens.methods.target import Shape, Target
 from clva_lens.models.step import Step
+from clva_lens.science.heads import SomeHeads
 
 Mode = Literal["zero", "mean", "resample"]
 """What the output of a head becomes."""
@@ -52,16 +53,17 @@ class AblateHeads(Method):
     """Replace the output of heads, before the output projection; generated rows always.
 
     Args:
-        heads: a bool mask [layer, head] with a row for each layer of the stack, or for each that
-            the site has; or "sensitive" or "insensitive", the class that each layer gives its
-            heads on the prompt (Eqs. 2-3 of arXiv:2603.25088v1).
+        heads: pairs (layer, head), {layer: [heads]}, or a bool mask [layer, head] with a row for
+            each layer of the stack, or for each that the site has; or "sensitive" or
+            "insensitive", the class that each layer gives its heads on the prompt (Eqs. 2-3 of
+            arXiv:2603.25088v1).
         mode: "zero"; "mean", the heads' means in ``reference``; or "resample", the same rows of
             another prompt of the batch, which must have its rows in the same places (not for beam
             search, where that may be another beam of the same prompt).
         rows: prompt rows that are replaced: all text after the image, the "last", or "all".
         reference: the means for mode="mean", from ``head_means(model, prompts)``.
         seed: which other prompt each one gets; none gets itself.
-        layers: 0-based; None is every layer in which a mask names a head, and for a class every
+        layers: 0-based; None is every layer in which a head is named, and for a class every
             layer after L/2 − 2, those that CLVA edits by default.
         site: where; None is where the model's family has CLVA act.
 
@@ -73,7 +75,7 @@ class AblateHeads(Method):
     paper: ClassVar[str] = "control: head ablation by zero, mean or resampled output"
     kernel: ClassVar[Kernel] = "none"
     zero: ClassVar[Mapping[str, Any] | None] = {"layers": ()}
-    heads: Bool[Tensor, "layer head"] | HeadTable | str = "sensitive"
+    heads: SomeHeads | str = "sensitive"
     mode: Mode = "zero"
     rows: ZRows = "text"
     reference: HeadMeans | None = None
@@ -98,9 +100,7 @@ class AblateHeads(Method):
                 "reference, and nothing else takes one. Pass "
                 "mode='mean', reference=head_means(model, prompts)."
             )
-        object.__setattr__(self, "heads", head_table(self.heads))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "heads", chosen_heads(self.heads))
 
     def sessions(self, target: Target) -> list[Session]:
         """Return one session for the layers of this model."""
@@ -123,7 +123,7 @@ class _AblationSession(Session):
 
     def __init__(self, method: AblateHeads, shape: Shape) -> None:
         self.method, self.shape, self.site = method, shape, shape.site
-        self.heads = ChosenHeads(head_table(method.heads), method.layers, shape)
+        self.heads = ChosenHeads(chosen_heads(method.heads), method.layers, shape)
         self.layers = self.heads.layers
         self._rows: tuple[Step, Bool[Tensor, "batch query"]] | None = None
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from clva_lens.engine.bias import Bias, KeyBias
 from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.parameters import Parameters
 from clva_lens.ground.registry import Registry
 from clva_lens.methods.bridge_hooks import MethodHooks, method_hooks
 from clva_lens.methods.target import Shape, Target
@@ -59,7 +60,7 @@ class BiasSession(Session):
         return self.bias(call) if call.layer in self.layers else None
 
 
-class Method(ABC):
+class Method(Parameters, ABC):
     """A training-free method: parameters that never change.
 
     ``name`` is its registered name, ``paper`` where it comes from, ``kernel`` how it meets the
@@ -197,6 +198,33 @@ def register_method(method: SomeMethod) -> SomeMethod:
     return method
 
 
+MethodLike = Method | str
+"""A method, or the registered name of one, which is then made with its default parameters."""
+
+
+def as_method(method: MethodLike | None) -> Method | None:
+    """Return a method as it is, the one that a name means, or None for None and "none".
+
+    Raises:
+        UnknownName: if no method has this name.
+        ParameterError: if it is neither a method nor a name.
+    """
+    if method is None or isinstance(method, Method):
+        return method
+    if not isinstance(method, str):
+        made = f"{method.__name__}()" if isinstance(method, type) else "'clva'"
+        raise ParameterError(
+            f"method must be a method, the name of one, or None, but is {method!r}. Pass "
+            f"method={made}, for example."
+        )
+    return None if method.casefold() == "none" else METHODS.get(method)()
+
+
+def as_methods(methods: Sequence[MethodLike | None]) -> tuple[Method, ...]:
+    """Return methods, each as ``as_method`` does, without those that are None."""
+    return tuple(made for made in map(as_method, methods) if made is not None)
+
+
 @dataclass(frozen=True)
 class Composed(Method):
     """Several methods in one run, applied left to right; each sees the edits of those before it."""
@@ -214,9 +242,13 @@ class Composed(Method):
             method.check_decoding(decoding)
 
 
-def compose(*methods: Method) -> Method:
-    """Return one method that applies ``methods`` left to right; with none, it changes nothing."""
-    return Composed(methods)
+def compose(*methods: MethodLike | None) -> Method:
+    """Return one method that applies ``methods`` left to right; with none, it changes nothing.
+
+    Raises:
+        UnknownName: if one is a name that no method has.
+    """
+    return Composed(as_methods(methods))
 
 
 def check_rows(rows: str) -> None:

@@ -12,17 +12,17 @@ from clva_lens.engine.session import AttentionCall
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import check_layers
 from clva_lens.methods.target import Shape
-from clva_lens.science.heads import classify_heads
+from clva_lens.science.heads import HeadPairs, HeadTable, SomeHeads, classify_heads, named_heads
 
 HeadClass = Literal["sensitive", "insensitive"]
 """A class of heads by Eqs. 2-3 of arXiv:2603.25088v1."""
 
-HeadTable = tuple[tuple[bool, ...], ...]
-"""A mask [layer, head] that cannot change."""
+Chosen = HeadTable | HeadPairs | HeadClass
+"""Heads as a method keeps them."""
 
 
-def head_table(heads: Tensor | Sequence[Sequence[bool]] | str) -> HeadTable | HeadClass:
-    """Return a mask [layer, head] as tuples, or the name of a class of heads as it is.
+def chosen_heads(heads: SomeHeads | str) -> Chosen:
+    """Return named heads in tuples (see ``named_heads``), or the name of a class of heads.
 
     Raises:
         ParameterError: if it is neither.
@@ -30,17 +30,11 @@ def head_table(heads: Tensor | Sequence[Sequence[bool]] | str) -> HeadTable | He
     if isinstance(heads, str):
         if heads not in get_args(HeadClass):
             raise ParameterError(
-                f"heads must be 'sensitive', 'insensitive' or a mask [layer, head], but is "
-                f"{heads!r}. Pass heads='sensitive'."
+                f"heads must be 'sensitive', 'insensitive', a mask [layer, head] or pairs (layer, "
+                f"head), but is {heads!r}. Pass heads='sensitive'."
             )
         return cast(HeadClass, heads)
-    table = heads if isinstance(heads, Tensor) else torch.tensor(heads)
-    if table.dtype != torch.bool or table.ndim != 2:
-        raise ParameterError(
-            f"heads must be a bool mask [layer, head], but is {table.dtype} of shape "
-            f"{tuple(table.shape)}. Pass a mask such as trace.heads().sensitive, of one sample."
-        )
-    return tuple(map(tuple, table.tolist()))
+    return named_heads(heads)
 
 
 class ChosenHeads:
@@ -48,11 +42,11 @@ class ChosenHeads:
 
     def __init__(
         self,
-        heads: HeadTable | HeadClass,
+        heads: Chosen,
         layers: Sequence[int] | None,
         shape: Shape,
     ) -> None:
-        """Resolve the layers: None is those that a mask names, or all after the middle for a class.
+        """Resolve the layers: None is those of named heads, or all after the middle for a class.
 
         Raises:
             ParameterError: if a layer does not exist, or a mask is for another model.
@@ -61,14 +55,7 @@ class ChosenHeads:
         self._known: dict[int, Bool[Tensor, "batch head"]] = {}
         given: dict[int, Tensor] = {}
         if not isinstance(heads, str):
-            table = torch.tensor(heads, dtype=torch.bool)
-            found = tuple(table.shape)
-            if found not in ((shape.depth, shape.heads), (len(shape.layers), shape.heads)):
-                raise ParameterError(
-                    f"heads is for {found} (layers, heads), but the model's {shape.site} has "
-                    f"{(shape.depth, shape.heads)}. Pass a mask of that shape."
-                )
-            given = {layer: table[shape.row(layer, found[0])] for layer in shape.layers}
+            given = dict(zip(shape.layers, shape.head_mask(heads), strict=True))
         if layers is None and self.kind is not None:
             layers = shape.after(shape.positive_layer)
         elif layers is None:

@@ -82,8 +82,6 @@ class ClearSight(Method):
                     f"{name} must be a finite factor >= 0, but is {factor}. Pass {name}=1.0 for no "
                     "change."
                 )
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
 
     @property
     def factors(self) -> tuple[float | int, float | int]:

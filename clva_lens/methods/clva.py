@@ -47,7 +47,14 @@ from clva_lens.science.anchors import (
     reanchor_log_weights,
     saliency_map,
 )
-from clva_lens.science.heads import EmptyPolicy, HeadClasses, check_rule, classify_heads
+from clva_lens.science.heads import (
+    EmptyPolicy,
+    HeadClasses,
+    SomeHeads,
+    check_rule,
+    classify_heads,
+    named_heads,
+)
 
 
 @register_method
@@ -67,8 +74,10 @@ class CLVA(Method):
         rows: edited prompt rows: all text after the image, or the "last"; generated rows always.
         refresh: anchors are read from every new row ("step"), or once, at the "prompt".
         empty: what an empty head set becomes, see ``classify_heads``.
-        heads: the heads of both anchors, given explicitly instead of by Eqs. 2–3: a row for each
-            layer of the stack, or one for each that the site has, as a trace's ``heads()``.
+        heads: the heads of both anchors, given explicitly instead of by Eqs. 2–3: classes with a
+            row for each layer of the stack, or for each that the site has, as a trace's
+            ``heads()``; or pairs (layer, head), {layer: [heads]} or a mask, of which each anchor
+            takes those of its layer.
         site: where; None is the family's choice: the cross-attention of a Q-Former (Eq. 14) if the
             model has one, else the "decoder".
 
@@ -90,7 +99,7 @@ class CLVA(Method):
     rows: Rows = "text"
     refresh: Literal["step", "prompt"] = "step"
     empty: EmptyPolicy = "tail"
-    heads: HeadClasses | None = None
+    heads: HeadClasses | SomeHeads | None = None
     site: str | None = None
 
     def __post_init__(self) -> None:
@@ -105,8 +114,8 @@ class CLVA(Method):
             raise ParameterError(
                 f"refresh must be 'step' or 'prompt', but is {self.refresh!r}. Pass refresh='step'."
             )
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+        if not (self.heads is None or isinstance(self.heads, HeadClasses)):
+            object.__setattr__(self, "heads", named_heads(self.heads))
         check_rule(self.head_threshold, self.empty)
 
     def sessions(self, target: Target) -> list[Session]:
@@ -127,9 +136,14 @@ class CLVA(Method):
                 f"Pass layers from {max(positive, self.negative_layer) + 1} on, or earlier anchor "
                 "layers."
             )
-        if self.heads is not None:
-            self._check_heads(self.heads, shape, positive)
-        return [ClvaSession(self, shape, positive, edited)]
+        heads = self.heads
+        if not (heads is None or isinstance(heads, HeadClasses)):
+            mask = shape.head_mask(heads)
+            size = {"layers": len(shape.layers), "heads": shape.heads}
+            heads = HeadClasses.from_indices(mask, mask, **size)
+        if heads is not None:
+            self._check_heads(heads, shape, positive)
+        return [ClvaSession(self, shape, positive, edited, heads)]
 
     def _check_heads(self, heads: HeadClasses, shape: Shape, positive: int) -> None:
         """Check that explicit heads are for this site, and that both anchors have some."""
@@ -163,11 +177,16 @@ class ClvaSession(Session):
     """One run of CLVA: the anchors of the prompt, and those of the rows generated since."""
 
     def __init__(
-        self, method: CLVA, shape: Shape, positive_layer: int, edited: tuple[int, ...]
+        self,
+        method: CLVA,
+        shape: Shape,
+        positive_layer: int,
+        edited: tuple[int, ...],
+        heads: HeadClasses | None = None,
     ) -> None:
         """Keep the resolved layers; the anchors come with the first pass."""
         self.method, self.shape, self.site = method, shape, shape.site
-        self.positive_layer = positive_layer
+        self.positive_layer, self.heads = positive_layer, heads
         self.steady = () if method.alpha == method.beta == 0 else edited
         self.layers = (method.negative_layer, positive_layer, *self.steady)
         self._read: dict[int, _LayerReading] = {}
@@ -246,7 +265,7 @@ class ClvaSession(Session):
         if self._found is None:
             anchors = self.positive_layer, self.method.negative_layer
             intensity = torch.stack([self._read[layer].intensity for layer in anchors], dim=1)
-            given = self.method.heads
+            given = self.heads
             if given is None:
                 method = self.method
                 # A GPU is not waited for; what is not finite shows in the logits.

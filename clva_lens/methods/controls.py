@@ -5,6 +5,7 @@ opposite control needs no code of its own: ``CLVA(alpha=-0.9, beta=-14)`` swaps 
 ``PAI(alpha=-0.2)`` and ``ClearSight(enhance=0.85, suppress=1.05)`` turn theirs around.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,7 +28,8 @@ class Shuffled(Method):
     Each image token gets, in every row, head and layer, the bias of one other (or the same) image
     token: under CLVA, random masks of the same sizes and overlap. What is read is read as before;
     keys that are no image tokens keep their bias. The order depends on ``seed`` and the number of
-    image tokens only, so it is the same for all prompts and steps; take several seeds.
+    image tokens only, so it is the same for all prompts and steps; take several seeds. Where all
+    image tokens have the same bias, as under a ``KnockOut``, this is no control: a warning says so.
 
     Args:
         method: what is shuffled; a method that only puts biases on attention.
@@ -58,6 +60,7 @@ class _ShuffledSession(Session):
         self.inner, self.seed = inner, seed
         self.site, self.layers = inner.site, inner.layers
         self._last: tuple[Bias, Tensor] | None = None
+        self._compared = False
 
     def attention(self, call: AttentionCall) -> Float[Tensor, "batch _ query key"] | None:
         """Return the inner session's bias with its image columns in another order."""
@@ -71,7 +74,21 @@ class _ShuffledSession(Session):
             source = rearrange(visual[:, self.order(visual.shape[1])], "b v -> b 1 1 v")
             moved = old.gather(3, source.expand(size))
             self._last = (bias, old.scatter(3, to, moved))
+            if call.step.number == 0 and not self._compared:
+                self._warn_if_even(moved, old.gather(3, to))
         return self._last[1]
+
+    def _warn_if_even(self, moved: Tensor, own: Tensor) -> None:
+        """Warn, once a run, if a bias is no other in another order."""
+        self._compared = True
+        if bool(own.any()) and torch.equal(moved, own):
+            warnings.warn(
+                "Shuffled(…) changes nothing here: the method puts the same bias on all image "
+                "tokens, so an order of them is no control. Shuffle one that marks some of them, "
+                "such as CLVA().",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def order(self, visual: int) -> Int[Tensor, " visual"]:
         """Return which image token each one's bias is taken from."""

@@ -71,10 +71,8 @@ class DeCo(Method):
             raise ParameterError(f"top_p must be in (0, 1], but is {self.top_p}. Pass top_p=0.9.")
         if self.top_k < 1:
             raise ParameterError(f"top_k must be at least 1, but is {self.top_k}. Pass top_k=20.")
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            if not self.layers:
-                raise ParameterError("layers is empty, so nothing corrects. Pass layers=None.")
+        if self.layers is not None and not self.layers:
+            raise ParameterError("layers is empty, so nothing corrects. Pass layers=None.")
 
     def sessions(self, target: Target) -> list[Session]:
         """Return what reads the layers and corrects; nothing for α = 0.

@@ -11,8 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool
-from torch import Tensor
 
 from clva_lens.engine.bias import Bias, dense
 from clva_lens.engine.session import AttentionCall, Session
@@ -26,9 +24,10 @@ from clva_lens.methods.base import (
     register_method,
     row_bias,
 )
-from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
+from clva_lens.methods.choosing import ChosenHeads, chosen_heads
 from clva_lens.methods.target import Target
 from clva_lens.models.step import Step
+from clva_lens.science.heads import SomeHeads
 
 
 @register_method
@@ -38,12 +37,13 @@ class KnockOut(Method):
 
     Args:
         layers: 0-based; None is every layer after L/2 − 2, those that CLVA edits by default, or,
-            with a mask of heads, every layer in which it names one.
+            with named heads, every layer in which there is one.
         rows: prompt rows that go blind: all text after the image, or the "last"; generated rows
             always. In a Q-Former, "text" is all queries; they keep what lies on no patch (CLS).
-        heads: the heads that go blind: a bool mask [layer, head] with a row for each layer of the
-            stack, or for each that the site has; or "sensitive" or "insensitive", the class that
-            each layer gives its heads on the prompt (Eqs. 2-3). None is all of them.
+        heads: those that go blind: pairs (layer, head), {layer: [heads]}, or a bool mask [layer,
+            head] with a row for each layer of the stack, or for each that the site has; or
+            "sensitive" or "insensitive", the class that each layer gives its heads on the prompt
+            (Eqs. 2-3). None is all of them.
         site: where; None is where the model's family has CLVA act.
 
     Raises:
@@ -56,23 +56,21 @@ class KnockOut(Method):
     zero: ClassVar[Mapping[str, Any] | None] = {"layers": ()}
     layers: Sequence[int] | None = None
     rows: Rows = "text"
-    heads: Bool[Tensor, "layer head"] | HeadTable | str | None = None
+    heads: SomeHeads | str | None = None
     site: str | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
         check_rows(self.rows)
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
         if self.heads is not None:
-            object.__setattr__(self, "heads", head_table(self.heads))
+            object.__setattr__(self, "heads", chosen_heads(self.heads))
 
     def sessions(self, target: Target) -> list[Session]:
         """Return one session for the layers of this model."""
         shape = target.at(self.site)
         check_order(self.rows, shape)
         if self.heads is not None:
-            chosen = ChosenHeads(head_table(self.heads), self.layers, shape)
+            chosen = ChosenHeads(chosen_heads(self.heads), self.layers, shape)
             return [_KnockOutSession(shape.site, chosen.layers, self.rows, chosen)]
         layers: Sequence[int] | None = self.layers
         if layers is None:

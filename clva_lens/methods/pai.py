@@ -85,8 +85,6 @@ class PAI(Method):
                 "guidance=1.1, or 1.0 for the attention part alone."
             )
         self._rule()
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
 
     def _rule(self) -> ContrastRule:
         return ContrastRule(strength=self.guidance, beta=self.beta, form="guidance")

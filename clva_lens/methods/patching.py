@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from clva_lens.engine.session import AttentionCall, Session
@@ -20,9 +20,10 @@ from clva_lens.engine.stream import Part, Stream, StreamCall, stream_name
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import Kernel, Method, check_layers
-from clva_lens.methods.choosing import ChosenHeads, HeadTable, head_table
+from clva_lens.methods.choosing import ChosenHeads, chosen_heads
 from clva_lens.methods.target import Shape, Target
 from clva_lens.models.step import Step
+from clva_lens.science.heads import SomeHeads
 
 PatchedPart = Part | Literal["z"]
 """What is patched: a part of the residual stream, or the heads' outputs z."""
@@ -51,7 +52,8 @@ class PatchActivations(Method):
         span: "image", "text", "system", "last", "all", or positions (0-based, padding included).
             At the "qformer", whose rows are queries: "all" or positions.
         layers: 0-based; None is all that ``cache`` has of the part.
-        heads: for "z": a bool mask [layer, head]; None is all of them.
+        heads: for "z": pairs (layer, head), {layer: [heads]} or a bool mask [layer, head]; None is
+            all of them.
         site: the stack of layers: "decoder" or "qformer".
 
     Raises:
@@ -66,7 +68,7 @@ class PatchActivations(Method):
     part: PatchedPart = "resid_pre"
     span: str | Sequence[int] = "image"
     layers: Sequence[int] | None = None
-    heads: Bool[Tensor, "layer head"] | HeadTable | None = None
+    heads: SomeHeads | None = None
     site: str = "decoder"
 
     def __post_init__(self) -> None:
@@ -78,17 +80,13 @@ class PatchActivations(Method):
                 "part='resid_pre'."
             )
         if self.heads is not None:
-            table = head_table(self.heads)
+            table = chosen_heads(self.heads)
             if self.part != "z" or isinstance(table, str):
                 raise ParameterError(
-                    f"heads={self.heads!r} was passed with part='{self.part}', but heads are a "
-                    "bool mask [layer, head], for part='z'. Pass both, or leave heads out."
+                    f"heads={self.heads!r} was passed with part='{self.part}', but single heads "
+                    "are named, as by (layer, head) pairs, for part='z'. Pass both, or neither."
                 )
             object.__setattr__(self, "heads", table)
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-        if not isinstance(self.span, str):
-            object.__setattr__(self, "span", tuple(int(one) for one in self.span))
 
     def activation(self, layer: int) -> str:
         """Return the name in ``cache`` of what is patched at a layer."""
@@ -117,7 +115,7 @@ class PatchActivations(Method):
         layers = check_layers("layers", layers, shape._replace(layers=stack))
         heads = None
         if self.heads is not None:
-            heads = ChosenHeads(head_table(self.heads), layers, shape)
+            heads = ChosenHeads(chosen_heads(self.heads), layers, shape)
             layers = heads.layers
         values = {layer: self._taken(layer) for layer in layers}
         return [_PatchSession(self, shape, values, heads)]

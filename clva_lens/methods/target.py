@@ -2,12 +2,15 @@
 
 from typing import Any, NamedTuple
 
+from jaxtyping import Bool
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from clva_lens.ground.errors import ParameterError
 from clva_lens.models.activations import Readout
 from clva_lens.models.family import find_family, find_site
 from clva_lens.science.anchors import default_positive_layer
+from clva_lens.science.heads import SomeHeads, head_mask
 
 
 class Shape(NamedTuple):
@@ -43,6 +46,15 @@ class Shape(NamedTuple):
     def row(self, layer: int, rows: int) -> int:
         """Return a layer's row in a table of ``rows`` rows: of the whole stack, or of the site."""
         return layer if rows == self.depth else self.layers.index(layer)
+
+    def head_mask(self, heads: SomeHeads) -> Bool[Tensor, "*batch layer head"]:
+        """Return heads, however they are named, as a mask with a row for each layer of the site.
+
+        Raises:
+            ParameterError: if a layer or a head does not exist, or a mask is for another model.
+        """
+        of = f"the model's {self.site}"
+        return head_mask(heads, self.layers, self.heads, depth=self.depth, of=of)
 
     def after(self, layer: int) -> tuple[int, ...]:
         """Return the layers after ``layer``."""

@@ -4,16 +4,33 @@ Tensors in, tensors out. ``*batch`` stands for any leading axes, also none.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Integral
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clva_lens.ground.errors import ParameterError, SpanError
+
+HeadTable = tuple[tuple[bool, ...], ...]
+"""A mask [layer, head] that cannot change."""
+
+HeadPairs = tuple[tuple[int, int], ...]
+"""Heads by (layer, head), 0-based; they cannot change."""
+
+SomeHeads = (
+    Bool[Tensor, "*batch layer head"]
+    | Int[Tensor, "pair 2"]
+    | Mapping[int, Sequence[int]]
+    | Sequence[Sequence[bool]]
+    | Sequence[Sequence[int]]
+)
+"""Heads as they may be named: a mask, (layer, head) pairs, or {layer: [heads]}."""
 
 EmptyPolicy = Literal["tail", "skip"]
 """What happens to an empty head set: filled from the tail of the ranking, or left empty."""
@@ -95,13 +112,13 @@ class HeadClasses:
     @classmethod
     def from_indices(
         cls,
-        sensitive: Mapping[int, Iterable[int]],
-        insensitive: Mapping[int, Iterable[int]],
+        sensitive: SomeHeads,
+        insensitive: SomeHeads,
         *,
         layers: int,
         heads: int,
     ) -> "HeadClasses":
-        """Return the classes with the heads named explicitly, as layer → heads, both 0-based.
+        """Return the classes with the heads named explicitly, as {layer: [heads]} or in pairs.
 
         A layer that is not named has an empty set there; an anchor read from it is a no-op
         (``empty`` is "skip"). A head may be in both sets. No layer counts as a fallback.
@@ -114,8 +131,8 @@ class HeadClasses:
         """
         none = torch.zeros(layers, dtype=torch.bool)
         return cls(
-            sensitive=_mask_from_indices("sensitive", sensitive, layers, heads),
-            insensitive=_mask_from_indices("insensitive", insensitive, layers, heads),
+            sensitive=head_mask(sensitive, range(layers), heads, name="sensitive"),
+            insensitive=head_mask(insensitive, range(layers), heads, name="insensitive"),
             sensitive_fallback=none,
             insensitive_fallback=none.clone(),
             threshold=None,
@@ -235,22 +252,88 @@ def _require_some(mask: Bool[Tensor, "*batch position"], what: str, remedy: str)
         )
 
 
-def _mask_from_indices(
-    name: str, indices: Mapping[int, Iterable[int]], layers: int, heads: int
-) -> Bool[Tensor, "layer head"]:
-    """Return the mask that is True at the given heads of the given layers."""
-    mask = torch.zeros(layers, heads, dtype=torch.bool)
-    for layer, chosen in indices.items():
-        if not 0 <= layer < layers:
-            raise ParameterError(
-                f"{name} names layer {layer}, but the layers are 0 to {layers - 1}. "
-                f"Correct {name}, or pass layers=."
-            )
-        for head in chosen:
-            if not 0 <= head < heads:
-                raise ParameterError(
-                    f"{name} names head {head} of layer {layer}, but the heads are 0 to "
-                    f"{heads - 1}. Correct {name}, or pass heads=."
-                )
-            mask[layer, head] = True
-    return mask
+def named_heads(heads: SomeHeads, name: str = "heads") -> HeadTable | HeadPairs:
+    """Return a mask [layer, head] as a table, anything else as (layer, head) pairs, in tuples.
+
+    ``name`` is the parameter's, for errors.
+
+    Raises:
+        ParameterError: if it is no mask, no pairs and no {layer: [heads]}.
+    """
+    found: Any = heads.tolist() if isinstance(heads, Tensor | np.ndarray) else heads
+    try:
+        if isinstance(found, Mapping):
+            found = [(layer, head) for layer, several in found.items() for head in several]
+        rows: Any = tuple(map(tuple, found))
+    except TypeError:
+        rows: Any = (("neither",),)
+    kinds = {type(one) for row in rows for one in row}
+    lengths = {len(row) for row in rows}
+    if kinds == {bool} and len(lengths) == 1:
+        return rows
+    if lengths <= {2} and all(issubclass(one, Integral) and one is not bool for one in kinds):
+        return tuple((int(layer), int(head)) for layer, head in rows)
+    shown: Any = heads
+    if isinstance(heads, Tensor | np.ndarray):
+        shown = f"{heads.dtype} of shape {tuple(heads.shape)}"
+    raise ParameterError(
+        f"{name} must be a bool mask [layer, head], pairs (layer, head) or {{layer: [heads]}}, "
+        f"but is {shown}. Pass a mask such as trace.heads().sensitive, of one sample, or "
+        f"{name}=[(4, 0), (5, 2)]."
+    )
+
+
+def head_mask(
+    heads: SomeHeads,
+    layers: Sequence[int],
+    count: int,
+    *,
+    depth: int | None = None,
+    name: str = "heads",
+    of: str = "the model",
+) -> Bool[Tensor, "*batch layer head"]:
+    """Return heads, however they are named, as a mask with a row for each of ``layers``.
+
+    ``layers`` are the numbers (0-based) of those that have such heads, ``count`` of them each. A
+    mask has a row for each, or for each of the ``depth`` layers of the whole stack. ``name`` and
+    ``of`` are the parameter and what it is for, for errors.
+
+    Raises:
+        ParameterError: if ``heads`` is of another kind or shape, or a layer or head does not exist.
+    """
+    if isinstance(heads, Tensor) and heads.dtype == torch.bool and heads.ndim >= 2:
+        mask = heads
+    else:
+        named = named_heads(heads, name)
+        if not named or not isinstance(named[0][0], bool):
+            mask = torch.zeros(len(layers), count, dtype=torch.bool)
+            for layer, head in named:
+                _check_head(layer, head, layers, count, name)
+                mask[layers.index(layer), head] = True
+            return mask
+        mask = torch.tensor(named)
+    found, size = tuple(mask.shape[-2:]), (len(layers), count)
+    whole = size if depth is None else (depth, count)
+    if found == size:
+        return mask
+    if found != whole:
+        raise ParameterError(
+            f"{name} is for {found} (layers, heads), but {of} has {whole}. Pass a mask of that "
+            f"shape, or {name}=[(layer, head), …]."
+        )
+    return mask[..., list(layers), :]
+
+
+def _check_head(layer: int, head: int, layers: Sequence[int], count: int, name: str) -> None:
+    """Raise ParameterError unless there is such a head."""
+    if layer not in layers:
+        whole = list(layers) == list(range(len(layers)))
+        known = f"0 to {len(layers) - 1}" if whole else ", ".join(map(str, layers))
+        raise ParameterError(
+            f"{name} names layer {layer}, but the layers are {known} (0-based). Correct {name}."
+        )
+    if not 0 <= head < count:
+        raise ParameterError(
+            f"{name} names head {head} of layer {layer}, but the heads are 0 to {count - 1}. "
+            f"Correct {name}."
+        )

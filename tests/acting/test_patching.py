@@ -1,5 +1,6 @@
 """Activation patching: its laws, and the same patches by TransformerLens as an oracle."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -301,9 +302,26 @@ def test_results_print_and_draw_themselves(one):
         text.on_grid()
     same = cl.patch_activations(one, target, target, layers=[3])
     assert torch.equal(same.values, same.target.expand(1, 3))
-    with pytest.raises(ParameterError, match="same for source and target"):
+    assert torch.equal(same.effect, torch.zeros(1, 3))
+
+
+def test_shares_of_almost_nothing_are_given_in_nats(one):
+    source, target = pair(one)
+    found = cl.patch_activations(one, source, target, layers=[0, 3])
+    gap = float(found.source - found.target)
+    assert found.divides
+    for largest, divided in ((30 * gap, False), (10 * gap, True)):
+        shifted = replace(found, values=found.target + torch.full((2, 3), largest))
+        assert bool(shifted.divides) == divided
+        label = shifted.draw().axes[-1].get_ylabel()
+        assert ("1: source" in label) == divided
+        assert (f"in nats, as source − target is only {gap:+.2g}" in label) != divided
+        drawn = [row["value"] for row in shifted.draw().rows]
+        assert drawn == pytest.approx([10 if divided else largest] * 6, rel=1e-4)
+    same = cl.patch_activations(one, target, target, layers=[3], spans="image", each="position")
+    with pytest.raises(ParameterError, match=r"almost the same for source and target.*\.effect"):
         _ = same.normalised
-    assert same._repr_png_() is None
+    assert "in nats" in same.draw().axes[-1].get_ylabel()
 
 
 # ── refusals ──
@@ -313,7 +331,7 @@ def test_results_print_and_draw_themselves(one):
     ("options", "message"),
     [
         ({"part": "resid_mid"}, r"part must be one of.*'resid_mid'"),
-        ({"heads": torch.ones(12, 4, dtype=torch.bool)}, "part='resid_pre', but heads are a bool"),
+        ({"heads": torch.ones(12, 4, dtype=torch.bool)}, "part='resid_pre', but single heads"),
         ({"layers": [12]}, "layers names layer 12"),
         ({"span": "picture"}, "span must be 'last'"),
         ({"span": [99]}, "names positions 99 to 99"),
@@ -336,8 +354,13 @@ def test_prompts_that_do_not_line_up(one, untyped):
         cl.patch_activations(one, source, longer)
     with pytest.raises(ParameterError, match="do not line up"):
         cl.patch_activations(one, source, longer, spans="text", each="position")
-    with pytest.raises(ParameterError, match="'head' one span and part='z'"):
-        cl.patch_activations(one, source, target, spans="image", each="head")
+    for each in ("head", "position"):
+        with pytest.raises(ParameterError, match="one span and part='z'") as refused:
+            cl.patch_activations(one, source, target, layers=[6], each=each)
+        # What the error advises works.
+        options = dict(re.findall(r"(\w+)='(\w+)'", str(refused.value).split("Pass ")[1]))
+        made = cl.patch_activations(one, source, target, layers=[6], **{"each": each, **options})
+        assert made.each == each
     with pytest.raises(ParameterError, match="2 numbers from the logits of 1 samples"):
         cl.patch_activations(one, source, target, metric=lambda logits: logits[0, 0, :2])
     two, _ = pair(one, 2)

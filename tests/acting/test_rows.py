@@ -155,7 +155,7 @@ def test_trace_misuse(one, ask, untyped):
     trace = cl.trace_attention(one, ask(one))
     with pytest.raises(cl.ClvaLensError, match=r"heads must be 'all', 'sensitive'"):
         trace.saliency("visual")
-    with pytest.raises(cl.ClvaLensError, match=r"mask of heads is \(3, 4\).*\(12, 4\)"):
+    with pytest.raises(cl.ClvaLensError, match=r"heads is for \(3, 4\).*\(12, 4\)"):
         trace.saliency(torch.ones(3, 4, dtype=torch.bool))
     with pytest.raises(cl.ClvaLensError, match=r"this trace is of a single prompt"):
         trace[0]

@@ -174,5 +174,7 @@ def test_other_methods_can_be_shuffled(one, ask, method):
 def test_shuffling_an_even_bias_changes_nothing(one, ask):
     inputs = ask(one, 3).inputs
     even = cl.KnockOut(rows="last")
-    found = logits(one.hf_model, inputs, cl.Shuffled(even))
+    with pytest.warns(UserWarning, match="same bias on all image tokens") as told:
+        found = logits(one.hf_model, inputs, cl.Shuffled(even))
+    assert len(told) == 1
     assert torch.equal(found, logits(one.hf_model, inputs, even))
