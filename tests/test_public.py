@@ -28,6 +28,7 @@ def test_public_names():
         "ClearSight",
         "ClvaLensError",
         "DeCo",
+        "FromCheckpoint",
         "Greedy",
         "HeadClasses",
         "KnockOut",
