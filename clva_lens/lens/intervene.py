@@ -21,7 +21,7 @@ from clva_lens.methods.base import Method
 from clva_lens.methods.clva import ClvaSession
 from clva_lens.methods.target import Target, shape_of
 from clva_lens.models.family import transformers_model
-from clva_lens.models.prompt import Prompt
+from clva_lens.models.prompt import Asked, Prompt, as_prompt
 from clva_lens.science.anchors import VisualAnchors
 
 Handle = TypeVar("Handle")
@@ -247,7 +247,7 @@ def _attach(model: PreTrainedModel, sessions: Sequence[Session], interleaver: In
 @torch.inference_mode()
 def trace_attention(
     model: Any,
-    prompt: Prompt,
+    prompt: Asked,
     method: Method | None = None,
     *,
     layers: Sequence[int] | str = "all",
@@ -267,7 +267,7 @@ def trace_attention(
         InterventionError: inside a trace; use ``observe`` there.
     """
     refuse_in_trace("trace_attention", ", or cl.observe() in it")
-    found = transformers_model(model)
+    found, prompt = transformers_model(model), as_prompt(model, prompt)
     observer = Observer(layers, shape_of(found, site))
     methods = () if method is None else (method,)
     with intervening(model, *methods), running(found, [observer]):
@@ -278,7 +278,7 @@ def trace_attention(
 @torch.inference_mode()
 def head_means(
     model: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Asked],
     method: Method | None = None,
     *,
     rows: ZRows = "text",
@@ -302,7 +302,7 @@ def head_means(
     methods = () if method is None else (method,)
     for prompt in prompts:
         with intervening(model, *methods), running(found, [session]):
-            _last_logits(found, prompt)
+            _last_logits(found, as_prompt(model, prompt))
     return session.means()
 
 
@@ -315,7 +315,7 @@ def _last_logits(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "batch
 @torch.inference_mode()
 def composed_saliency(
     model: Any,
-    prompt: Prompt,
+    prompt: Asked,
     method: Method | None = None,
     *,
     heads: HeadChoice = "all",
@@ -336,7 +336,7 @@ def composed_saliency(
         InterventionError: inside a trace; use ``observe`` of each site there.
     """
     refuse_in_trace("composed_saliency", ", or cl.observe() in it")
-    found = transformers_model(model)
+    found, prompt = transformers_model(model), as_prompt(model, prompt)
     methods = () if method is None else (method,)
     target = Target(found)
     decoder = Observer(layers, target.at("decoder"))

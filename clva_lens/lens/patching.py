@@ -14,15 +14,16 @@ from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
+from clva_lens.lens.cache import run_with_cache
 from clva_lens.lens.generate import yes_margins
 from clva_lens.lens.intervene import intervening, refuse_in_trace
-from clva_lens.lens.load import LensModel
 from clva_lens.lens.logit_lens import MARGIN
 from clva_lens.lens.observers import chosen_layers
 from clva_lens.methods.base import Method
 from clva_lens.methods.patching import PatchActivations, PatchedPart
 from clva_lens.methods.target import Shape, shape_of
-from clva_lens.models.prompt import Prompt
+from clva_lens.models.family import transformers_model
+from clva_lens.models.prompt import Asked, Prompt, as_prompt
 
 Metric = Callable[[Float[Tensor, "batch 1 vocabulary"]], Any]
 """From the logits of the last position to a number for each sample, as TransformerLens' metrics."""
@@ -136,9 +137,9 @@ class PatchingResult:
 
 @torch.inference_mode()
 def patch_activations(
-    model: LensModel,
-    source: Prompt,
-    target: Prompt,
+    model: Any,
+    source: Asked,
+    target: Asked,
     *,
     layers: Sequence[int] | str = "all",
     spans: str | Sequence[str] = ("image", "text", "last"),
@@ -175,15 +176,16 @@ def patch_activations(
             these patches in a run of your own.
     """
     refuse_in_trace("patch_activations", ", or cl.intervene(cl.PatchActivations(...)) in it")
-    found = model.hf_model
+    found, words = transformers_model(model), getattr(model, "words", None)
+    source, target = as_prompt(model, source), as_prompt(model, target)
     shape = shape_of(found, "decoder")
     numbers = chosen_layers(layers, shape)
     names = (spans,) if isinstance(spans, str) else tuple(spans)
-    columns = list(_columns(model, source, target, names, each, part, shape))
-    measure = _measure(model, metric)
+    columns = list(_columns(words, source, target, names, each, part, shape))
+    measure = _measure(words, metric)
     base = PatchActivations(source=source, cache={}, part=part, layers=numbers)
     wanted = [base.activation(layer) for layer in numbers]
-    cache = model.run_with_cache(source, wanted, method=method).cache
+    cache = run_with_cache(model, source, wanted, method).cache
     own = () if method is None else (method,)
 
     def run(prompt: Prompt, *patch: Method) -> Float[Tensor, " batch"]:
@@ -217,7 +219,7 @@ def patch_activations(
 
 
 def _columns(
-    model: LensModel,
+    words: Any,
     source: Prompt,
     target: Prompt,
     names: tuple[str, ...],
@@ -251,15 +253,20 @@ def _columns(
             "up. Ask both the same question, one prompt at a time."
         )
     for place in places[0].tolist():
-        token = model.words.decode([int(target["input_ids"][0, place])])
-        yield f"{place}: {token}", {"span": (place,)}
+        token = int(target["input_ids"][0, place])
+        yield f"{place}: {token if words is None else words.decode([token])}", {"span": (place,)}
 
 
-def _measure(model: LensModel, metric: Metric | None) -> Callable[[Tensor, int], Tensor]:
+def _measure(words: Any, metric: Metric | None) -> Callable[[Tensor, int], Tensor]:
     """Return what makes a number for each sample from the logits of the last position."""
+    if metric is None and words is None:
+        raise ParameterError(
+            "the model has no tokenizer, so yes and no are not known. Pass a metric= of the "
+            "logits, or the model that cl.load() returned."
+        )
 
     def measure(logits: Tensor, batch: int) -> Float[Tensor, " batch"]:
-        made: Any = yes_margins(logits[:, -1], model.words) if metric is None else metric(logits)
+        made: Any = yes_margins(logits[:, -1], words) if metric is None else metric(logits)
         if metric is None and None in made:
             raise ParameterError(
                 "the tokenizer has no single token for yes or no, so there is no margin. Pass a "

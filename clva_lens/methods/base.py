@@ -1,7 +1,7 @@
 """What a method is: frozen parameters, and a session for each run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -17,6 +17,7 @@ from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.registry import Registry
 from clva_lens.methods.bridge_hooks import MethodHooks, method_hooks
 from clva_lens.methods.target import Shape, Target
+from clva_lens.models.prompt import Asked
 from clva_lens.models.step import once
 
 Rows = Literal["text", "last"]
@@ -94,7 +95,7 @@ class Method(ABC):
                 f"was asked to with {decoding}. Pass decoding=cl.{self.decodings[0].title()}()."
             )
 
-    def as_hooks(self, bridge: Any, prompt: Mapping[str, Tensor]) -> MethodHooks:
+    def as_hooks(self, bridge: Any, prompt: Asked) -> MethodHooks:
         """Return the method as hooks for ``bridge.run_with_hooks(..., fwd_hooks=...)``.
 
         ``bridge`` is a TransformerLens ``TransformerBridge``, for example that of
