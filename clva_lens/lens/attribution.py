@@ -16,14 +16,13 @@ from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
-from clva_lens.lens.load import LensModel
 from clva_lens.lens.logit_parts import LogitParts
 from clva_lens.lens.margins import answer_tokens
 from clva_lens.lens.observers import Observer
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.target import shape_of
-from clva_lens.models.family import find_family
-from clva_lens.models.prompt import Prompt, VisualTokens, visual_tokens
+from clva_lens.models.family import find_family, transformers_model
+from clva_lens.models.prompt import Asked, Prompt, VisualTokens, as_prompt, visual_tokens
 from clva_lens.models.readout import CacheModel, token_ids
 from clva_lens.science.heads import HeadClasses
 
@@ -144,8 +143,8 @@ class Attributing:
 
 @overload
 def direct_logit_attribution(
-    model: LensModel,
-    prompt: Prompt,
+    model: Any,
+    prompt: Asked,
     tokens: str | int | Sequence[str | int] = ...,
     method: MethodLike | None = ...,
 ) -> LogitAttribution: ...
@@ -156,8 +155,8 @@ def direct_logit_attribution(*, tokens: str | int | Sequence[str | int] = ...) -
 
 
 def direct_logit_attribution(
-    model: LensModel | None = None,
-    prompt: Prompt | None = None,
+    model: Any = None,
+    prompt: Asked | None = None,
     tokens: str | int | Sequence[str | int] = ("yes", "no"),
     method: MethodLike | None = None,
 ) -> LogitAttribution | Attributing:
@@ -197,9 +196,9 @@ def direct_logit_attribution(
             "direct_logit_attribution was called outside a trace without a model and a prompt. "
             "Pass both."
         )
-    found = model.hf_model
+    found, prompt = transformers_model(model), as_prompt(model, prompt)
     with undisturbed(), intervening(model, method):
-        reading = _Reading(found, model.words, tokens)
+        reading = _Reading(found, getattr(model, "words", None), tokens)
         with running(found, reading.sessions):
             found(**prompt.inputs, logits_to_keep=1)
     return reading.attribution(prompt)

@@ -5,6 +5,7 @@ the Q-Former's with "qformer." Only what is asked for is kept, and a pattern is 
 where it is asked for. Where each name lies is in ``models/hooks.py``.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -12,18 +13,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from einops import rearrange
 from jaxtyping import Float
+from nnsight import NNsight
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from clva_lens.engine.run import edited_streams, running
 from clva_lens.engine.session import AttentionCall, Session, as_additive, raw_scores
 from clva_lens.engine.stream import Part, Stream, StreamCall
 from clva_lens.ground.ambient import undisturbed
-from clva_lens.ground.errors import ParameterError, PromptError, UnknownName
+from clva_lens.ground.errors import ParameterError, UnknownName
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.methods.base import MethodLike
 from clva_lens.models.activations import Place
-from clva_lens.models.family import find_family
-from clva_lens.models.prompt import Prompt
+from clva_lens.models.family import find_family, transformers_model
+from clva_lens.models.prompt import Asked, as_prompt
 from clva_lens.models.readout import CacheModel, normalise, per_head
 from clva_lens.models.transformerlens import transformer_lens
 
@@ -44,11 +47,11 @@ class CachedRun(NamedTuple):
 
 @undisturbed()
 def run_with_cache(
-    lens: Any, prompt: Prompt, names_filter: NamesFilter = None, method: MethodLike | None = None
+    lens: Any, prompt: Asked, names_filter: NamesFilter = None, method: MethodLike | None = None
 ) -> CachedRun:
     """Return the logits and the activations of one forward pass; see ``LensModel.run_with_cache``.
 
-    ``lens`` is a ``LensModel``.
+    ``lens`` is a ``LensModel``, a transformers model or an nnsight handle of one.
 
     Raises:
         UnknownName: if ``names_filter`` has a name that the model does not.
@@ -58,16 +61,12 @@ def run_with_cache(
             intercepted.
         PromptError: if ``prompt`` is none.
     """
-    if not isinstance(prompt, Mapping) or "input_ids" not in prompt:
-        raise PromptError(
-            f"run_with_cache takes a prompt, but got {type(prompt).__name__}. Pass "
-            "model.prompt(image, question)."
-        )
     refuse_in_trace("run_with_cache", ", or read activations in it with .output.save()")
-    model = lens.hf_model
+    model, prompt = transformers_model(lens), as_prompt(lens, prompt)
+    handle = lens if getattr(lens, "_module", None) is model else nnsight_handle(model)
     activations = find_family(model).activations(model)
     chosen = choose(activations.places, names_filter)
-    reader = _Reader(lens, activations.places, chosen, len(prompt["input_ids"]))
+    reader = _Reader(handle, activations.places, chosen, len(prompt["input_ids"]))
     sites = {place.site for place in chosen if place.site is not None}
     sessions: list[_Attention | _Stream] = [_Attention(site, chosen) for site in sorted(sites)]
     with intervening(lens, method):
@@ -75,16 +74,25 @@ def run_with_cache(
         edited = edited_streams(model)
         late = [place for place in chosen if place.name in edited and place.tap.side == "output"]
         sessions += [_Stream(place) for place in late]
-        with running(model, sessions), lens.trace(prompt):
+        with running(model, sessions), handle.trace(**prompt.inputs):
             reader.read()
-            logits = lens.output.logits.save()
+            logits = handle.output.logits.save()
     found = reader.found
     for session in sessions:
         found |= session.found
     config = model.config.get_text_config()
-    standing = CacheModel(activations.readout, lens.words, config, lens.name)
+    name = getattr(lens, "name", model.name_or_path)
+    standing = CacheModel(activations.readout, getattr(lens, "words", None), config, name)
     ordered = {place.name: found[place.name] for place in chosen}
     return CachedRun(logits, transformer_lens().cache(ordered, standing))
+
+
+def nnsight_handle(model: PreTrainedModel) -> NNsight:
+    """Return a plain handle of a transformers model."""
+    with warnings.catch_warnings():
+        # A Q-Former has submodules called "output", which nnsight serves as "E_output".
+        warnings.filterwarnings("ignore", "Module '.*' has a submodule named 'output'")
+        return NNsight(model)
 
 
 def choose(places: Sequence[Place], names_filter: NamesFilter) -> tuple[Place, ...]:

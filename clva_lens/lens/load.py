@@ -19,7 +19,7 @@ from clva_lens.lens.check import check_family
 from clva_lens.methods.base import MethodLike
 from clva_lens.models.family import ModelFamily, Site, find_family
 from clva_lens.models.pictures import ImageLike
-from clva_lens.models.prompt import Prompt, as_lists, prompt_of
+from clva_lens.models.prompt import Asked, Prompt, as_lists, prompt_of
 from clva_lens.models.qwen.convert import published_folder, read_published
 from clva_lens.toy import pretrained
 
@@ -114,7 +114,7 @@ class LensModel(TransformersModel):
 
     def run_with_cache(
         self,
-        prompt: Prompt,
+        prompt: Asked,
         names_filter: NamesFilter = None,
         *,
         method: MethodLike | None = None,

@@ -20,13 +20,12 @@ from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
-from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import MARGIN, answer_tokens, margins
 from clva_lens.lens.observers import chosen_layers
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.target import shape_of
 from clva_lens.models.family import find_family, transformers_model
-from clva_lens.models.prompt import Prompt, VisualTokens, visual_tokens
+from clva_lens.models.prompt import Asked, Prompt, VisualTokens, as_prompt, visual_tokens
 from clva_lens.models.readout import CacheModel, read_out, token_ids
 from clva_lens.models.step import Step
 
@@ -196,8 +195,8 @@ Span = str | Bool[Tensor, "*batch sequence"] | Sequence[int]
 
 @overload
 def logit_lens(
-    model: LensModel,
-    prompt: Prompt,
+    model: Any,
+    prompt: Asked,
     span: Span = ...,
     layers: Sequence[int] | str = ...,
     method: MethodLike | None = ...,
@@ -218,8 +217,8 @@ def logit_lens(
 
 
 def logit_lens(
-    model: LensModel | None = None,
-    prompt: Prompt | None = None,
+    model: Any = None,
+    prompt: Asked | None = None,
     span: Span = "last",
     layers: Sequence[int] | str = "all",
     method: MethodLike | None = None,
@@ -259,10 +258,10 @@ def logit_lens(
         raise InterventionError(
             "logit_lens was called outside a trace without a model and a prompt. Pass both."
         )
+    found, prompt = transformers_model(model), as_prompt(model, prompt)
     prompt.spans.places(span)  # a span that is not there is said before the model runs
-    found = model.hf_model
     with undisturbed(), intervening(model, method):
-        reading = _Reading(found, model.words, span, layers, tokens, k)
+        reading = _Reading(found, getattr(model, "words", None), span, layers, tokens, k)
         with running(found, [reading]):
             found(**prompt.inputs, logits_to_keep=1)
     return reading.lens(prompt)

@@ -17,14 +17,15 @@ from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
+from clva_lens.lens.cache import run_with_cache
 from clva_lens.lens.intervene import intervening, refuse_in_trace
-from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import MARGIN, yes_margins
 from clva_lens.lens.observers import chosen_layers
 from clva_lens.methods.base import Method, MethodLike
 from clva_lens.methods.patching import PatchActivations, PatchedPart
-from clva_lens.methods.target import shape_of
-from clva_lens.models.prompt import Prompt
+from clva_lens.methods.target import Shape, shape_of
+from clva_lens.models.family import transformers_model
+from clva_lens.models.prompt import Asked, Prompt, as_prompt
 
 LogitMetric = Callable[[Float[Tensor, "batch 1 vocabulary"]], Any]
 """From the logits of the last position to a number for each sample, as TransformerLens' metrics."""
@@ -174,9 +175,9 @@ class PatchingResult:
 
 @undisturbed()
 def patch_activations(
-    model: LensModel,
-    source: Prompt,
-    target: Prompt,
+    model: Any,
+    source: Asked,
+    target: Asked,
     *,
     layers: Sequence[int] | str = "all",
     spans: str | Sequence[str] = ("image", "text", "last"),
@@ -213,9 +214,12 @@ def patch_activations(
             these patches in a run of your own.
     """
     refuse_in_trace("patch_activations", ", or cl.intervene(cl.PatchActivations(...)) in it")
-    numbers = chosen_layers(layers, shape_of(model.hf_model, "decoder"))
+    source, target = as_prompt(model, source), as_prompt(model, target)
+    shape = shape_of(transformers_model(model), "decoder")
+    numbers = chosen_layers(layers, shape)
     names = (spans,) if isinstance(spans, str) else tuple(spans)
-    columns = list(_columns(model, source, target, names, each, part))
+    words = getattr(model, "words", None)
+    columns = list(_columns(words, source, target, names, each, part, shape))
     run = _runner(model, metric, method)
     patches = _patches(model, source, part, numbers, [where for _, where in columns], method)
     from_source, unpatched = run(source), run(target)
@@ -236,12 +240,13 @@ def patch_activations(
 
 
 def _columns(
-    model: LensModel,
+    words: Any,
     source: Prompt,
     target: Prompt,
     names: tuple[str, ...],
     each: Each | None,
     part: PatchedPart,
+    shape: Shape,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of each column, and what its patches are made with."""
     if each is None:
@@ -256,7 +261,6 @@ def _columns(
             f"one span, and 'head' one span and part='z'. Pass {remedy}, for example."
         )
     if each == "head":
-        shape = shape_of(model.hf_model, "decoder")
         for head in range(shape.heads):
             heads = torch.zeros(shape.depth, shape.heads, dtype=torch.bool)
             heads[:, head] = True
@@ -271,23 +275,23 @@ def _columns(
             "up. Ask both the same question, one prompt at a time."
         )
     for place in places[0].tolist():
-        token = model.words.decode([int(target["input_ids"][0, place])])
-        yield f"{place}: {token}", {"span": (place,)}
+        token = int(target["input_ids"][0, place])
+        yield f"{place}: {token if words is None else words.decode([token])}", {"span": (place,)}
 
 
 def _patches(
-    model: LensModel,
+    model: Any,
     source: Prompt,
     part: PatchedPart,
     layers: tuple[int, ...],
     columns: Sequence[dict[str, Any]],
-    method: Method | None,
+    method: MethodLike | None,
 ) -> list[PatchActivations]:
     """Return the patch of each layer and column, from one pass of the source."""
     make = partial(PatchActivations, source=source, part=part)
     every = make(cache={}, layers=layers)
     wanted = [every.activation(layer) for layer in layers]
-    cache = model.run_with_cache(source, wanted, method=method).cache
+    cache = run_with_cache(model, source, wanted, method).cache
     return [make(cache=cache, layers=(i,), **where) for i, where in product(layers, columns)]
 
 
@@ -304,14 +308,20 @@ def _each_under(
 
 
 def _runner(
-    model: LensModel, metric: LogitMetric | None, method: MethodLike | None
+    model: Any, metric: LogitMetric | None, method: MethodLike | None
 ) -> Callable[..., Float[Tensor, " batch"]]:
     """Return what runs a prompt, under patches, to a number for each sample."""
+    found, words = transformers_model(model), getattr(model, "words", None)
+    if metric is None and words is None:
+        raise ParameterError(
+            "the model has no tokenizer, so yes and no are not known. Pass a metric= of the "
+            "logits, or the model that cl.load() returned."
+        )
 
     def run(prompt: Prompt, *patch: Method) -> Float[Tensor, " batch"]:
         with intervening(model, method, *patch):
-            logits = model.hf_model(**prompt.inputs, logits_to_keep=1).logits[:, -1:]
-        made: Any = yes_margins(logits[:, -1], model.words) if metric is None else metric(logits)
+            logits = found(**prompt.inputs, logits_to_keep=1).logits[:, -1:]
+        made: Any = yes_margins(logits[:, -1], words) if metric is None else metric(logits)
         if metric is None and None in made:
             raise ParameterError(
                 "the tokenizer has no single token for yes or no, so there is no margin. Pass a "

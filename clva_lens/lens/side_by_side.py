@@ -19,7 +19,7 @@ from clva_lens.lens.trace import composed_saliency, trace_attention
 from clva_lens.methods.base import Method
 from clva_lens.methods.clva import CLVA
 from clva_lens.methods.knockout import KnockOut
-from clva_lens.models.prompt import Prompt
+from clva_lens.models.prompt import Asked, Prompt, as_prompt
 from clva_lens.science.anchors import VisualAnchors
 
 SHOWN_LAYERS = 7
@@ -45,8 +45,9 @@ def conditions(model: LensModel) -> dict[str, Method | None]:
     return {"greedy": None, "CLVA": CLVA(), **others, "knock-out": KnockOut()}
 
 
-def look_at(model: LensModel, prompt: Prompt) -> Look:
+def look_at(model: LensModel, prompt: Asked) -> Look:
     """Return the attention of a single prompt, from one forward pass without and one with CLVA."""
+    prompt = as_prompt(model, prompt)
     plain = trace_attention(model, prompt)
     with intervening(model, CLVA()) as run:
         edited = trace_attention(model, prompt)
@@ -79,7 +80,7 @@ def saliency_picture(
         image=seen_pixels(model, prompt["pixel_values"]),
         before=before,
         after=after,
-        question=prompt.questions[0],
+        question=prompt.questions[0] if prompt.questions else "",
         label=label,
         answers=answers,
         positive=prompt.on_grid(look.anchors.positive).cpu().numpy(),

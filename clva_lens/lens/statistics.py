@@ -12,7 +12,7 @@ from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.trace import trace_attention
 from clva_lens.methods.base import MethodLike
-from clva_lens.models.prompt import Prompt
+from clva_lens.models.prompt import Asked, as_prompt
 from clva_lens.science.drift import AttentionDrift, attention_drift
 from clva_lens.science.moments import RunningMoments
 
@@ -56,7 +56,7 @@ class TraceStatistics:
 
 def trace_statistics(
     model: Any,
-    prompts: Iterable[Prompt],
+    prompts: Iterable[Asked],
     method: MethodLike | None = None,
     *,
     site: str | None = None,
@@ -76,7 +76,8 @@ def trace_statistics(
     anchors = (0, 0)
     total = len(prompts) if isinstance(prompts, Sized) else None
     with progress_bar("prompts", total, wanted=progress) as advance:
-        for prompt in prompts:
+        for asked in prompts:
+            prompt = as_prompt(model, asked)
             trace = trace_attention(model, prompt, method, site=site)
             drift = attention_drift(trace)
             layers, anchors = trace.layers, (drift.positive_layer, drift.negative_layer)

@@ -16,14 +16,14 @@ from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.target import Target, shape_of
 from clva_lens.models.family import transformers_model
-from clva_lens.models.prompt import Prompt
+from clva_lens.models.prompt import Asked, Prompt, as_prompt
 from clva_lens.science.heads import SomeHeads
 
 
 @undisturbed()
 def trace_attention(
     model: Any,
-    prompt: Prompt,
+    prompt: Asked,
     method: MethodLike | None = None,
     *,
     layers: Sequence[int] | str = "all",
@@ -43,7 +43,7 @@ def trace_attention(
         InterventionError: inside a trace; use ``observe`` there.
     """
     refuse_in_trace("trace_attention", ", or cl.observe() in it")
-    found = transformers_model(model)
+    found, prompt = transformers_model(model), as_prompt(model, prompt)
     observer = Observer(layers, shape_of(found, site))
     with intervening(model, method), running(found, [observer]):
         logits = _last_logits(found, prompt)
@@ -53,7 +53,7 @@ def trace_attention(
 @undisturbed()
 def composed_saliency(
     model: Any,
-    prompt: Prompt,
+    prompt: Asked,
     method: MethodLike | None = None,
     *,
     heads: HeadChoice | SomeHeads = "all",
@@ -74,7 +74,7 @@ def composed_saliency(
         InterventionError: inside a trace; use ``observe`` of each site there.
     """
     refuse_in_trace("composed_saliency", ", or cl.observe() in it")
-    found = transformers_model(model)
+    found, prompt = transformers_model(model), as_prompt(model, prompt)
     target = Target(found)
     decoder = Observer(layers, target.at("decoder"))
     queries = None
@@ -93,7 +93,7 @@ def composed_saliency(
 @undisturbed()
 def head_means(
     model: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Asked],
     method: MethodLike | None = None,
     *,
     rows: ZRows = "text",
@@ -116,7 +116,7 @@ def head_means(
     session = MeanSession(shape_of(found, site), rows)
     for prompt in prompts:
         with intervening(model, method), running(found, [session]):
-            _last_logits(found, prompt)
+            _last_logits(found, as_prompt(model, prompt))
     return session.means()
 
 

@@ -18,6 +18,7 @@ from clva_lens.ground.parameters import Parameters
 from clva_lens.ground.registry import Registry
 from clva_lens.methods.bridge_hooks import MethodHooks, method_hooks
 from clva_lens.methods.target import Shape, Target
+from clva_lens.models.prompt import Asked
 
 Rows = Literal["text", "last"]
 """Which prompt rows an edit is for: all text after the image, or the last one only."""
@@ -96,7 +97,7 @@ class Method(Parameters, ABC):
                 f"was asked to with {decoding}. Pass decoding=cl.{self.decodings[0].title()}()."
             )
 
-    def as_hooks(self, bridge: Any, prompt: Mapping[str, Tensor]) -> MethodHooks:
+    def as_hooks(self, bridge: Any, prompt: Asked) -> MethodHooks:
         """Return the method as hooks for ``bridge.run_with_hooks(..., fwd_hooks=...)``.
 
         ``bridge`` is a TransformerLens ``TransformerBridge``, for example that of

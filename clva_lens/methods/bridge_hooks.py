@@ -23,6 +23,7 @@ from clva_lens.methods.target import Shape, Target
 from clva_lens.models.activations import Readout
 from clva_lens.models.family import matching_family
 from clva_lens.models.passes import DecoderPasses
+from clva_lens.models.prompt import Asked, as_prompt
 from clva_lens.models.transformerlens import transformer_lens
 
 Hook = tuple[str, Callable[[Tensor, Any], Tensor | None]]
@@ -70,7 +71,7 @@ def prompt_spans(model: Any, inputs: Mapping[str, Tensor]) -> TokenSpans:
 
 
 def method_hooks(
-    sessions_for: Callable[[Target], list[Session]], bridge: Any, prompt: Mapping[str, Tensor]
+    sessions_for: Callable[[Target], list[Session]], bridge: Any, prompt: Asked
 ) -> MethodHooks:
     """Return a method's sessions as hooks for one prompt on a ``TransformerBridge``.
 
@@ -101,6 +102,8 @@ def method_hooks(
             "the method edits logits, for which it may run the model a second time, and hooks of "
             "one TransformerLens pass cannot do that. Use cl.intervening(model, method)."
         )
+    if isinstance(prompt, tuple):
+        prompt = as_prompt(bridge, prompt)
     watch = _Watch(bridge.original_model, prompt)
     hooks: list[Hook] = [("embed.hook_in", watch.begin)]
     for layer in sorted({layer for session in sessions for layer in session.layers}):

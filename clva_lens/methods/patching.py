@@ -22,6 +22,7 @@ from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import Kernel, Method, check_layers
 from clva_lens.methods.choosing import ChosenHeads, chosen_heads
 from clva_lens.methods.target import Shape, Target
+from clva_lens.models.prompt import as_prompt
 from clva_lens.models.step import Step
 from clva_lens.science.heads import SomeHeads
 
@@ -63,7 +64,7 @@ class PatchActivations(Method):
     name: ClassVar[str] = "patching"
     paper: ClassVar[str] = "control: activation patching (arXiv:2202.05262, arXiv:2211.00593)"
     kernel: ClassVar[Kernel] = "none"
-    source: Mapping[str, Tensor]
+    source: Mapping[str, Any]
     cache: Any
     part: PatchedPart = "resid_pre"
     span: str | Sequence[int] = "image"
@@ -117,10 +118,11 @@ class PatchActivations(Method):
         if self.heads is not None:
             heads = ChosenHeads(chosen_heads(self.heads), layers, shape)
             layers = heads.layers
-        values = {layer: self._taken(layer) for layer in layers}
+        spans = _source_spans(target.model, self.source)
+        values = {layer: self._taken(layer, spans) for layer in layers}
         return [_PatchSession(self, shape, values, heads)]
 
-    def _taken(self, layer: int) -> Float[Tensor, "source position *width"]:
+    def _taken(self, layer: int, spans: TokenSpans) -> Float[Tensor, "source position *width"]:
         """Return the source's values at the span."""
         name = self.activation(layer)
         if name not in self.cache:
@@ -134,7 +136,7 @@ class PatchActivations(Method):
                 f"'{name}' is for {tuple(value.shape[:2])} (samples, positions), but the source "
                 f"prompt has {tuple(ids.shape)}; {SOURCE}."
             )
-        places = span_places(self.span, self.site, _source_spans(self.source), value.shape[:2])
+        places = span_places(self.span, self.site, spans, value.shape[:2])
         index = places.to(value.device)
         return value[torch.arange(len(value), device=value.device)[:, None], index]
 
@@ -144,14 +146,9 @@ class PatchActivations(Method):
         return f"PatchActivations({self.part} of {layers}, span {self.span}, {self.site})"
 
 
-def _source_spans(source: Mapping[str, Tensor]) -> TokenSpans:
+def _source_spans(model: Any, source: Mapping[str, Any]) -> TokenSpans:
     spans = getattr(source, "spans", None)
-    if not isinstance(spans, TokenSpans):
-        raise ParameterError(
-            f"the source is a {type(source).__name__} without spans. Pass the prompt that "
-            "model.prompt(image, question) made."
-        )
-    return spans
+    return spans if isinstance(spans, TokenSpans) else as_prompt(model, source).spans
 
 
 def span_places(

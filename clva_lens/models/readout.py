@@ -90,13 +90,19 @@ class CacheModel:
         """Return the id of a text that is one token.
 
         Raises:
-            ParameterError: if it is none or several.
+            ParameterError: if it is none or several, or unknown to the tokenizer.
         """
         ids = self._tokenizer(text, add_special_tokens=False).input_ids
         if len(ids) != 1:
             raise ParameterError(
                 f"{text!r} is {len(ids)} tokens ({ids}), but a single one is needed. Pass a text "
                 "that is one token, or a token id."
+            )
+        unknown = getattr(self._tokenizer, "unk_token_id", None)
+        if ids[0] == unknown and text.strip() != self._tokenizer.unk_token:
+            raise ParameterError(
+                f"{text!r} is a word that the tokenizer does not know, so that it stands for every "
+                f"unknown one ('{self._tokenizer.unk_token}'). Pass another text, or a token id."
             )
         return ids[0]
 

@@ -10,7 +10,7 @@ from tiny_models import QUESTIONS, picture
 from transformer_lens.patching import layer_pos_patch_setter
 
 import clva_lens as cl
-from clva_lens.ground.errors import ClvaLensError, InterventionError, ParameterError
+from clva_lens.ground.errors import ClvaLensError, InterventionError, ParameterError, PromptError
 
 PARTS = ("resid_pre", "attn_out", "mlp_out", "resid_post", "z")
 # The tiny model's MLPs write next to nothing: what is patched in is made louder.
@@ -368,5 +368,7 @@ def test_prompts_that_do_not_line_up(one, untyped):
         logits(one, target, patch(one, two))
     with pytest.raises(ParameterError, match="but the source prompt has"):
         logits(one, target, cl.PatchActivations(source=target, cache=patch(one, two).cache))
-    with pytest.raises(ParameterError, match="without spans"):
-        logits(one, target, replace(patch(one, source), source=dict(source.inputs)))
+    with pytest.raises(PromptError, match="must have input_ids"):
+        logits(one, target, replace(patch(one, source), source={}))
+    as_made = replace(patch(one, source), source=dict(source.inputs))
+    assert torch.equal(logits(one, target, as_made), logits(one, target, patch(one, source)))

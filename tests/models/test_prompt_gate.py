@@ -1,0 +1,156 @@
+"""One gate for prompts: what a processor made is a prompt everywhere, and is run as it is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import nnsight
+import numpy as np
+import pytest
+import torch
+from tiny_models import QUESTIONS, blip_of, lens_of, picture
+from transformers import BatchFeature
+
+import clva_lens as cl
+from clva_lens.ground.errors import PromptError
+from clva_lens.lens.cache import run_with_cache
+from clva_lens.models.prompt import as_prompt
+
+LAYER = "blocks.11.hook_resid_post"
+
+
+def last(model: Any, asked: Any) -> torch.Tensor:
+    return run_with_cache(model, asked, LAYER).logits[:, -1]
+
+
+# Every function that runs prompts, and a number it makes of one.
+DOORS: dict[str, Callable[[Any, Any], torch.Tensor]] = {
+    "trace_attention": lambda model, asked: cl.trace_attention(model, asked).intensity,
+    "composed_saliency": lambda model, asked: cl.composed_saliency(model, asked),
+    "head_means": lambda model, asked: cl.head_means(model, [asked]).values,
+    "trace_statistics": lambda model, asked: (
+        cl.trace_statistics(model, [asked], progress=False).intensity.mean
+    ),
+    "logit_lens": lambda model, asked: cl.logit_lens(model, asked).probabilities,
+    "direct_logit_attribution": lambda model, asked: (
+        cl.direct_logit_attribution(model, asked, tokens=[8, 9]).heads
+    ),
+    "run_with_cache": last,
+    "patch_activations": lambda model, asked: (
+        cl.patch_activations(
+            model,
+            asked,
+            asked,
+            layers=[3],
+            spans="last",
+            progress=False,
+            metric=lambda x: x[:, 0, 8],
+        ).values
+    ),
+}
+
+
+def handles(lens):
+    return {"lens": lens, "handle": nnsight.NNsight(lens.hf_model), "model": lens.hf_model}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_function_takes_every_prompt_and_every_model(one, door):
+    pair = (picture(0), QUESTIONS[0])
+    prompt = one.prompt(*pair)
+    made = BatchFeature(dict(prompt.inputs))
+    wanted = DOORS[door](one, prompt)
+    for name, model in handles(one).items():
+        for asked in (prompt, made, dict(made), pair, (*pair, None)):
+            if isinstance(asked, tuple) and model is not one:
+                with pytest.raises(PromptError, match=r"has no processor.*cl.load"):
+                    DOORS[door](model, asked)
+            else:
+                assert torch.equal(DOORS[door](model, asked), wanted), (name, type(asked))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_prompt_is_run_as_it_is(one, door):
+    """What is in its tensors decides, not what they were made of."""
+    prompt = one.prompt(picture(0), QUESTIONS[0])
+    before = DOORS[door](one, prompt)
+    prompt["pixel_values"].zero_()
+    blank = DOORS[door](one, prompt)
+    assert (blank - before).abs().max() > 0
+    assert torch.equal(DOORS[door](one, dict(prompt.inputs)), blank)
+
+
+@pytest.mark.parametrize("lens", [lens_of("full", "sdpa"), blip_of("sdpa")], ids=["llava", "blip"])
+def test_a_processors_output_is_what_prompt_makes(lens):
+    pictures, questions = [picture(i) for i in range(2)], QUESTIONS[:2]
+    whole = lens.prompt(pictures, questions)
+    found = as_prompt(lens.hf_model, BatchFeature(dict(whole.inputs)))
+    assert found.batched and not found.images and not found.questions
+    assert found.sites.keys() == whole.sites.keys()
+    for site in whole.sites:
+        assert torch.equal(found.spans_at(site).image, whole.spans_at(site).image)
+        assert found.sites[site].grid == whole.sites[site].grid
+    assert "a processor's output" in repr(found)
+    half = {
+        name: one.half() if one.is_floating_point() else one for name, one in whole.inputs.items()
+    }
+    assert as_prompt(lens, half)["pixel_values"].dtype == lens.hf_model.dtype
+
+
+@pytest.mark.parametrize("lens", [lens_of("full", "sdpa"), blip_of("sdpa")], ids=["llava", "blip"])
+def test_rows_of_a_batch(lens):
+    """One row is the batch's own row, padding included, and is answered as in the batch."""
+    whole = lens.prompt([picture(i) for i in range(3)], QUESTIONS)
+    together = cl.trace_attention(lens, whole)
+    for index in range(3):
+        row = whole.row(index)
+        assert not row.batched and row.questions == (QUESTIONS[index],) and len(row.images) == 1
+        for name, rows in whole.inputs.items():
+            assert torch.equal(row[name], rows[index : index + 1])
+        alone = cl.trace_attention(lens, row)
+        assert (alone.intensity - together.intensity[index]).abs().max() < 1e-5
+    single = lens.prompt(picture(0), QUESTIONS[0])
+    assert single.row(0).inputs is single.inputs
+    for index in (-1, 3):
+        with pytest.raises(PromptError, match=rf"no prompt {index} in a batch of 3"):
+            whole.row(index)
+    whole.inputs["patches"] = torch.zeros(7, 2)
+    with pytest.raises(PromptError, match=r"has 3 prompts, but patches has 7 rows.*one by one"):
+        whole.row(0)
+
+
+def test_what_is_no_prompt(one, untyped):
+    inputs = one.prompt(picture(0), QUESTIONS[0]).inputs
+    for asked, message in {
+        "a question": "must be a Prompt, a processor's output or an .* pair, but got str",
+        (1, 2, 3, 4): "but got tuple",
+        None: "but got NoneType",
+    }.items():
+        for door in ("trace_attention", "run_with_cache"):
+            with pytest.raises(PromptError, match=message):
+                DOORS[door](one, asked)
+    for change, message in (
+        ({"input_ids": inputs["input_ids"].tolist()}, "but they are list.*return_tensors='pt'"),
+        ({"input_ids": inputs["input_ids"][0]}, r"but they are of shape \(\d+,\)"),
+        ({"input_ids": None}, "but they are NoneType"),
+        ({"pixel_values": [np.zeros(3)]}, "'pixel_values' is a list, but.* must be tensors"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            as_prompt(one, inputs | change)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_too_long_is_the_same_error_everywhere(one, door):
+    longest = one.hf_model.config.text_config.max_position_embeddings
+    question = "is there a cup ? " * 60
+    with pytest.raises(PromptError, match=rf"has \d+ tokens, but the model has {longest} posit"):
+        one.prompt(picture(0), question)
+    inputs = one.prompt(picture(0), QUESTIONS[0]).inputs
+    more = torch.full((1, longest), 9)
+    ids = torch.cat([inputs["input_ids"], more], dim=1)
+    long = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with pytest.raises(PromptError, match=rf"tokens, but the model has {longest} positions"):
+        DOORS[door](one, long)
+    padded = long | {"attention_mask": torch.cat([torch.zeros_like(more), torch.ones_like(ids)], 1)}
+    padded["input_ids"] = torch.cat([torch.zeros_like(more), inputs["input_ids"]], dim=1)
+    padded["attention_mask"] = padded["attention_mask"][:, : padded["input_ids"].shape[1]]
+    assert as_prompt(one, padded)["input_ids"].shape[1] > longest  # padding has no position
