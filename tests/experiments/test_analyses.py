@@ -1,6 +1,6 @@
 """The analyses of this checkout: they run on the toys, and their records are what they say."""
 
-import resource
+import ast
 import shutil
 from pathlib import Path
 
@@ -12,24 +12,23 @@ from clva_lens.experiments.archive import Archive, analyse
 from clva_lens.experiments.drawing import check_figures
 
 ARCHIVE = Archive(Path(__file__).parents[2])
-BUDGET = 180  # seconds of processor time, whatever else the machine does
 
 # What makes each analysis small enough to run with every change.
 SMALL = {
     "01_head_intensity": ["questions=24"],
     "02_saliency": ["pictures=2"],
     "03_drift": ["questions=24"],
-    "04_pope": ["questions=16"],
-    "05_chair": ["captions=8"],
+    "04_pope": ["questions=8"],
+    "05_chair": ["captions=4"],
     "06_mme": ["pictures=3"],
     "07_anchors": ["questions=12"],
     "08_speed": ["small=True", "rounds=1", "new_tokens=2"],
     "09_nucleus": ["questions=12", "seeds=[0]"],
-    "10_strengths": ["questions=12", "alphas=[0, 14]", "betas=[0.0, 0.9]"],
-    "11_sensitivity": ["questions=12", "captions=6"],
+    "10_strengths": ["questions=6", "alphas=[0, 14]", "betas=[0.0, 0.9]"],
+    "11_sensitivity": ["questions=6", "captions=2"],
     "12_paper_arithmetic": [],
-    "13_is_there_drift": ["scenes=4", "questions=12", 'models=["toy-llava"]'],
-    "14_method_zoo": ["questions=12", "captions=3"],
+    "13_is_there_drift": ["scenes=2", "questions=6", 'models=["toy-llava"]'],
+    "14_method_zoo": ["questions=6", "captions=2"],
 }
 RECORDS = ARCHIVE.records()
 
@@ -43,14 +42,11 @@ def test_every_analysis_has_a_record_and_is_run_here():
 def test_it_runs_on_the_toys(slug, tmp_path, monkeypatch):
     # Threads that wait for each other on a busy machine would take many times as long.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     root = tmp_path / "checkout"
     shutil.copytree(ARCHIVE.root / "analyses", root / "analyses", ignore=lambda *_: ["records"])
     outcome = analyse(slug, SMALL[slug], root=root, progress=False)
     assert outcome.new and outcome.record.problems() == []
     assert outcome.record.metrics and outcome.record.document["files"]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert 1 < after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < BUDGET
     runs = outcome.record.inputs["runs"]
     assert bool(runs) == ("record.ran" in ARCHIVE.source(slug).read_text())
     for run in runs:
@@ -68,21 +64,33 @@ def test_it_runs_on_the_toys(slug, tmp_path, monkeypatch):
 def test_a_committed_record_is_as_it_was_written(record):
     assert record.problems() == []
     assert not record.document["surroundings"]["changed"]
-    how, wrong = check_figures(record)
-    assert wrong == [], how
 
 
 @pytest.mark.parametrize("slug", SMALL)
-def test_the_notebook_and_its_source_are_in_sync(slug):
-    def cells(notebook):
-        return [
-            (cell.cell_type, cell.source)
-            for cell in notebook.cells
-            if notebooks.INJECTED not in cell.metadata.get("tags", [])
-        ]
+def test_the_newest_record_draws_its_figures(slug):
+    """``clva-lens figures --all --check`` does it for all versions."""
+    how, wrong = check_figures(ARCHIVE.record(slug))
+    assert wrong == [], how
 
-    kept = nbformat.read(ARCHIVE.notebook(slug), 4)
-    assert cells(kept) == cells(notebooks.read_source(ARCHIVE.source(slug)))
+
+def prose(notebook):
+    return [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+
+
+def kept_things(notebook):
+    """The calls of the record in a notebook's code: what is kept, drawn and said, in order."""
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    calls = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
+    return [ast.unparse(call) for call in calls if ast.unparse(call.func).startswith("record.")]
+
+
+@pytest.mark.parametrize("slug", SMALL)
+def test_the_notebook_says_and_keeps_what_its_source_does(slug):
+    """It is a record's, as executed; since then a source may import and ask otherwise, no more."""
+    kept, source = nbformat.read(ARCHIVE.notebook(slug), 4), ARCHIVE.source(slug)
+    now = notebooks.read_source(source)
+    assert prose(kept) == prose(now)
+    assert kept_things(kept) == kept_things(now) != []
     outputs = [out for cell in kept.cells if cell.cell_type == "code" for out in cell.outputs]
     assert outputs and not any(out.output_type == "error" for out in outputs)
     assert ARCHIVE.notebook(slug).read_bytes() in {
