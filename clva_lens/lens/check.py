@@ -14,24 +14,59 @@ from clva_lens.methods.target import Target, shape_of
 from clva_lens.models.family import ModelFamily, find_family
 from clva_lens.models.prompt import Prompt
 
+QUESTIONS = ("What is in the image?", "Is there a cup in the image?")
+_Ask = Callable[[np.ndarray, str], Prompt]
+
 
 @torch.inference_mode()
-def check_family(model: PreTrainedModel, prompt: Callable[[np.ndarray, str], Prompt]) -> float:
+def check_family(model: PreTrainedModel, prompt: _Ask) -> float:
     """Return how far the logits move when text may not see the image; it must be more than 0.
 
     Runs a short prompt about a small noise picture. Checks, at every site, that the number of image
     tokens is the family's, that the rows of every layer sum to 1 (within 1e-3), and that removing
     the attention to the image in all layers changes the logits; the smallest change is returned.
+    Two questions about two pictures must give four different logits, in four short passes.
 
     Raises:
         ModelCheckError: naming what does not fit.
     """
     name = model.name_or_path or type(model).__name__
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    asked = prompt(noise, "What is in the image?")
+    asked = prompt(noise, QUESTIONS[0])
     family = find_family(model)
     _check_pixels(name, model, asked)
+    _check_asked(name, model, [noise, 255 - noise], prompt)
     return min(_check_site(name, model, family, site.name, asked) for site in family.sites(model))
+
+
+def _check_asked(
+    name: str, model: PreTrainedModel, pictures: list[np.ndarray], prompt: _Ask
+) -> None:
+    """Check that the question and the picture both reach the model."""
+    told = {}
+    for number, picture in enumerate(pictures):
+        for question in QUESTIONS:
+            made = prompt(picture, question)
+            told[number, question] = model(**made.inputs).logits[:, -1].float()
+    one, two = QUESTIONS
+    for what, where, pairs in (
+        (
+            "questions about one picture",
+            "the chat template",
+            [((n, one), (n, two)) for n in (0, 1)],
+        ),
+        (
+            "pictures with one question",
+            "the image processor",
+            [((0, q), (1, q)) for q in QUESTIONS],
+        ),
+    ):
+        if any(torch.equal(told[first], told[second]) for first, second in pairs):
+            raise ModelCheckError(
+                f"{name}: two different {what} give the same logits, so that one does not reach "
+                f"the model. Probably {where} drops it: mend the processor, and pass (hf_model, "
+                "processor)."
+            )
 
 
 def _check_pixels(name: str, model: PreTrainedModel, asked: Prompt) -> None:
