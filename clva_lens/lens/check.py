@@ -25,24 +25,29 @@ def check_family(model: PreTrainedModel, prompt: _Ask) -> float:
     Runs a short prompt about a small noise picture. Checks, at every site, that the number of image
     tokens is the family's, that the rows of every layer sum to 1 (within 1e-3), and that removing
     the attention to the image in all layers changes the logits; the smallest change is returned.
-    Two questions about two pictures must give four different logits, in four short passes.
 
     Raises:
         ModelCheckError: naming what does not fit.
     """
     name = model.name_or_path or type(model).__name__
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    asked = prompt(noise, QUESTIONS[0])
+    asked = prompt(_noise(), QUESTIONS[0])
     family = find_family(model)
     _check_pixels(name, model, asked)
-    _check_asked(name, model, [noise, 255 - noise], prompt)
     return min(_check_site(name, model, family, site.name, asked) for site in family.sites(model))
 
 
-def _check_asked(
-    name: str, model: PreTrainedModel, pictures: list[np.ndarray], prompt: _Ask
-) -> None:
-    """Check that the question and the picture both reach the model."""
+@torch.inference_mode()
+def check_asked(model: PreTrainedModel, prompt: _Ask) -> None:
+    """Check that question and picture reach the model: two of each give four different logits.
+
+    Four short passes.
+
+    Raises:
+        ModelCheckError: naming what does not arrive.
+    """
+    name = model.name_or_path or type(model).__name__
+    noise = _noise()
+    pictures = [noise, 255 - noise]
     told = {}
     for number, picture in enumerate(pictures):
         for question in QUESTIONS:
@@ -67,6 +72,10 @@ def _check_asked(
                 f"the model. Probably {where} drops it: mend the processor, and pass (hf_model, "
                 "processor)."
             )
+
+
+def _noise() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 
 
 def _check_pixels(name: str, model: PreTrainedModel, asked: Prompt) -> None:

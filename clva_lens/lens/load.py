@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from clva_lens.ground.errors import ModelLoadError, PromptError
 from clva_lens.lens.cache import CachedRun, NamesFilter, run_with_cache
-from clva_lens.lens.check import check_family
+from clva_lens.lens.check import check_asked, check_family
 from clva_lens.methods.base import Method
 from clva_lens.models.family import ModelFamily, Site, find_family
 from clva_lens.models.pictures import ImageLike, read_image
@@ -179,8 +179,9 @@ def load(
     ``dtype``, ``device_map``, ``attn_implementation`` and ``options`` go to ``from_pretrained``;
     toys are float32 unless ``dtype`` says otherwise. Only safetensors are read, but for Qwen-VL,
     which is published as pickles and converted here (``clva_lens.models.qwen.convert``). ``check``
-    runs one short forward pass that proves that attention can be read and edited
-    (``check_family``). ``hf_model`` may be a PEFT model; its adapters stay active.
+    runs short forward passes that prove that attention can be read and edited (``check_family``)
+    and that question and picture reach the model (``check_asked``). ``hf_model`` may be a PEFT
+    model; its adapters stay active.
 
     Raises:
         ModelLoadError: if there is no such model, it has no safetensors weights or no processor,
@@ -236,6 +237,7 @@ def load(
     lens = LensModel(hf_model, processor, name)
     if check:
         check_family(lens.hf_model, lens.prompt)
+        check_asked(lens.hf_model, lens.prompt)
     return lens
 
 
