@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from clva_lens.engine.run import running
@@ -20,9 +21,12 @@ from clva_lens.methods.target import Target, shape_of
 from clva_lens.models.family import ModelFamily, find_family
 from clva_lens.models.prompt import Prompt
 
+QUESTIONS = ("What is in the image?", "Is there a cup in the image?")
+_Ask = Callable[[np.ndarray, str], Prompt]
+
 
 @undisturbed()
-def check_family(model: PreTrainedModel, prompt: Callable[[np.ndarray, str], Prompt]) -> float:
+def check_family(model: PreTrainedModel, prompt: _Ask) -> float:
     """Return how far the logits move when text may not see the image; it must be more than 0.
 
     Runs a short prompt about a small noise picture. Checks, at every site, that the number of image
@@ -33,10 +37,9 @@ def check_family(model: PreTrainedModel, prompt: Callable[[np.ndarray, str], Pro
         ModelCheckError: naming what does not fit.
     """
     name = model.name_or_path or type(model).__name__
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     family = find_family(model)
     _check_duties(name, model, family)
-    asked = prompt(noise, "What is in the image?")
+    asked = prompt(_noise(), QUESTIONS[0])
     _check_pixels(name, model, asked)
     return min(_check_site(name, model, family, site.name, asked) for site in family.sites(model))
 
@@ -60,6 +63,48 @@ def _check_duties(name: str, model: PreTrainedModel, family: ModelFamily) -> Non
             f"its {duty}() fails on it ({type(error).__name__}: {error}). Write {duty}() for such "
             f"models in {type(family).__name__}, or let its matches() leave them out."
         ) from error
+
+
+@undisturbed()
+def check_asked(model: PreTrainedModel, prompt: _Ask) -> None:
+    """Check that question and picture reach the model: two of each give four different logits.
+
+    Four short passes.
+
+    Raises:
+        ModelCheckError: naming what does not arrive.
+    """
+    name = model.name_or_path or type(model).__name__
+    noise = _noise()
+    pictures = [noise, 255 - noise]
+    told = {}
+    for number, picture in enumerate(pictures):
+        for question in QUESTIONS:
+            made = prompt(picture, question)
+            told[number, question] = model(**made.inputs).logits[:, -1].float()
+    one, two = QUESTIONS
+    for what, where, pairs in (
+        (
+            "questions about one picture",
+            "the chat template",
+            [((n, one), (n, two)) for n in (0, 1)],
+        ),
+        (
+            "pictures with one question",
+            "the image processor",
+            [((0, q), (1, q)) for q in QUESTIONS],
+        ),
+    ):
+        if any(torch.equal(told[first], told[second]) for first, second in pairs):
+            raise ModelCheckError(
+                f"{name}: two different {what} give the same logits, so that one does not reach "
+                f"the model. Probably {where} drops it: mend the processor, and pass (hf_model, "
+                "processor)."
+            )
+
+
+def _noise() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 
 
 def _check_pixels(name: str, model: PreTrainedModel, asked: Prompt) -> None:

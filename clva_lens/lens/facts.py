@@ -6,7 +6,7 @@ from itertools import groupby
 import numpy as np
 
 from clva_lens.ground.errors import ClvaLensError
-from clva_lens.lens.check import check_family
+from clva_lens.lens.check import check_asked, check_family
 from clva_lens.lens.decoding import Beam, Greedy
 from clva_lens.lens.generate import generate
 from clva_lens.lens.load import LensModel
@@ -54,6 +54,7 @@ def check(model: LensModel) -> str:
         ModelCheckError: naming what does not fit.
     """
     moved = check_family(model.hf_model, model.prompt)
+    check_asked(model.hf_model, model.prompt)
     return (
         "rows of every layer sum to 1, and hiding the image moves the logits by "
         f"{moved:.3g} or more"

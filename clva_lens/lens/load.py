@@ -15,12 +15,13 @@ from transformers.utils import logging
 
 from clva_lens.ground.errors import ModelLoadError, PromptError
 from clva_lens.lens.cache import CachedRun, NamesFilter, run_with_cache
-from clva_lens.lens.check import check_family
+from clva_lens.lens.check import check_asked, check_family
 from clva_lens.methods.base import MethodLike
 from clva_lens.models.family import ModelFamily, Site, find_family
-from clva_lens.models.pictures import ImageLike
+from clva_lens.models.pictures import ImageLike, read_image
 from clva_lens.models.prompt import Asked, Prompt, as_lists, prompt_of
 from clva_lens.models.qwen.convert import published_folder, read_published
+from clva_lens.models.wording import check_words, conversation, texts_of
 from clva_lens.toy import pretrained
 
 
@@ -82,15 +83,21 @@ class LensModel(TransformersModel):
         question: str | Sequence[str],
         *,
         system: str | None = None,
+        turns: Sequence[Any] = (),
+        answer: str | None = None,
     ) -> Prompt:
         """Return the prompt that asks ``question`` about ``image``; lists make a batch.
 
         Batches are padded on the left. ``system`` is the system message: None leaves the model's
-        own, "" leaves it out.
+        own, "" leaves it out. ``turns`` were said before, in each prompt of a batch: (question,
+        answer) pairs, (picture, question, answer) where the model takes several pictures, or chat
+        messages. Without pictures in the turns, the picture comes first of all. ``answer`` is the
+        beginning of the answer, which the model continues.
 
         Raises:
-            PromptError: if an image cannot be read, a question is empty or has no image, or the
-                lists differ in length.
+            PromptError: if an image cannot be read, a text is empty, has a control token or no
+                image, the lists differ in length, it is longer than the model's positions, or the
+                model has no place for the turns.
         """
         images, questions, batched = as_lists(image, question)
         processor: Any = self.processor
@@ -102,10 +109,22 @@ class LensModel(TransformersModel):
                     "out: the image is put before the question."
                 )
         model, family = self.hf_model, self.family
-        texts = [family.ask(processor, text, system) for text in questions]
+        shown: list[Any] = list(images)
+        said = list(questions)
+        if turns:
+            made = [conversation(turns, text) for text in questions]
+            texts = [family.converse(processor, messages, system) for messages, _ in made]
+            said = [text for messages, _ in made for text in texts_of(messages)]
+            before = [read_image(one) for one in made[0][1]]
+            shown = [[*before, image] for image in images] if before else shown
+        else:
+            texts = [family.ask(processor, text, system) for text in questions]
+        check_words(processor, said if answer is None else [*said, answer], system)
+        if answer is not None:
+            texts = [family.begin(text, answer) for text in texts]
         return prompt_of(
             model,
-            family.encode(model, processor, images, texts),
+            family.encode(model, processor, shown, texts),
             batched=batched,
             images=tuple(images),
             questions=tuple(questions),
@@ -160,8 +179,9 @@ def load(
     ``dtype``, ``device_map``, ``attn_implementation`` and ``options`` go to ``from_pretrained``;
     toys are float32 unless ``dtype`` says otherwise. Only safetensors are read, but for Qwen-VL,
     which is published as pickles and converted here (``clva_lens.models.qwen.convert``). ``check``
-    runs one short forward pass that proves that attention can be read and edited
-    (``check_family``). ``hf_model`` may be a PEFT model; its adapters stay active.
+    runs short forward passes that prove that attention can be read and edited (``check_family``)
+    and that question and picture reach the model (``check_asked``). ``hf_model`` may be a PEFT
+    model; its adapters stay active.
 
     Raises:
         ModelLoadError: if there is no such model, it has no safetensors weights or no processor,
@@ -185,6 +205,7 @@ def load(
     lens = LensModel(hf_model.eval(), processor, name)
     if check:
         check_family(lens.hf_model, lens.prompt)
+        check_asked(lens.hf_model, lens.prompt)
     return lens
 
 

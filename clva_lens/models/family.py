@@ -16,6 +16,7 @@ from clva_lens.ground.registry import Registry
 from clva_lens.models.activations import Activations
 from clva_lens.models.belonging import hook_before
 from clva_lens.models.passes import Passes
+from clva_lens.models.wording import Message, continued, conversation, write_by_template
 
 # The decoder of a family's tiny model.
 TINY_DECODER: dict[str, Any] = {
@@ -60,11 +61,13 @@ class ModelFamily(ABC):
 
     ``chats``: its prompts are conversations with a place for a system message. Benchmarks give
     theirs to such models only. ``fallback``: it takes models that no other family matches.
+    ``flat_pictures``: its processor takes the pictures of all texts as one list.
     """
 
     name: str
     chats: bool = True
     fallback: bool = False
+    flat_pictures: bool = True
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -117,6 +120,23 @@ class ModelFamily(ABC):
         mask = inputs.get("attention_mask")
         return TokenSpans.from_ids(inputs["input_ids"], self.image_token_id(model), mask)
 
+    def converse(self, processor: Any, messages: list[Message], system: str | None) -> str:
+        """Return the text of a prompt with earlier turns, by the processor's chat template.
+
+        Raises:
+            PromptError: if it has none, or the template leaves something out.
+        """
+        if getattr(processor, "chat_template", None) is None:
+            raise PromptError(
+                f"the {self.name} processor has no chat template, so earlier turns cannot be "
+                "written. Pass the output of the processor for the whole text."
+            )
+        return write_by_template(processor, messages, system)
+
+    def begin(self, text: str, answer: str) -> str:
+        """Return a prompt's text with the beginning of the answer, as ``encode`` takes it."""
+        return continued(text, answer)
+
     @abstractmethod
     def ask(self, processor: ProcessorMixin, question: str, system: str | None) -> str:
         """Return the text of a prompt: image placeholder, question and assistant cue.
@@ -139,11 +159,15 @@ class ModelFamily(ABC):
     def encode(
         self, model: PreTrainedModel, processor: Any, images: list[Any], texts: list[str]
     ) -> dict[str, Tensor]:
-        """Return the model's inputs for pictures and texts, padded on the left."""
+        """Return the model's inputs for pictures and texts, padded on the left.
+
+        ``images`` has a picture for each text, or a list of them.
+        """
+        flat = [one for row in images for one in (row if isinstance(row, list) else [row])]
         # A chat template that writes the BOS token itself must not get a second one.
         bos = getattr(processor.tokenizer, "bos_token", None)
         encoded = processor(
-            images=images,
+            images=flat if self.flat_pictures else images,
             text=texts,
             return_tensors="pt",
             padding=True,
@@ -210,19 +234,7 @@ def ask_by_template(processor: Any, question: str, system: str | None) -> str:
     Raises:
         PromptError: if there is a system message and the template drops it.
     """
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if system is None:
-        return processor.apply_chat_template(messages, add_generation_prompt=True)
-    # Some templates take a system message as text, llava-hf's drop that and take typed parts.
-    for lead in (system, [{"type": "text", "text": system}]):
-        led: list[dict[str, Any]] = [{"role": "system", "content": lead}, *messages]
-        text = processor.apply_chat_template(led, add_generation_prompt=True)
-        if system in text:
-            return text
-    raise PromptError(
-        "the model's chat template has no place for a system message. Leave system= out."
-    )
+    return write_by_template(processor, conversation([], question)[0], system)
 
 
 def note_inputs(

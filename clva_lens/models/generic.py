@@ -67,6 +67,7 @@ class Generic(ModelFamily):
 
     name = "generic"
     fallback = True
+    flat_pictures = False
 
     def matches(self, model: nn.Module) -> bool:
         """Return whether ``model`` has a head, a decoder with layers, and an image token."""
@@ -196,8 +197,9 @@ class Generic(ModelFamily):
     def encode(
         self, model: PreTrainedModel, processor: Any, images: list[Any], texts: list[str]
     ) -> dict[str, Tensor]:
-        """Return the model's inputs; each text has one picture."""
-        return super().encode(model, processor, [[image] for image in images], texts)
+        """Return the model's inputs; each text has a list of pictures."""
+        rows = [row if isinstance(row, list) else [row] for row in images]
+        return super().encode(model, processor, rows, texts)
 
     def tiny(self, **text_config: Any) -> Gemma3ForConditionalGeneration:
         """Return a 12-layer, 4-head Gemma 3 with 16 image tokens and windows of 64."""

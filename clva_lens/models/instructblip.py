@@ -46,7 +46,9 @@ from clva_lens.models.passes import (
     QueryPasses,
     picture_spans,
 )
+from clva_lens.models.wording import Message
 
+BEGUN = "\0"  # between a question and the beginning of its answer
 CLS = 1  # keys of the Q-Former that lie on no patch
 LANGUAGE_MODELS = ("llama", "opt", "t5")
 
@@ -187,8 +189,19 @@ class InstructBlip(ModelFamily):
     ) -> dict[str, Tensor]:
         """Return the model's inputs: padding, image tokens, text; and the Q-Former's text."""
         tokenizer = processor.tokenizer
+        halves = [text.split(BEGUN) for text in texts]
+        texts = [half[0] for half in halves]
         image = [self.image_token_id(model)] * model.config.num_query_tokens
-        rows = [image + tokenizer(text).input_ids for text in texts]
+        language: Any = model.language_model
+        pair = language.config.is_encoder_decoder
+        begun = [
+            tokenizer(half[1], add_special_tokens=False).input_ids if half[1:] else []
+            for half in halves
+        ]
+        rows = [
+            image + tokenizer(text).input_ids + ([] if pair else more)
+            for text, more in zip(texts, begun, strict=True)
+        ]
         ids, mask = pad_left(rows, tokenizer.pad_token_id or 0)
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
@@ -203,11 +216,21 @@ class InstructBlip(ModelFamily):
             text = reader(texts, padding=True, padding_side="right", return_tensors="pt")
             inputs["qformer_input_ids"] = text["input_ids"]
             inputs["qformer_attention_mask"] = text["attention_mask"]
-        language: Any = model.language_model
-        if language.config.is_encoder_decoder:
+        if pair:
             start = language.config.decoder_start_token_id
-            inputs["decoder_input_ids"] = torch.full((len(texts), 1), start)
+            inputs["decoder_input_ids"] = torch.tensor([[start, *more] for more in begun])
         return inputs
+
+    def begin(self, text: str, answer: str) -> str:
+        """Return both with a mark between them: the Q-Former reads the question only."""
+        return f"{text}{BEGUN}{answer}"
+
+    def converse(self, processor: Any, messages: list[Message], system: str | None) -> str:
+        """Raise PromptError: these models answer one question about one picture."""
+        raise PromptError(
+            "InstructBLIP and BLIP-2 answer one question about one picture and have no place for "
+            "earlier turns. Leave turns= out, or write them into the question."
+        )
 
     def watch(self, model: PreTrainedModel, seen: dict[str, Tensor]) -> list[RemovableHandle]:
         """Keep the pixels that the vision tower is given, and the text that the Q-Former reads."""

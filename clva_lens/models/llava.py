@@ -27,6 +27,7 @@ from clva_lens.models.family import (
     replace_lead,
 )
 from clva_lens.models.passes import DecoderPasses
+from clva_lens.models.wording import Message, texts_of
 
 PIXTRAL = "pixtral"  # its pictures differ in size, and their rows end in a token
 
@@ -106,6 +107,18 @@ class Llava(ModelFamily):
             lead = f"{system} " if system else ""
             return f"{lead}USER: <image>\n{question} ASSISTANT:"
         return ask_by_template(processor, question, system)
+
+    def converse(self, processor: Any, messages: list[Message], system: str | None) -> str:
+        """Return the chat template's conversation, or LLaVA-1.5's own where there is none."""
+        if getattr(processor, "chat_template", None) is not None:
+            return super().converse(processor, messages, system)
+        written = f"{system} " if system else ""
+        for message in messages:
+            shown = "<image>\n" * sum(part["type"] == "image" for part in message["content"])
+            said = f"{shown}{' '.join(texts_of([message]))}"
+            end = processor.tokenizer.eos_token
+            written += f"USER: {said} " if message["role"] == "user" else f"ASSISTANT: {said}{end}"
+        return f"{written}ASSISTANT:"
 
     def watch(self, model: PreTrainedModel, seen: dict[str, Tensor]) -> list[RemovableHandle]:
         """Keep the pixels that the vision tower is given."""

@@ -15,6 +15,7 @@ from clva_lens.models.family import (
     Inputs,
     ModelFamily,
     Site,
+    ask_by_template,
     note_inputs,
     replace_lead,
 )
@@ -87,11 +88,7 @@ class QwenVL(ModelFamily):
             if system:
                 raise PromptError(NO_SYSTEM)
             return f"<img></img>{question} Answer:"
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return processor.apply_chat_template(messages, add_generation_prompt=True)
+        return ask_by_template(processor, question, system)
 
     def watch(self, model: PreTrainedModel, seen: dict[str, Tensor]) -> list[RemovableHandle]:
         """Keep the pixels that the vision tower is given."""

@@ -88,7 +88,7 @@ def test_system_messages(one):
 
 @pytest.mark.parametrize("tag", ["<img>", "</img>", "<imgpad>"])
 def test_picture_tags_in_a_question(one, tag):
-    with pytest.raises(PromptError, match=r"<imgpad>|<img>"):
+    with pytest.raises(PromptError, match=r"<imgpad>|<img>|</img>"):
         one.prompt(picture(0), f"is it {tag} red ?")
 
 
