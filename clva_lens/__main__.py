@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from clva_lens.experiments import commands
+from clva_lens.experiments.commands import Device, Dtype
 from clva_lens.ground.errors import ClvaLensError, ParameterError
 
 P = ParamSpec("P")
@@ -93,6 +94,8 @@ def demo(
     question: Annotated[str | None, typer.Option(help="Your own question about it.")] = None,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("clva-demo"),
     questions: Annotated[int, typer.Option(help="Questions per split (toys only).", min=12)] = 300,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Show which heads look at the picture, how attention drifts, and what CLVA changes."""
     from clva_lens.experiments.demo import demo_picture, demo_toy
@@ -100,12 +103,12 @@ def demo(
 
     console = Console()
     if image is not None and question is not None:
-        demo_picture(model, image, question, out, console)
+        demo_picture(model, image, question, out, console, device=device, dtype=dtype)
     elif image is not None or question is not None:
         given, missing = ("--image", "--question") if image else ("--question", "--image")
         raise ParameterError(f"{given} was given without {missing}. Pass both, or neither.")
     elif model in names():
-        demo_toy(model, out, questions, console)
+        demo_toy(model, out, questions, console, device=device, dtype=dtype)
     else:
         raise ParameterError(
             f"'{model}' is no toy ({', '.join(names())}), so it needs a picture of yours. Pass "
@@ -139,14 +142,14 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in the folder, if there is one.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="As cuda or cuda:1.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="As float16; else the weights' own.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Run a benchmark and keep every answer; a run that was killed goes on with --resume."""
     from clva_lens.benchmarks.run_folder import check_folder
     from clva_lens.lens.decoding import check_decoding
     from clva_lens.lens.evaluate import check_images, evaluate
-    from clva_lens.lens.load import load
+    from clva_lens.lens.load import check_device, load
 
     # Everything that can be wrong is looked at before the model is loaded.
     chosen = _benchmark(benchmark, settings)
@@ -154,6 +157,7 @@ def run(
     how = _decoding(decoding, decoding_parameter, max_new_tokens or chosen.max_new_tokens)
     check_decoding(acting, how)
     check_folder(out, resume)
+    check_device(device)
     check_images(chosen.samples(limit, seed))
     try:
         report = evaluate(
@@ -256,7 +260,9 @@ def bench(
         named_subject,
         scaling_subjects,
     )
+    from clva_lens.lens.load import check_device
 
+    check_device(device)
     subjects: Iterable[Subject] | None = None
     kind, only = dtype_of(dtype), tuple(case) if case else None
     if scaling is not None:
@@ -293,31 +299,6 @@ def methods() -> None:
             console.print(Padding(escape(line), (0, 0, 0, 2)), highlight=False)
 
 
-@app.command(name="check-model")
-@friendly
-def check_model(
-    model: Annotated[str, typer.Argument(help="A toy name, a Hub id or a folder.")],
-) -> None:
-    """Say what a model is to clva_lens, check its attention, and which methods apply to it."""
-    from clva_lens.lens.facts import check, facts, refusals, sample_prompt
-    from clva_lens.lens.load import load
-
-    console = Console()
-
-    def say(text: str, indent: int = 0) -> None:
-        console.print(Padding(escape(text), (0, 0, 0, indent)), highlight=False)
-
-    lens = load(model, check=False)
-    prompt = sample_prompt(lens)
-    say(model)
-    for fact in facts(lens, prompt):
-        say(fact, 2)
-    say(f"check: {check(lens)}", 2)
-    say("methods, with their default parameters:")
-    for name, reason in refusals(lens, prompt):
-        say(f"{name}: applies" if reason is None else f"{name}: refused. {reason}", 2)
-
-
 @toy.command()
 @friendly
 def train(
@@ -341,9 +322,11 @@ def train(
     import torch
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+    from clva_lens.lens.load import check_device
     from clva_lens.toy.toys import TOYS
     from clva_lens.toy.train import RECIPE, TIMES
 
+    check_device(device)
     chosen = TOYS.get(name)
     target = folder or Path("toy-runs") / f"{name}-seed{seed}"
     changes = {"seed": seed} if steps is None else {"seed": seed, chosen.steps: steps}
@@ -381,6 +364,7 @@ def card(
 
 
 for _command in (
+    commands.check_model,
     commands.analyse,
     commands.records,
     commands.diff,

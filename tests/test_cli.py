@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import clva_lens as cl
 from clva_lens.__main__ import app
+from clva_lens.lens.load import DEVICE, DTYPE, load
 from clva_lens.methods.base import METHODS
 from clva_lens.toy.build import processor, untrained
 from clva_lens.toy.scenes import render, sample_scenes
@@ -152,6 +153,42 @@ def test_check_model_says_what_it_checked(random_llava):
     ):
         assert fact in shown, fact
     assert all(f" {name}: " in shown for name in cl.methods())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("check-model", "toy-llava"),
+        ("demo", "--out", "never"),
+        ("analyse", "03_drift"),
+        ("run", "--benchmark", "pope/toy/random", "--out", "never"),
+        ("bench", "--quick"),
+        ("toy", "train", "--folder", "never"),
+    ],
+    ids=lambda one: one[0],
+)
+def test_a_device_that_is_not_there_is_said_before_anything_is_loaded(
+    monkeypatch, tmp_path, command
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("clva_lens.lens.load._read", lambda *given: 1 / 0)
+    result = run(*command, "--device", "cuda:99")
+    assert result.exit_code == 1
+    assert "the device 'cuda:99' cannot be used here" in " ".join(result.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_device_and_dtype_reach_the_model(random_llava):
+    result = run("check-model", random_llava, "--device", "cpu", "--dtype", "bfloat16")
+    assert result.exit_code == 0
+    assert "bfloat16" in result.output
+
+
+def test_environment_variables_stand_for_device_and_dtype(monkeypatch, random_llava):
+    monkeypatch.setenv(DTYPE, "bfloat16")
+    monkeypatch.setenv(DEVICE, "cpu")
+    assert load(random_llava, check=False).hf_model.dtype == torch.bfloat16
+    assert load(random_llava, check=False, dtype="float32").hf_model.dtype == torch.float32
 
 
 def test_methods_are_listed():

@@ -120,11 +120,18 @@ class Outcome:
 
 
 def analyse(
-    slug: str, texts: list[str] | None = None, *, root: Path | None = None, progress: bool = True
+    slug: str,
+    texts: list[str] | None = None,
+    *,
+    root: Path | None = None,
+    progress: bool = True,
+    environment: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Run an analysis, and keep it as a new version unless its inputs are those of an old one.
 
-    ``texts`` are parameters as ``name=value``. The executed notebook goes to ``notebooks/`` too.
+    ``texts`` are parameters as ``name=value``; ``environment`` is added to the notebook's, such as
+    ``load``'s device and dtype, which the record tells of each model. The executed notebook goes to
+    ``notebooks/`` too.
 
     Raises:
         RecordError: if there is no such analysis, it fails, or another process is running it.
@@ -140,9 +147,10 @@ def analyse(
     given = notebooks.parse_parameters(slug, defaults, texts or [])
     made = notebooks.inject(source, given)
     with _alone(archive, slug) as staging:
+        around = {STAGING: str(staging), **(environment or {})}
         whence, began = origin(), time.perf_counter()  # before the notebook is written
         with progress_bar(slug, len(made.cells), wanted=progress) as advance:
-            error = notebooks.execute(made, staging, {STAGING: str(staging)}, advance)
+            error = notebooks.execute(made, staging, around, advance)
         seconds = round(time.perf_counter() - began, 1)
         if error is not None:
             failed = archive.folder / ".failed" / f"{slug}.ipynb"

@@ -1,4 +1,4 @@
-"""``clva-lens analyse``, ``records``, ``diff``, ``verify`` and ``figures``."""
+"""``clva-lens check-model``, ``analyse``, ``records``, ``diff``, ``verify`` and ``figures``."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,6 +6,8 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from clva_lens.ground.errors import RecordError
@@ -13,6 +15,33 @@ from clva_lens.ground.errors import RecordError
 Root = Annotated[
     Path | None, typer.Option(help="The folder that holds analyses/; by default the checkout.")
 ]
+Device = Annotated[str | None, typer.Option(help="As cuda or cuda:1; else the CPU.")]
+Dtype = Annotated[str | None, typer.Option(help="As float16; else the weights' own.")]
+
+
+def check_model(
+    model: Annotated[str, typer.Argument(help="A toy name, a Hub id or a folder.")],
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Say what a model is to clva_lens, check its attention, and which methods apply to it."""
+    from clva_lens.lens.facts import check, facts, refusals, sample_prompt
+    from clva_lens.lens.load import load
+
+    console = Console()
+
+    def say(text: str, indent: int = 0) -> None:
+        console.print(Padding(escape(text), (0, 0, 0, indent)), highlight=False)
+
+    lens = load(model, check=False, device_map=device, dtype=dtype)
+    prompt = sample_prompt(lens)
+    say(model)
+    for fact in facts(lens, prompt):
+        say(fact, 2)
+    say(f"check: {check(lens)}", 2)
+    say("methods, with their default parameters:")
+    for name, reason in refusals(lens, prompt):
+        say(f"{name}: applies" if reason is None else f"{name}: refused. {reason}", 2)
 
 
 def analyse(
@@ -22,11 +51,16 @@ def analyse(
         typer.Option("--parameter", "-p", help="A parameter, as model=toy-llava; repeatable."),
     ] = None,
     root: Root = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Run an analysis' notebook and keep what it finds as a record."""
     from clva_lens.experiments import archive
+    from clva_lens.lens.load import DEVICE, DTYPE, check_device
 
-    outcome = archive.analyse(analysis, parameter, root=root)
+    check_device(device)
+    given = {name: value for name, value in ((DEVICE, device), (DTYPE, dtype)) if value}
+    outcome = archive.analyse(analysis, parameter, root=root, environment=given)
     console, record = Console(), outcome.record
     if outcome.new:
         console.print(f"Kept as [bold]{record.id}[/]", record.folder, sep="\n", highlight=False)

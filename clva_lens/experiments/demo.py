@@ -67,9 +67,17 @@ def output_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def demo_toy(name: str, out: Path, questions: int, console: Console) -> None:
+def demo_toy(
+    name: str,
+    out: Path,
+    questions: int,
+    console: Console,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
     """Evaluate greedy, CLVA and the knock-out on every split; draw heads, drift and saliency."""
-    model = load(name)
+    model = load(name, device_map=device, dtype=dtype)
     sites = ", ".join(f"{len(site.layers)} layers of the {site.name}" for site in model.sites)
     console.print(f"[bold]{name}[/]: {sites}, {questions} questions per split")
     with output_folder(out) as folder:
@@ -222,9 +230,18 @@ def _draw_pictures(
     save(saliency_overlays(composed, layers, site="decoder"), folder, "composed", None, origin)
 
 
-def demo_picture(name: str, image: Path, question: str, out: Path, console: Console) -> None:
+def demo_picture(
+    name: str,
+    image: Path,
+    question: str,
+    out: Path,
+    console: Console,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
     """Show one picture and question on any model: answers, heads, drift, saliency, knock-out."""
-    model = load(name)
+    model = load(name, device_map=device, dtype=dtype)
     prompt = model.prompt(image, question)
     console.print(f"[bold]{name}[/]: {prompt}")
     with output_folder(out) as folder:

@@ -25,8 +25,8 @@ class Parameters:
     """A base for frozen dataclasses: fields must fit their annotations, and cannot change.
 
     A sequence becomes a tuple and a number of another library Python's own, before the class's own
-    ``__post_init__`` sees them. Which of several words a ``Literal`` allows is looked at after it;
-    the shapes of tensors, and what else may stand for a tensor, are left to it.
+    ``__post_init__`` sees them. The words that a ``Literal`` allows are looked at after it; the
+    shapes of tensors, and what else may stand for a tensor, are left to it.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:

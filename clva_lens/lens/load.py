@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 from nnsight.modeling.transformers import TransformersModel
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import logging
+from transformers.utils.hub import extract_commit_hash
 
-from clva_lens.ground.errors import ModelLoadError, PromptError
+from clva_lens.ground.errors import (
+    ClvaLensError,
+    ModelCheckError,
+    ModelLoadError,
+    ParameterError,
+    PromptError,
+)
+from clva_lens.ground.registry import did_you_mean, known_as
 from clva_lens.lens.cache import CachedRun, NamesFilter, run_with_cache
 from clva_lens.lens.check import check_asked, check_family
+from clva_lens.lens.checkpoint import HUB, check_files, check_finite, check_weights
 from clva_lens.methods.base import MethodLike
 from clva_lens.models.family import ModelFamily, Site, find_family
 from clva_lens.models.pictures import ImageLike, read_image
@@ -24,6 +32,9 @@ from clva_lens.models.qwen.convert import published_folder, read_published
 from clva_lens.models.wording import check_words, conversation, texts_of
 from clva_lens.toy import pretrained
 
+DEVICE, DTYPE = "CLVA_LENS_DEVICE", "CLVA_LENS_DTYPE"
+"""Environment variables: the device and dtype of models that are loaded without any being named."""
+
 
 class LensModel(TransformersModel):
     """An nnsight model with its family: ``prompt`` makes what ``trace`` and ``generate`` run on.
@@ -31,8 +42,10 @@ class LensModel(TransformersModel):
     The transformers model itself is ``hf_model``; ``family`` and ``name`` say what it is.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any, name: str) -> None:
-        """Wrap a loaded model and its processor."""
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, name: str, revision: str | None = None
+    ) -> None:
+        """Wrap a loaded model and its processor; ``revision`` is the commit of its files."""
         with warnings.catch_warnings():
             # A Q-Former has submodules called "output", which nnsight serves as "E_output".
             warnings.filterwarnings("ignore", "Module '.*' has a submodule named 'output'")
@@ -43,7 +56,7 @@ class LensModel(TransformersModel):
                 tokenizer=getattr(processor, "tokenizer", processor),
             )
         self.processor = processor
-        self.name = name
+        self.name, self.revision = name, revision
         self.family: ModelFamily = find_family(model)
 
     @property
@@ -177,15 +190,20 @@ def load(
     """Load a vision-language model: a toy name, a Hub id, a folder, or (hf_model, processor).
 
     ``dtype``, ``device_map``, ``attn_implementation`` and ``options`` go to ``from_pretrained``;
-    toys are float32 unless ``dtype`` says otherwise. Only safetensors are read, but for Qwen-VL,
-    which is published as pickles and converted here (``clva_lens.models.qwen.convert``). ``check``
-    runs short forward passes that prove that attention can be read and edited (``check_family``)
-    and that question and picture reach the model (``check_asked``). ``hf_model`` may be a PEFT
+    toys are float32 unless ``dtype`` says otherwise. The environment variables CLVA_LENS_DEVICE and
+    CLVA_LENS_DTYPE stand for these two where they are None. Only safetensors are read, but for
+    Qwen-VL, published as pickles and converted here (``clva_lens.models.qwen.convert``). ``check``
+    runs short forward passes that prove that attention can be read and edited (``check_family``),
+    that question and picture reach the model (``check_asked``), and that no weight is NaN.
+    ``revision``, ``cache_dir``, ``token`` and ``subfolder`` hold for weights, configuration and
+    processor alike. ``hf_model`` may be a PEFT
     model; its adapters stay active.
 
     Raises:
         ModelLoadError: if there is no such model, it has no safetensors weights or no processor,
-            needs remote code, or belongs to no known family.
+            needs remote code, or belongs to no known family; if weights are missing, left over,
+            of another shape or not finite; or if its files lead elsewhere, or cannot be read.
+        ParameterError: if this machine does not have the device.
         ModelCheckError: if the check fails.
     """
     if trust_remote_code:
@@ -193,20 +211,65 @@ def load(
             "trust_remote_code=True was passed, but clva_lens never runs code from a model "
             "repository. Load the model yourself, and pass (hf_model, processor)."
         )
+    if not isinstance(model, tuple):
+        dtype = os.environ.get(DTYPE) if dtype is None else dtype
+        device_map = os.environ.get(DEVICE) if device_map is None else device_map
     given = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
     given = {option: value for option, value in given.items() if value is not None} | options
     if isinstance(model, tuple):
         hf_model, processor = _pair(model, given)
+        revision = getattr(hf_model.config, "_commit_hash", None)
         name = hf_model.name_or_path or type(hf_model).__name__
     else:
         name = str(model)
-        hf_model, processor = _read(name, given)
-    _require_usable(hf_model, processor, name)
-    lens = LensModel(hf_model.eval(), processor, name)
+        if not Path(name).is_dir():
+            name = known_as(name, pretrained.names()) or name
+        check_device(device_map)
+        with _in_words(f"the model '{name}' could not be loaded", ModelLoadError):
+            hf_model, processor, revision = _read(name, given)
+    with _in_words(f"'{name}' is no model to look inside", ModelLoadError):
+        _require_usable(hf_model, processor, name)
+        lens = LensModel(hf_model.eval(), processor, name, revision)
     if check:
-        check_family(lens.hf_model, lens.prompt)
-        check_asked(lens.hf_model, lens.prompt)
+        check_finite(hf_model, name)
+        with _in_words(f"'{name}' was loaded, but does not run", ModelCheckError):
+            check_family(lens.hf_model, lens.prompt)
+            check_asked(lens.hf_model, lens.prompt)
     return lens
+
+
+@contextmanager
+def _in_words(what: str, kind: type[ClvaLensError]) -> Iterator[None]:
+    """Turn whatever goes wrong in the block into one of our errors, with its cause."""
+    try:
+        yield
+    except ClvaLensError:
+        raise
+    except Exception as error:  # a broken file may raise anything
+        raise kind(
+            f"{what}: {_first_line(error)} Check the name, and that its files are whole and of one "
+            "image-text-to-text model with safetensors weights; without a network, pass a local "
+            "folder."
+        ) from error
+
+
+def check_device(device_map: Any) -> None:
+    """Refuse a device that this machine does not have, before anything is read.
+
+    Raises:
+        ParameterError: naming it.
+    """
+    named = device_map.values() if isinstance(device_map, dict) else [device_map]
+    for device in named:
+        if device is None or device in ("auto", "balanced", "balanced_low_0", "sequential", "disk"):
+            continue
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ParameterError(
+                f"the device {str(device)!r} cannot be used here: {_first_line(error)} Pass "
+                "device_map='cpu' (--device cpu), or one that torch finds."
+            ) from error
 
 
 def _pair(model: tuple[Any, ...], options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
@@ -233,16 +296,37 @@ def _pair(model: tuple[Any, ...], options: dict[str, Any]) -> tuple[PreTrainedMo
     return model[0], model[1]
 
 
-def _read(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
-    """Return the model and the processor of a toy, a folder or a Hub id."""
+def _read(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any, str | None]:
+    """Return model, processor and the snapshot's commit of a toy, a folder or a Hub id."""
     published = published_folder(name, **options)  # Qwen-VL has a reader of its own
-    source = _source(name) if published is None else published
+    source = _source(name, options.get("subfolder", "")) if published is None else published
     toy = source.parent == pretrained.FOLDER
     options = {"dtype": torch.float32 if toy else "auto"} | options
     with _quiet(toy):
         if published is not None:
-            return read_published(published, **options)
-        return _from_pretrained(name, source, **options), _processor(name, source)
+            commit = extract_commit_hash(str(published / "config.json"), None)
+            rest = {key: value for key, value in options.items() if key not in HUB}
+            return *read_published(published, **rest), commit
+        if source.is_dir():
+            options = {key: value for key, value in options.items() if key not in HUB}
+        where = str(source) if source.is_dir() else name
+        hub = {key: options.pop(key) for key in HUB if key in options}
+        folder = check_files(where, hub)
+        commit = extract_commit_hash(str(folder / "config.json"), None)
+        if commit is not None:
+            hub["revision"] = commit  # everything from one snapshot, whatever is pushed meanwhile
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **hub)
+        made: Any = AutoModelForImageTextToText.from_pretrained(
+            where,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **{**hub, **options, "ignore_mismatched_sizes": True},  # refused below, by their names
+        )
+        model, info = made
+        check_weights(model, info, folder)
+        return model, _processor(name, where, hub), commit
 
 
 def _require_usable(model: PreTrainedModel, processor: Any, name: str) -> None:
@@ -275,11 +359,13 @@ def _quiet(wanted: bool) -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _source(name: str) -> Path:
+def _source(name: str, subfolder: str = "") -> Path:
     """Return the folder of a toy or a local model, or a Hub id as a path that does not exist."""
     if name in pretrained.names():
         return pretrained.FOLDER / name
     folder = Path(name)
+    if folder.is_dir():
+        folder = folder / subfolder
     if folder.is_file():
         raise ModelLoadError(
             f"'{name}' is a file. Pass the folder that holds config.json and the weights."
@@ -287,9 +373,10 @@ def _source(name: str) -> Path:
     if not folder.is_dir():
         looks_local = name.count("/") != 1 or name.startswith((".", "~", os.sep))
         if looks_local:
+            hint = did_you_mean(name, pretrained.names())
             raise ModelLoadError(
                 f"there is no model '{name}': no toy (known: {', '.join(pretrained.names())}), no "
-                "folder, and no Hub id ('owner/name'). Check the spelling."
+                f"folder, and no Hub id ('owner/name').{hint} Check the spelling."
             )
         return folder
     if not (folder / "config.json").is_file():
@@ -311,31 +398,14 @@ def _source(name: str) -> Path:
     return folder
 
 
-def _from_pretrained(name: str, source: Path, **options: Any) -> PreTrainedModel:
-    where = str(source) if source.is_dir() else name
+def _processor(name: str, where: str, hub: dict[str, Any]) -> Any:
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-        return AutoModelForImageTextToText.from_pretrained(
-            where, config=config, use_safetensors=True, trust_remote_code=False, **options
-        )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelLoadError(
-            f"the model '{name}' could not be loaded: {_first_line(error)} Check the name, and "
-            "that it is an image-text-to-text model with safetensors weights; without a network, "
-            "pass a local folder."
-        ) from error
-
-
-def _processor(name: str, source: Path) -> Any:
-    where = str(source) if source.is_dir() else name
-    try:
-        processor = AutoProcessor.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return AutoProcessor.from_pretrained(where, trust_remote_code=False, **hub)
+    except Exception as error:  # a broken file may raise anything
         raise ModelLoadError(
             f"the processor of '{name}' could not be loaded: {_first_line(error)} Save it beside "
             "the weights with processor.save_pretrained(folder), or pass (hf_model, processor)."
         ) from error
-    return processor
 
 
 def _first_line(error: Exception) -> str:

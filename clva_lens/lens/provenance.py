@@ -64,7 +64,7 @@ def identity(model: LensModel) -> dict[str, Any]:
     pixels = np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)
     return {
         "weights": None if any(t.is_meta for t in tensors.values()) else digest(tensors),
-        "revision": getattr(hf_model.config, "_commit_hash", None),
+        "revision": model.revision,
         "probe": digest(model.prompt(pixels, "Is there a cup in the image?")),
         "code": code_digest(),
     }
