@@ -150,11 +150,14 @@ class Run(Owned):
 
     def logits(self, last: Tensor) -> Tensor:
         """Return the logits of a pass's last position as the sessions leave them."""
-        step = self.step_on(last.device)
+        step, own = self.step_on(last.device), last
         for session in self.sessions:
             if step is not None and session.edits_logits:
                 edited = session.logits(step, last)
                 last = last if edited is None else edited
+        read = None if step is None else step.ids
+        if last is not own and (read is None or read.shape[1] > 1) and checkpointed():
+            refuse_checkpoint("what the model's head puts out")
         return last
 
     def edit(
@@ -209,12 +212,12 @@ class Run(Owned):
         if opened is not None:
             call, acting = opened
             call.z = out
+            if out.shape[1] > 1 and checkpointed():
+                refuse_checkpoint("what the heads put out")
             with exact():
                 for session in acting.sessions:
                     edited = session.output(call, out) if session.edits_output else None
                     out = out if edited is None else edited
-            if out is not call.z and out.shape[1] > 1 and checkpointed():
-                refuse_checkpoint("what the heads put out")
         return out
 
     def stream(self, part: Part, layer: int, value: Tensor) -> Tensor | None:
@@ -229,13 +232,13 @@ class Run(Owned):
         inside = checkpointed() if hidden.shape[1] > 1 else None
         if inside == "again":
             return None
+        if inside == "first":
+            refuse_checkpoint("the residual stream")
         with exact():
             for session in self.sessions:
                 if (part, layer) in session.streams:
                     edited = session.stream(call, found)
                     found = found if edited is None else edited
-        if inside and found is not hidden:
-            refuse_checkpoint("the residual stream")
         return None if found is hidden else found.reshape(value.shape)
 
 
