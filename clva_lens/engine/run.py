@@ -15,7 +15,7 @@ module, and the last ``remove`` restores everything.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -196,7 +196,7 @@ class Run(Owned):
         inside = checkpointed() if query.shape[2] > 1 else None
         if inside == "again":
             return None
-        with exact(), torch.set_grad_enabled(torch.is_grad_enabled() and inside is None):
+        with _surely(query, torch.no_grad() if inside else _AS_IT_IS):
             for session in acting.sessions:
                 bias = session.attention(call)
                 if bias is not None:
@@ -214,7 +214,7 @@ class Run(Owned):
             call.z = out
             if out.shape[1] > 1 and checkpointed():
                 refuse_checkpoint("what the heads put out")
-            with exact():
+            with _surely(out):
                 for session in acting.sessions:
                     edited = session.output(call, out) if session.edits_output else None
                     out = out if edited is None else edited
@@ -234,12 +234,25 @@ class Run(Owned):
             return None
         if inside == "first":
             refuse_checkpoint("the residual stream")
-        with exact():
+        with _surely(value):
             for session in self.sessions:
                 if (part, layer) in session.streams:
                     edited = session.stream(call, found)
                     found = found if edited is None else edited
         return None if found is hidden else found.reshape(value.shape)
+
+
+_AS_IT_IS = nullcontext()
+
+
+def _surely(given: Tensor, also: Any = _AS_IT_IS) -> Any:
+    """Return what keeps autocast from what sessions compute; ``also`` is around it, or alone."""
+    if not torch.is_autocast_enabled(given.device.type):
+        return also
+    stack = ExitStack()
+    stack.enter_context(also)
+    stack.enter_context(exact())
+    return stack
 
 
 _ACTIVE: dict[int, list[Run]] = {}

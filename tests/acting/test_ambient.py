@@ -7,11 +7,14 @@ for bit as before.
 import contextlib
 import threading
 from dataclasses import fields, is_dataclass
+from functools import cache
 
+import nnsight
+import numpy as np
 import pytest
 import torch
 from test_state import state
-from tiny_models import QUESTIONS, blip_of, lens_of, make_processor, picture, tiny_model
+from tiny_models import QUESTIONS, blip_of, lens_of, make_processor, picture
 from torch import Tensor
 
 import clva_lens as cl
@@ -25,6 +28,7 @@ def lens():
     return lens_of("full", "sdpa")
 
 
+@cache
 def asked(which=0):
     return lens().prompt(picture(which), QUESTIONS[0])
 
@@ -89,7 +93,7 @@ CALLS = {
     "classify_heads": lambda: cl.classify_heads(RIGHT.intensity),
     "attention_drift": lambda: cl.attention_drift(RIGHT),
     "saliency": lambda: [RIGHT.saliency(one) for one in ("all", "sensitive", "insensitive")],
-    "patch_mask": lambda: cl.patch_mask(asked(), torch.ones(32, 32, dtype=torch.bool)),
+    "patch_mask": lambda: cl.patch_mask(lens(), np.ones((32, 32), dtype=bool)),
     "load": lambda: cl.load((lens().hf_model, make_processor())).num_layers,
 }
 RIGHT = traced()
@@ -180,9 +184,13 @@ def test_methods_under_another_default_dtype(name, around):
 @pytest.mark.parametrize("name", ACTING)
 def test_methods_under_autocast(name):
     """The model's own run is in bfloat16; what is formed of it in float32 stays so."""
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        with cl.intervening(lens(), METHODS.get(name)()), cl.observing(lens()) as seen:
-            lens().hf_model(**asked())
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.no_grad(),
+        cl.intervening(lens(), METHODS.get(name)()),
+        cl.observing(lens()) as seen,
+    ):
+        lens().hf_model(**asked())
     assert seen.trace.intensity.dtype == torch.float32
     total = seen.trace.intensity + seen.trace.system + seen.trace.text
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
@@ -193,7 +201,7 @@ def test_methods_in_a_scan(name):
     """A method is made in the block, where every new tensor is a fake one."""
     with lens().scan(asked()):
         cl.intervene(METHODS.get(name)())
-        shape = lens().output.logits.shape
+        shape = nnsight.save(lens().output.logits.shape)
     assert shape[-1] == 64
 
 
@@ -215,13 +223,6 @@ def test_after_an_exception_in_a_run(name):
     same(CALLS[name](), wanted)
 
 
-def test_a_device_that_is_not_there():
-    if torch.cuda.is_available():
-        pytest.skip("un-skip where there is no GPU")
-    with pytest.raises(ClvaLensError, match=r"cuda"):
-        cl.load("toy-llava", device_map="cuda")
-
-
 def test_loaded_in_inference_mode():
     """Whoever loads a model there may train it later, or is told."""
     with torch.inference_mode():
@@ -230,7 +231,3 @@ def test_loaded_in_inference_mode():
         except ClvaLensError:
             return
     assert not any(one.is_inference() for one in model.parameters())
-
-
-def test_a_tiny_model_is_not_made_of_inference_tensors():
-    assert not any(one.is_inference() for one in tiny_model().parameters())
