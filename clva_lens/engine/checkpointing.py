@@ -27,9 +27,9 @@ def checkpointed() -> Literal["first", "again"] | None:
 
 
 def refuse_checkpoint(what: str) -> None:
-    """Raise InterventionError: ``what`` was edited inside of a checkpoint."""
+    """Raise InterventionError: ``what`` is edited or used inside of a checkpoint."""
     raise InterventionError(
-        f"{what} is edited in a layer under gradient checkpointing, which would be computed once "
-        "more without the edit while gradients flow back, so they would be wrong. Call "
-        "model.gradient_checkpointing_disable() first."
+        f"{what} is edited or used by a method under gradient checkpointing, which computes it "
+        "once more, without the method, while gradients flow back: they would be wrong. Call "
+        "model.activation_checkpointing_disable(), or model.eval() if you need none."
     )

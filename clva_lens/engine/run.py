@@ -15,7 +15,7 @@ on any module, and the last ``remove`` restores everything.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -150,11 +150,14 @@ class SiteRun(Owned):
 
     def logits(self, last: Tensor) -> Tensor:
         """Return the logits of a pass's last position as the sessions leave them."""
-        step = self.step_on(last.device)
+        step, own = self.step_on(last.device), last
         for session in self.sessions:
             if step is not None and session.edits_logits:
                 edited = session.logits(step, last)
                 last = last if edited is None else edited
+        read = None if step is None else step.ids
+        if last is not own and (read is None or read.shape[1] > 1) and checkpointed():
+            refuse_checkpoint("what the model's head puts out")
         return last
 
     def edit(
@@ -193,7 +196,7 @@ class SiteRun(Owned):
         inside = checkpointed() if query.shape[2] > 1 else None
         if inside == "again":
             return None
-        with exact(), torch.set_grad_enabled(torch.is_grad_enabled() and inside is None):
+        with _surely(query, torch.no_grad() if inside else _AS_IT_IS):
             for session in acting.sessions:
                 bias = session.attention(call)
                 if bias is not None:
@@ -209,12 +212,12 @@ class SiteRun(Owned):
         if opened is not None:
             call, acting = opened
             call.z = out
-            with exact():
+            if out.shape[1] > 1 and checkpointed():
+                refuse_checkpoint("what the heads put out")
+            with _surely(out):
                 for session in acting.sessions:
                     edited = session.output(call, out) if session.edits_output else None
                     out = out if edited is None else edited
-            if out is not call.z and out.shape[1] > 1 and checkpointed():
-                refuse_checkpoint("what the heads put out")
         return out
 
     def stream(self, part: Part, layer: int, value: Tensor) -> Tensor | None:
@@ -229,14 +232,27 @@ class SiteRun(Owned):
         inside = checkpointed() if hidden.shape[1] > 1 else None
         if inside == "again":
             return None
-        with exact():
+        if inside == "first":
+            refuse_checkpoint("the residual stream")
+        with _surely(value):
             for session in self.sessions:
                 if (part, layer) in session.streams:
                     edited = session.stream(call, found)
                     found = found if edited is None else edited
-        if inside and found is not hidden:
-            refuse_checkpoint("the residual stream")
         return None if found is hidden else found.reshape(value.shape)
+
+
+_AS_IT_IS = nullcontext()
+
+
+def _surely(given: Tensor, also: Any = _AS_IT_IS) -> Any:
+    """Return what keeps autocast from what sessions compute; ``also`` is around it, or alone."""
+    if not torch.is_autocast_enabled(given.device.type):
+        return also
+    stack = ExitStack()
+    stack.enter_context(also)
+    stack.enter_context(exact())
+    return stack
 
 
 _ACTIVE: dict[int, list[SiteRun]] = {}

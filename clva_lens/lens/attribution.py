@@ -201,7 +201,7 @@ def direct_logit_attribution(
         reading = _Reading(found, getattr(model, "words", None), tokens)
         with running(found, reading.sessions):
             found(**prompt.inputs, logits_to_keep=1)
-    return reading.attribution(prompt)
+        return reading.attribution(prompt)
 
 
 class _Reading:

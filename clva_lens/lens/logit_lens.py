@@ -264,7 +264,7 @@ def logit_lens(
         reading = _Reading(found, getattr(model, "words", None), span, layers, tokens, k)
         with running(found, [reading]):
             found(**prompt.inputs, logits_to_keep=1)
-    return reading.lens(prompt)
+        return reading.lens(prompt)
 
 
 class _Reading(Session):

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.trace import trace_attention
@@ -54,6 +55,7 @@ class TraceStatistics:
         )
 
 
+@undisturbed()
 def trace_statistics(
     model: Any,
     prompts: Iterable[Asked],

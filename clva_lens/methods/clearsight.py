@@ -111,8 +111,8 @@ class _ClearSightSession(Session):
             return None
         spans = call.step.spans
         image, system = (factor - 1 for factor in self.method.factors)
-        keys = (span_keys(call, span).float() for span in (spans.image, spans.system))
-        scale = sum(factor * one for factor, one in zip((image, system), keys, strict=True))
+        on_image = image * span_keys(call, spans.image).float()
+        scale = on_image + system * span_keys(call, spans.system).float()
         scale = rearrange(scale, "b k -> b 1 1 k")
         if self.method.variant == "paper":
             scale = scale * rearrange(self._perceiving(call), "b h -> b h 1 1")

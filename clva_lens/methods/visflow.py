@@ -174,5 +174,5 @@ class _VisFlowSession(Session):
                 lost = rearrange(heads, "b h -> b h 1") & rearrange(
                     span_keys(call, span), "b k -> b 1 k"
                 )
-                weights = weights + lost * math.log1p(-loss)
+                weights = weights + lost.float() * math.log1p(-loss)
         return weights

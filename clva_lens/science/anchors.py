@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from clva_lens.ground.ambient import exact
 from clva_lens.ground.errors import ParameterError
 from clva_lens.science.heads import HeadClasses
 
@@ -86,6 +87,7 @@ def default_positive_layer(num_layers: int) -> int:
     return num_layers // 2 - 2
 
 
+@exact()
 def saliency_map(
     rows: Float[Tensor, "*batch head visual"], heads: Bool[Tensor, "*#batch head"]
 ) -> Float[Tensor, "*batch visual"]:
