@@ -63,7 +63,7 @@ def run_with_cache(
     """
     refuse_in_trace("run_with_cache", ", or read activations in it with .output.save()")
     model, prompt = transformers_model(lens), as_prompt(lens, prompt)
-    handle = lens if getattr(lens, "_module", None) is model else nnsight_handle(model)
+    handle: Any = lens if getattr(lens, "_module", None) is model else nnsight_handle(model)
     activations = find_family(model).activations(model)
     chosen = choose(activations.places, names_filter)
     reader = _Reader(handle, activations.places, chosen, len(prompt["input_ids"]))
@@ -81,7 +81,7 @@ def run_with_cache(
     for session in sessions:
         found |= session.found
     config = model.config.get_text_config()
-    name = getattr(lens, "name", model.name_or_path)
+    name = getattr(lens, "name", model.name_or_path) or ""
     standing = CacheModel(activations.readout, getattr(lens, "words", None), config, name)
     ordered = {place.name: found[place.name] for place in chosen}
     return CachedRun(logits, transformer_lens().cache(ordered, standing))
