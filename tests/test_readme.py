@@ -8,6 +8,7 @@ import torch
 
 import clva_lens
 from clva_lens.__main__ import app
+from clva_lens.ground.moved import MOVED
 from clva_lens.methods.base import METHODS
 
 ROOT = Path(clva_lens.__file__).parents[1]
@@ -64,15 +65,17 @@ def test_the_install_commands_are_the_ones_ci_runs():
     assert "pip install -e . && clva-lens demo\n" in README
 
 
-def test_the_tree_names_every_module():
+def test_the_tree_names_every_room():
     tree = next(block for block in blocks("") if block.startswith("clva_lens/"))
-    for path in (ROOT / "clva_lens").glob("*.py"):
-        assert path.name in tree, f"{path.name} is missing from the README's tree"
-    for folder in ("models", "qwen_vl", "methods", "benchmarks", "figures", "toy"):
-        assert f"{folder}/" in tree
-    for folder in ("models", "qwen_vl", "methods", "benchmarks"):
-        for path in (ROOT / "clva_lens" / folder).glob("[!_]*.py"):
-            assert path.name in tree, f"{folder}/{path.name} is missing from the README's tree"
+    for room in (*clva_lens.ROOMS, "__init__.py", "__main__.py"):
+        assert f"\n  {room}" in tree, f"{room} is missing from the README's tree"
+
+
+def test_the_page_on_the_house_lists_what_moved():
+    page = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+    for old, new in MOVED.items():
+        assert f"| `clva_lens.{old}` | `clva_lens.{new}` |" in page
+    assert all(f"`{room}`" in page for room in clva_lens.ROOMS)
 
 
 def test_links_lead_somewhere():

@@ -1,6 +1,7 @@
 """The analyses of this checkout: they run on the toys, and their records are what they say."""
 
 import ast
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from clva_lens.experiments import notebook as notebooks
 from clva_lens.experiments.archive import Archive, analyse
 from clva_lens.experiments.drawing import check_figures
+from clva_lens.ground.moved import MOVED
 
 ARCHIVE = Archive(Path(__file__).parents[2])
 
@@ -18,17 +20,17 @@ SMALL = {
     "01_head_intensity": ["questions=24"],
     "02_saliency": ["pictures=2"],
     "03_drift": ["questions=24"],
-    "04_pope": ["questions=8"],
+    "04_pope": ["questions=12"],
     "05_chair": ["captions=4"],
     "06_mme": ["pictures=3"],
     "07_anchors": ["questions=12"],
     "08_speed": ["small=True", "rounds=1", "new_tokens=2"],
     "09_nucleus": ["questions=12", "seeds=[0]"],
-    "10_strengths": ["questions=6", "alphas=[0, 14]", "betas=[0.0, 0.9]"],
-    "11_sensitivity": ["questions=6", "captions=2"],
+    "10_strengths": ["questions=12", "alphas=[0, 14]", "betas=[0.0, 0.9]"],
+    "11_sensitivity": ["questions=12", "captions=2"],
     "12_paper_arithmetic": [],
-    "13_is_there_drift": ["scenes=2", "questions=6", 'models=["toy-llava"]'],
-    "14_method_zoo": ["questions=6", "captions=2"],
+    "13_is_there_drift": ["scenes=2", "questions=12", 'models=["toy-llava"]'],
+    "14_method_zoo": ["questions=12", "captions=2"],
 }
 RECORDS = ARCHIVE.records()
 
@@ -74,7 +76,12 @@ def test_the_newest_record_draws_its_figures(slug):
 
 
 def prose(notebook):
-    return [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    """The text of a notebook, modules by their paths of today."""
+    text = "\n\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    for old, new in MOVED.items():
+        text = re.sub(rf"clva_lens\.{old}\b", f"clva_lens.{new}", text)
+        text = text.replace(f"clva_lens/{old}.py", f"clva_lens/{new.replace('.', '/')}.py")
+    return text
 
 
 def kept_things(notebook):
