@@ -92,7 +92,7 @@ def test_methods_compare_by_their_heads():
     ("heads", "message"),
     [
         ("all", r"heads must be 'sensitive'.*is 'all'"),
-        (torch.zeros(12, 4), r"bool mask \[layer, head\], but is torch.float32"),
+        (torch.zeros(12, 4), r"bool mask \[layer, head\], .* but is torch.float32"),
         (torch.zeros(2, 12, 4, dtype=torch.bool), r"shape \(2, 12, 4\).*of one sample"),
     ],
 )
