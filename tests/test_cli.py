@@ -171,7 +171,7 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_loaded(
     monkeypatch, tmp_path, command
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("clva_lens.lens.load._read", lambda *given: 1 / 0)
+    monkeypatch.setattr("clva_lens.lens.load.read_named", lambda *given: 1 / 0)
     result = run(*command, "--device", "cuda:99")
     assert result.exit_code == 1
     assert "the device 'cuda:99' cannot be used here" in " ".join(result.stderr.split())

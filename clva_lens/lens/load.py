@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from nnsight.modeling.transformers import TransformersModel
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
-from transformers.utils import logging
-from transformers.utils.hub import extract_commit_hash
+from transformers import PreTrainedModel
 
 from clva_lens.ground.errors import (
     ClvaLensError,
@@ -20,15 +18,15 @@ from clva_lens.ground.errors import (
     ParameterError,
     PromptError,
 )
-from clva_lens.ground.registry import did_you_mean, known_as
+from clva_lens.ground.registry import known_as
 from clva_lens.lens.cache import CachedRun, NamesFilter, run_with_cache
 from clva_lens.lens.check import check_asked, check_family
-from clva_lens.lens.checkpoint import HUB, check_files, check_finite, check_weights
+from clva_lens.lens.checkpoint import check_finite
+from clva_lens.lens.reading import first_line, read_named
 from clva_lens.methods.base import MethodLike
 from clva_lens.models.family import ModelFamily, Site, find_family
 from clva_lens.models.pictures import ImageLike, read_image
 from clva_lens.models.prompt import Asked, Prompt, as_lists, prompt_of
-from clva_lens.models.qwen.convert import published_folder, read_published
 from clva_lens.models.wording import check_words, conversation, texts_of
 from clva_lens.toy import pretrained
 
@@ -226,7 +224,7 @@ def load(
             name = known_as(name, pretrained.names()) or name
         check_device(device_map)
         with _in_words(f"the model '{name}' could not be loaded", ModelLoadError):
-            hf_model, processor, revision = _read(name, given)
+            hf_model, processor, revision = read_named(name, given)
     with _in_words(f"'{name}' is no model to look inside", ModelLoadError):
         _require_usable(hf_model, processor, name)
         lens = LensModel(hf_model.eval(), processor, name, revision)
@@ -247,7 +245,7 @@ def _in_words(what: str, kind: type[ClvaLensError]) -> Iterator[None]:
         raise
     except Exception as error:  # a broken file may raise anything
         raise kind(
-            f"{what}: {_first_line(error)} Check the name, and that its files are whole and of one "
+            f"{what}: {first_line(error)} Check the name, and that its files are whole and of one "
             "image-text-to-text model with safetensors weights; without a network, pass a local "
             "folder."
         ) from error
@@ -267,7 +265,7 @@ def check_device(device_map: Any) -> None:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ParameterError(
-                f"the device {str(device)!r} cannot be used here: {_first_line(error)} Pass "
+                f"the device {str(device)!r} cannot be used here: {first_line(error)} Pass "
                 "device_map='cpu' (--device cpu), or one that torch finds."
             ) from error
 
@@ -296,39 +294,6 @@ def _pair(model: tuple[Any, ...], options: dict[str, Any]) -> tuple[PreTrainedMo
     return model[0], model[1]
 
 
-def _read(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any, str | None]:
-    """Return model, processor and the snapshot's commit of a toy, a folder or a Hub id."""
-    published = published_folder(name, **options)  # Qwen-VL has a reader of its own
-    source = _source(name, options.get("subfolder", "")) if published is None else published
-    toy = source.parent == pretrained.FOLDER
-    options = {"dtype": torch.float32 if toy else "auto"} | options
-    with _quiet(toy):
-        if published is not None:
-            commit = extract_commit_hash(str(published / "config.json"), None)
-            rest = {key: value for key, value in options.items() if key not in HUB}
-            return *read_published(published, **rest), commit
-        if source.is_dir():
-            options = {key: value for key, value in options.items() if key not in HUB}
-        where = str(source) if source.is_dir() else name
-        hub = {key: options.pop(key) for key in HUB if key in options}
-        folder = check_files(where, hub)
-        commit = extract_commit_hash(str(folder / "config.json"), None)
-        if commit is not None:
-            hub["revision"] = commit  # everything from one snapshot, whatever is pushed meanwhile
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **hub)
-        made: Any = AutoModelForImageTextToText.from_pretrained(
-            where,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **{**hub, **options, "ignore_mismatched_sizes": True},  # refused below, by their names
-        )
-        model, info = made
-        check_weights(model, info, folder)
-        return model, _processor(name, where, hub), commit
-
-
 def _require_usable(model: PreTrainedModel, processor: Any, name: str) -> None:
     """Refuse a model of no family, without an image processor, or whose inputs have no place."""
     find_family(model)
@@ -344,70 +309,3 @@ def _require_usable(model: PreTrainedModel, processor: Any, name: str) -> None:
             "comes first (vision tower, embeddings) on a device, or use cl.intervening(hf_model, "
             "method) around the model itself."
         )
-
-
-@contextmanager
-def _quiet(wanted: bool) -> Iterator[None]:
-    """Keep transformers from showing a progress bar for a load of milliseconds."""
-    if not (wanted and logging.is_progress_bar_enabled()):
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
-
-
-def _source(name: str, subfolder: str = "") -> Path:
-    """Return the folder of a toy or a local model, or a Hub id as a path that does not exist."""
-    if name in pretrained.names():
-        return pretrained.FOLDER / name
-    folder = Path(name)
-    if folder.is_dir():
-        folder = folder / subfolder
-    if folder.is_file():
-        raise ModelLoadError(
-            f"'{name}' is a file. Pass the folder that holds config.json and the weights."
-        )
-    if not folder.is_dir():
-        looks_local = name.count("/") != 1 or name.startswith((".", "~", os.sep))
-        if looks_local:
-            hint = did_you_mean(name, pretrained.names())
-            raise ModelLoadError(
-                f"there is no model '{name}': no toy (known: {', '.join(pretrained.names())}), no "
-                f"folder, and no Hub id ('owner/name').{hint} Check the spelling."
-            )
-        return folder
-    if not (folder / "config.json").is_file():
-        raise ModelLoadError(
-            f"the folder '{name}' has no config.json, so it holds no transformers model. Pass the "
-            "folder that save_pretrained() wrote."
-        )
-    if not list(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        if pickles:
-            raise ModelLoadError(
-                f"the folder '{name}' has its weights as a pickle ({pickles[0]}), which can run "
-                "code when it is read, and is refused. Convert it to safetensors: load it where "
-                "you trust it, then model.save_pretrained(folder)."
-            )
-        raise ModelLoadError(
-            f"the folder '{name}' has no weights (*.safetensors). Download or save the whole model."
-        )
-    return folder
-
-
-def _processor(name: str, where: str, hub: dict[str, Any]) -> Any:
-    try:
-        return AutoProcessor.from_pretrained(where, trust_remote_code=False, **hub)
-    except Exception as error:  # a broken file may raise anything
-        raise ModelLoadError(
-            f"the processor of '{name}' could not be loaded: {_first_line(error)} Save it beside "
-            "the weights with processor.save_pretrained(folder), or pass (hf_model, processor)."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return line if line.endswith((".", "!", "?")) else f"{line}."

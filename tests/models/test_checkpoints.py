@@ -183,7 +183,7 @@ def test_whatever_the_check_raises_is_said(folder, monkeypatch):
 
 @pytest.mark.parametrize("device", ["cuda:99", "nowhere", {"": "cuda:99"}])
 def test_a_device_that_is_not_there(monkeypatch, device):
-    monkeypatch.setattr("clva_lens.lens.load._read", lambda *given: 1 / 0)
+    monkeypatch.setattr("clva_lens.lens.load.read_named", lambda *given: 1 / 0)
     with pytest.raises(ParameterError, match=r"cannot be used here.*device_map='cpu'"):
         cl.load("toy-llava", device_map=device)
 

@@ -1,0 +1,118 @@
+"""A model by its name: where it is read from, and what is read there; no code of it is run."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.hub import extract_commit_hash
+
+from clva_lens.ground.errors import ModelLoadError
+from clva_lens.ground.registry import did_you_mean
+from clva_lens.lens.checkpoint import HUB, check_files, check_weights
+from clva_lens.models.qwen.convert import published_folder, read_published
+from clva_lens.toy import pretrained
+
+
+def read_named(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any, str | None]:
+    """Return model, processor and the snapshot's commit of a toy, a folder or a Hub id."""
+    published = published_folder(name, **options)  # Qwen-VL has a reader of its own
+    source = _source(name, options.get("subfolder", "")) if published is None else published
+    toy = source.parent == pretrained.FOLDER
+    options = {"dtype": torch.float32 if toy else "auto"} | options
+    with _quiet(toy):
+        if published is not None:
+            commit = extract_commit_hash(str(published / "config.json"), None)
+            rest = {key: value for key, value in options.items() if key not in HUB}
+            return *read_published(published, **rest), commit
+        if source.is_dir():
+            options = {key: value for key, value in options.items() if key not in HUB}
+        where = str(source) if source.is_dir() else name
+        hub = {key: options.pop(key) for key in HUB if key in options}
+        folder = check_files(where, hub)
+        commit = extract_commit_hash(str(folder / "config.json"), None)
+        if commit is not None:
+            hub["revision"] = commit  # everything from one snapshot, whatever is pushed meanwhile
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **hub)
+        made: Any = AutoModelForImageTextToText.from_pretrained(
+            where,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **{**hub, **options, "ignore_mismatched_sizes": True},  # refused below, by their names
+        )
+        model, info = made
+        check_weights(model, info, folder)
+        return model, _processor(name, where, hub), commit
+
+
+@contextmanager
+def _quiet(wanted: bool) -> Iterator[None]:
+    """Keep transformers from showing a progress bar for a load of milliseconds."""
+    if not (wanted and logging.is_progress_bar_enabled()):
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _source(name: str, subfolder: str = "") -> Path:
+    """Return the folder of a toy or a local model, or a Hub id as a path that does not exist."""
+    if name in pretrained.names():
+        return pretrained.FOLDER / name
+    folder = Path(name)
+    if folder.is_dir():
+        folder = folder / subfolder
+    if folder.is_file():
+        raise ModelLoadError(
+            f"'{name}' is a file. Pass the folder that holds config.json and the weights."
+        )
+    if not folder.is_dir():
+        looks_local = name.count("/") != 1 or name.startswith((".", "~", os.sep))
+        if looks_local:
+            hint = did_you_mean(name, pretrained.names())
+            raise ModelLoadError(
+                f"there is no model '{name}': no toy (known: {', '.join(pretrained.names())}), no "
+                f"folder, and no Hub id ('owner/name').{hint} Check the spelling."
+            )
+        return folder
+    if not (folder / "config.json").is_file():
+        raise ModelLoadError(
+            f"the folder '{name}' has no config.json, so it holds no transformers model. Pass the "
+            "folder that save_pretrained() wrote."
+        )
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if pickles:
+            raise ModelLoadError(
+                f"the folder '{name}' has its weights as a pickle ({pickles[0]}), which can run "
+                "code when it is read, and is refused. Convert it to safetensors: load it where "
+                "you trust it, then model.save_pretrained(folder)."
+            )
+        raise ModelLoadError(
+            f"the folder '{name}' has no weights (*.safetensors). Download or save the whole model."
+        )
+    return folder
+
+
+def _processor(name: str, where: str, hub: dict[str, Any]) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(where, trust_remote_code=False, **hub)
+    except Exception as error:  # a broken file may raise anything
+        raise ModelLoadError(
+            f"the processor of '{name}' could not be loaded: {first_line(error)} Save it beside "
+            "the weights with processor.save_pretrained(folder), or pass (hf_model, processor)."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if line.endswith((".", "!", "?")) else f"{line}."
