@@ -114,5 +114,6 @@ def _processor(name: str, where: str, hub: dict[str, Any]) -> Any:
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, as a sentence."""
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return line if line.endswith((".", "!", "?")) else f"{line}."
