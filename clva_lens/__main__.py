@@ -147,30 +147,25 @@ def run(
 ) -> None:
     """Run a benchmark and keep every answer; a run that was killed goes on with --resume."""
     from clva_lens.benchmarks.run_folder import check_folder
-    from clva_lens.lens.decoding import check_decoding
-    from clva_lens.lens.evaluate import check_images, evaluate
+    from clva_lens.lens.asking import Asking
+    from clva_lens.lens.evaluate import check_images, run_benchmark
     from clva_lens.lens.load import check_device, load
 
     # Everything that can be wrong is looked at before the model is loaded.
     chosen = _benchmark(benchmark, settings)
-    acting = _method(method, parameter)
-    how = _decoding(decoding, decoding_parameter, max_new_tokens or chosen.max_new_tokens)
-    check_decoding(acting, how)
+    asking = Asking(
+        method=_method(method, parameter),
+        decoding=_decoding(decoding, decoding_parameter, max_new_tokens or chosen.max_new_tokens),
+        batch_size=batch_size,
+        limit=limit,
+        seed=seed,
+    )
     check_folder(out, resume)
     check_device(device)
     check_images(chosen.samples(limit, seed))
     try:
-        report = evaluate(
-            load(model, dtype=dtype, device_map=device),
-            chosen,
-            acting,
-            how,
-            limit=limit,
-            seed=seed,
-            batch_size=batch_size,
-            out=out,
-            resume=resume,
-        )
+        lens = load(model, dtype=dtype, device_map=device)
+        report = run_benchmark(lens, chosen, asking, out=out, resume=resume)
     except KeyboardInterrupt:
         Console(stderr=True).print(f"Stopped. Continue with the same command and --resume ({out}).")
         raise typer.Exit(130) from None

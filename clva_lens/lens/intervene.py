@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 
 import nnsight
 from greenlet import getcurrent
+from jaxtyping import Float, Int
 from nnsight.intervention.interleaver import Interleaver, Mediator, OutOfOrderError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from clva_lens.engine.run import add_sessions, running
@@ -69,6 +71,20 @@ class Observation:
         """For each later pass, the generated rows' maps: Float["layer batch head row visual"]."""
         return self._observer.steps()
 
+    def answers(
+        self, ids: Int[Tensor, "answer position"], prompts: int = 1
+    ) -> list[Float[Tensor, "layer head token visual"]]:
+        """Return where each head looked as each token of an answer was written, for each answer.
+
+        ``ids`` are what ``generate`` returned for ``prompts`` prompts, with the prompt or without.
+        Beams are followed, whatever row an answer's tokens stood in, and so are several answers of
+        one prompt (``num_return_sequences``).
+
+        Raises:
+            InterventionError: if the model has not read these tokens.
+        """
+        return self._observer.answers(ids, prompts)
+
 
 @contextmanager
 def intervening(model: Any, *methods: MethodLike | None) -> Iterator[Intervention]:
@@ -103,6 +119,7 @@ def observing(
     """
     found = transformers_model(model)
     observer = Observer(layers, shape_of(found, site), differentiable=True)
+    observer.follow(found)
     _share_context()
     with running(found, [observer], drawn_frame()):
         yield Observation(observer)
@@ -140,6 +157,7 @@ def observe(layers: Sequence[int] | str = "all", site: str | None = None) -> Obs
 
     def make(_: Any, model: PreTrainedModel) -> tuple[list[Session], Observation]:
         observer = Observer(layers, shape_of(model, site))
+        observer.follow(model)
         return [observer], Observation(observer)
 
     return join_trace("observe", "with cl.observing(model):", make)

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from clva_lens.engine.beams import Histories, Reordering
 from clva_lens.engine.row_reading import (
     PromptRows,
     read_generated_rows,
@@ -19,6 +21,7 @@ from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import check_layers
 from clva_lens.methods.target import Shape
+from clva_lens.models.family import find_site
 from clva_lens.science.anchors import saliency_map
 from clva_lens.science.heads import EmptyPolicy, HeadClasses, SomeHeads, classify_heads, head_mask
 
@@ -162,6 +165,23 @@ class Observer(Session):
         self.differentiable = differentiable
         self._prompt: dict[int, PromptRows] = {}
         self._generated: list[dict[int, Float[Tensor, "batch head row visual"]]] = []
+        self._beams = Histories()
+        self._reordering: Reordering | None = None
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """Follow beams of this model, so that ``answers`` finds their rows."""
+        entry = find_site(model, "decoder").passes().entry
+        self._reordering = Reordering(entry, self._beams.reorder)
+
+    def begin(self) -> None:
+        """Watch the cache, if beams are followed."""
+        if self._reordering is not None:
+            self._reordering.begin()
+
+    def end(self) -> None:
+        """Let go of the cache."""
+        if self._reordering is not None:
+            self._reordering.end()
 
     def attention(self, call: AttentionCall) -> None:
         """Read the layer's rows."""
@@ -170,6 +190,8 @@ class Observer(Session):
                 self._read(call)
 
     def _read(self, call: AttentionCall) -> None:
+        if call.layer == self.layers[0]:
+            self._beams.read(call.step)
         if call.step.number == 0:
             if call.layer == self.layers[0]:
                 self._prompt, self._generated = {}, []
@@ -210,6 +232,31 @@ class Observer(Session):
             stack_layers([step[layer] for layer in self.layers], dim=0)
             for step in self._generated
             if step
+        ]
+
+    def answers(
+        self, ids: Int[Tensor, "answer position"], prompts: int = 1
+    ) -> list[Float[Tensor, "layer head token visual"]]:
+        """Return, for each answer, the map of the row that wrote each of its tokens.
+
+        The first token was written by the prompt's last row, each later one by the row that read
+        the token before, in whichever beam it stood. ``ids`` are what ``generate`` returned for
+        ``prompts`` prompts, with the prompt or without; an answer ends where nobody read on.
+
+        Raises:
+            InterventionError: if no prompt was read, or nobody read these tokens.
+        """
+        if set(self._prompt) != set(self.layers):
+            raise InterventionError(
+                "the attention is not known yet: the model has not read a prompt. Read it after "
+                "the block that runs the model."
+            )
+        passes = [[self._prompt[layer].map for layer in self.layers]]
+        passes += [[s[layer][:, :, -1] for layer in self.layers] for s in self._generated if s]
+        maps = [stack_layers(one, dim=0) for one in passes]  # each: layer batch head visual
+        return [
+            torch.stack([maps[number][:, row] for number, row in enumerate(rows)], dim=2)
+            for rows in self._beams.rows_of(ids, prompts)
         ]
 
 

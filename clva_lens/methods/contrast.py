@@ -23,14 +23,14 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
+from clva_lens.engine.beams import Reordering
 from clva_lens.engine.run import add_sessions, open_sessions
 from clva_lens.engine.session import Session
 from clva_lens.ground.errors import InterventionError, ParameterError
-from clva_lens.models.belonging import hook_after
 from clva_lens.models.family import Inputs, find_family, find_site
 from clva_lens.models.passes import DecoderPasses
 from clva_lens.models.readout import wide
@@ -150,24 +150,23 @@ class ContrastSession(Session):
                 f"but this {type(model).__name__} has an encoder-decoder (T5). Use the model with "
                 "a Llama or OPT."
             )
-        self._entry = passes.entry
         self._twin: PreTrainedModel | None = None
         self._seen: Inputs = {}
         self._handles: list[RemovableHandle] = []
         self._branch: _Branch | None = None
-        self._cache: Any = None
+        self._reordering = Reordering(passes.entry, self._reorder)
         self._last: tuple[Step, Logits] | None = None
 
     def begin(self) -> None:
         """Watch the pictures that come in, and the key-value cache."""
         self._handles = find_family(self.model).watch(self.model, self._seen)
-        self._handles.append(hook_after(self._entry, self._follow))
+        self._reordering.begin()
 
     def end(self) -> None:
         """Let go of the model, its cache and the second input."""
         for handle in self._handles:
             handle.remove()
-        self._release()
+        self._reordering.end()
         if self._branch is not None:
             self._branch.close()
         self._branch = self._twin = self._last = None
@@ -231,27 +230,12 @@ class ContrastSession(Session):
             sessions = [s.again(self._twin) for s in others if s.again is not None]
         return _Branch(self._twin, second, [*sessions, *self.impair(self._twin)])
 
-    def _follow(self, _: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    def _reorder(self, rows: Int[Tensor, " batch"]) -> None:
         """Have the second cache reordered with the model's, as beam search does."""
-        cache = getattr(out, "past_key_values", None)
-        if cache is None or cache is self._cache:
-            return
-        self._release()
-        reorder = cache.reorder_cache
-
-        def reorder_both(beam_idx: Int[Tensor, " batch"]) -> None:
-            reorder(beam_idx)
-            if self._branch is not None:
-                self._branch.reorder(beam_idx)
-            if self.gate is not None:
-                self.gate.reorder(beam_idx)
-
-        self._cache, cache.reorder_cache = cache, reorder_both
-
-    def _release(self) -> None:
-        if self._cache is not None:
-            del self._cache.reorder_cache
-        self._cache = None
+        if self._branch is not None:
+            self._branch.reorder(rows)
+        if self.gate is not None:
+            self.gate.reorder(rows)
 
 
 class _Branch:
