@@ -270,7 +270,7 @@ def as_prompt(model: Any, asked: Asked) -> Prompt:
         return ask(asked[0], asked[1], system=asked[2] if len(asked) == 3 else None)
     raise PromptError(
         f"a prompt must be a Prompt, a processor's output or an (image, question) pair, but got "
-        f"{type(asked).__name__}. Make it with model.prompt(image, question)."
+        f"{type(asked).__name__}. Pass model.prompt(image, question)."
     )
 
 
