@@ -31,7 +31,7 @@ record.uses(lens)
 asked = BENCHMARKS.get(benchmarks_for(lens, "pope", benchmarks)[-1])
 record.data(asked.digests())
 samples = asked.samples(questions, seed)
-trace = trace_samples(lens, samples)
+trace = trace_samples(lens, samples, benchmark=asked)
 mean = trace.intensity.mean(dim=0)
 overall, single = cl.classify_heads(mean), cl.classify_heads(trace.intensity)
 record.keep_arrays(

@@ -38,7 +38,7 @@ for sample in asked.samples():
 # %%
 rows = []
 for number, sample in enumerate(chosen):
-    seen = look_at(lens, lens.prompt(sample.image, sample.question))
+    seen = look_at(lens, lens.prompt(asked.picture(sample), sample.question))
     picture = saliency_picture(lens, seen, label=sample.label)
     record.keep_arrays(
         f"picture_{number}",

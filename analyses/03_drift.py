@@ -30,8 +30,8 @@ record.uses(lens)
 asked = BENCHMARKS.get(benchmarks_for(lens, "pope", benchmarks)[-1])
 record.data(asked.digests())
 samples = asked.samples(questions, seed)
-plain = cl.attention_drift(trace_samples(lens, samples))
-edited = cl.attention_drift(trace_samples(lens, samples, cl.CLVA()))
+plain = cl.attention_drift(trace_samples(lens, samples, benchmark=asked))
+edited = cl.attention_drift(trace_samples(lens, samples, cl.CLVA(), benchmark=asked))
 
 # %% [markdown]
 # A map that is the same everywhere has no correlation with anything; such questions are left out,

@@ -126,11 +126,14 @@ def trace_samples(
     samples: Sequence[Sample],
     method: MethodLike | None = None,
     *,
+    benchmark: Benchmark | None = None,
     site: str | None = None,
     batch_size: int = 32,
     progress: bool = True,
 ) -> AttentionTrace:
-    """Return the attention for samples of a benchmark, with a batch axis, on the CPU.
+    """Return the attention for samples, with a batch axis, on the CPU.
+
+    With a ``benchmark`` pictures are read as its settings say, as ``evaluate`` reads them.
 
     Raises:
         BenchmarkError: if a picture is missing.
@@ -140,7 +143,8 @@ def trace_samples(
     with progress_bar("samples", len(samples), wanted=progress) as advance:
         for start in range(0, len(samples), batch_size):
             part = samples[start : start + batch_size]
-            prompt = model.prompt([one.image for one in part], [one.question for one in part])
+            pictures = [one.image if benchmark is None else benchmark.picture(one) for one in part]
+            prompt = model.prompt(pictures, [one.question for one in part])
             traces.append(trace_attention(model, prompt, method, site=site))
             advance(len(part))
     return AttentionTrace.concatenate(traces)
