@@ -36,7 +36,8 @@ class _Forward:
     ) -> ModuleSpec | None:
         if fullname.removeprefix(f"{self.package}.") not in MOVED:
             return None
-        return importlib.util.spec_from_loader(fullname, self, is_package=True)
+        loader: Any = self
+        return importlib.util.spec_from_loader(fullname, loader, is_package=True)
 
     def create_module(self, spec: ModuleSpec) -> None:
         """Leave it to the import system."""

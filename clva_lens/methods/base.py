@@ -149,7 +149,8 @@ def _check_method(name: str, method: type[Method]) -> None:
                 f"{attribute} of {method.__name__} must be {words}, but is {found!r}. Write "
                 f"{attribute}: ClassVar = ... in the class, or leave it out for the default."
             )
-    parameters = {one.name: one for one in fields(method)}
+    kind: Any = method
+    parameters = {one.name: one for one in fields(kind)}
     unset = [
         one.name
         for one in parameters.values()
