@@ -366,7 +366,8 @@ for _command in (
     commands.verify,
     commands.figures,
 ):
-    app.command()(friendly(cast(Callable[..., None], _command)))
+    _name = _command.__name__.replace("_", "-")
+    app.command(_name)(friendly(cast(Callable[..., None], _command)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import jaxtyping
 import pytest
+import torch
 from tiny_models import HEADS, KERNELS, QUESTIONS, SITES, blip_of, double_of, lens_of, picture
 from transformers import LlavaForConditionalGeneration
 
@@ -100,3 +101,13 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
     yield
     assert started == []
+
+
+@pytest.fixture(autouse=True)
+def ambient_state():
+    """No test, and nothing that it calls, leaves PyTorch otherwise than it was."""
+    yield
+    left = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    assert left == (True, False, torch.float32)

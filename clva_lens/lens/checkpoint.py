@@ -1,6 +1,7 @@
 """What a checkpoint must be before it is read, and what its weights must be afterwards."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from clva_lens.ground.errors import ModelLoadError
@@ -107,6 +108,35 @@ def _read(where: str, file: str, hub: Mapping[str, Any]) -> dict[str, Any] | Non
     if not isinstance(found, dict):
         raise ModelLoadError(f"the {file} of '{where}' holds no table. Download it again.")
     return found
+
+
+def check_size(config: PreTrainedConfig, folder: Path) -> None:
+    """Refuse a configuration that asks for far more weights than the files hold.
+
+    One whose sizes were lost has those of some published model, whose missing weights would be
+    made up in memory first.
+
+    Raises:
+        ModelLoadError: with both numbers.
+    """
+    held = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as opened:
+            shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
+            held += sum(map(math.prod, shapes))
+    if not held or getattr(config, "quantization_config", None) is not None:
+        return
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForImageTextToText.from_config(config)
+    except Exception:  # from_pretrained says it better
+        return
+    wanted = sum(parameter.numel() for parameter in empty.parameters())
+    if wanted > 2 * held:
+        raise ModelLoadError(
+            f"the configuration asks for {wanted:,} weights, but the files hold {held:,}. Download "
+            "or save config.json and the weights of one model."
+        )
 
 
 def check_weights(model: nn.Module, info: Mapping[str, Any], folder: Path) -> None:

@@ -195,35 +195,32 @@ def patch_activations(
 
     Args:
         model: the model that both prompts are for.
-        source: the prompt whose activations are taken (the picture with the object); one, or as
-            many as the target.
+        source: whose activations are taken (the picture with the object); one, or as the target.
         target: the prompt that is run (the same question about the picture without it).
         layers: "all", or 0-based indices.
         spans: "image", "text", "system", "last" or "all", of equal length in both prompts.
         part: "resid_pre", "attn_out", "mlp_out", "resid_post", or "z", the heads' outputs.
         each: "position" patches every position of one span on its own, "head" every head (of "z").
-        metric: from logits [batch, 1, vocabulary] of the last position to a number a sample; None
-            is logit(yes) − logit(no), the larger of each word's spellings, in nats.
-        method: a method that holds in all runs, of the source too; patches come after it.
+        metric: from the last position's logits [batch, 1, vocabulary] to a number a sample; None is
+            logit(yes) − logit(no), the larger of each word's spellings, in nats.
+        method: holds in all runs, of the source too; patches come after it.
         progress: whether a progress bar is shown.
 
     Raises:
         ParameterError: if a layer, span, part or metric does not fit, or positions do not line up.
-        InterventionError: if the spans' positions, or the numbers of prompts, do not line up; or
-            inside a trace: this runs the model many times, and ``PatchActivations`` is one of
-            these patches in a run of your own.
+        InterventionError: inside a trace: ``PatchActivations`` is one such patch in a run of yours.
     """
     refuse_in_trace("patch_activations", ", or cl.intervene(cl.PatchActivations(...)) in it")
     source, target = as_prompt(model, source), as_prompt(model, target)
     shape = shape_of(transformers_model(model), "decoder")
     numbers = chosen_layers(layers, shape)
     names = (spans,) if isinstance(spans, str) else tuple(spans)
-    words = getattr(model, "words", None)
-    columns = list(_columns(words, source, target, names, each, part, shape))
+    columns = list(_columns(model, source, target, names, each, part, shape))
     run = _runner(model, metric, method)
     patches = _patches(model, source, part, numbers, [where for _, where in columns], method)
     from_source, unpatched = run(source), run(target)
-    values = _each_under(patches, lambda patch: run(target, patch), progress)
+    values = _each_under(patches, partial(run, target), progress)
+    item = slice(None) if target.batched else 0
     item = slice(None) if target.batched else 0
     return PatchingResult(
         values=values.unflatten(1, (len(numbers), len(columns)))[item],
@@ -240,7 +237,7 @@ def patch_activations(
 
 
 def _columns(
-    words: Any,
+    model: Any,
     source: Prompt,
     target: Prompt,
     names: tuple[str, ...],
@@ -274,6 +271,7 @@ def _columns(
             f"{places.shape[1]} in the target, or lies elsewhere, so single positions do not line "
             "up. Ask both the same question, one prompt at a time."
         )
+    words = getattr(model, "words", None)
     for place in places[0].tolist():
         token = int(target["input_ids"][0, place])
         yield f"{place}: {token if words is None else words.decode([token])}", {"span": (place,)}

@@ -13,7 +13,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from clva_lens.ground.errors import ModelLoadError
 from clva_lens.ground.registry import did_you_mean
-from clva_lens.lens.checkpoint import HUB, check_files, check_weights
+from clva_lens.lens.checkpoint import HUB, check_files, check_size, check_weights
 from clva_lens.models.qwen.convert import published_folder, read_published
 from clva_lens.toy import pretrained
 
@@ -38,6 +38,7 @@ def read_named(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any
         if commit is not None:
             hub["revision"] = commit  # everything from one snapshot, whatever is pushed meanwhile
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **hub)
+        check_size(config, folder)
         made: Any = AutoModelForImageTextToText.from_pretrained(
             where,
             config=config,

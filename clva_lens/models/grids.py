@@ -51,7 +51,8 @@ def picture_grid(
 
 def _from_patches(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[int, int] | None:
     sizes = inputs.get("image_grid_thw")
-    merge = getattr(model.config.vision_config, "spatial_merge_size", None)
+    vision = getattr(model.config, "vision_config", None)
+    merge = getattr(vision, "spatial_merge_size", None)
     if sizes is None or merge is None:
         return None
     _, height, width = _only(sizes, "patches")
@@ -59,9 +60,9 @@ def _from_patches(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple
 
 
 def _from_pixels(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    sizes, vision = inputs.get("image_sizes"), model.config.vision_config
+    sizes, vision = inputs.get("image_sizes"), getattr(model.config, "vision_config", None)
     merge = getattr(model.config, "spatial_merge_size", None)
-    if merge is None and vision.model_type == "pixtral":
+    if merge is None and getattr(vision, "model_type", None) == "pixtral":
         merge = 1
     if sizes is None or merge is None:
         return None

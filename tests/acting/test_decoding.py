@@ -263,4 +263,4 @@ def test_generate_misuse(one, ask):
     with pytest.raises(cl.ClvaLensError, match=r"batch_size must be >= 1, but is 0"):
         cl.generate(one, ask(one), batch_size=0)
     with pytest.raises(cl.ClvaLensError, match=r"different system messages"):
-        cl.generate(one, [ask(one), one.prompt(picture(0), "what ?", system="a chat .")])
+        cl.generate(one, [(picture(0), "what ?"), (picture(0), "what ?", "a chat .")])

@@ -11,7 +11,7 @@ from tiny_models import lens_of
 import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.ground.errors import ClvaLensError, ParameterError, UnknownName
-from clva_lens.lens.generate import DECODINGS
+from clva_lens.lens.decoding import DECODINGS
 from clva_lens.methods.base import METHODS, as_method
 
 SCALE = "ln_final.hook_scale"

@@ -18,6 +18,7 @@ from tiny_models import KERNELS, QUESTIONS, lens_of, picture
 import clva_lens as cl
 from clva_lens.engine.run import _ACTIVE
 from clva_lens.ground.errors import InterventionError
+from clva_lens.lens.asking import Asking
 from clva_lens.lens.generate import generate_batches
 from clva_lens.methods.base import METHODS
 from clva_lens.models.belonging import HERE
@@ -233,14 +234,18 @@ def test_intervening_within_a_trace(lens):
 
 
 def decode(lens, which, steps=3):
-    """Yield the logits of each pass of a greedy answer."""
-    with torch.no_grad():
-        out = lens.hf_model(**asked(lens, which), use_cache=True)
+    """Yield the logits of each pass of a greedy answer.
+
+    No ``no_grad`` is held across a yield: its state is the thread's, so that tasks in turns would
+    leave it behind.
+    """
+    read = torch.no_grad()(lens.hf_model.__call__)
+    out = read(**asked(lens, which), use_cache=True)
+    yield out.logits
+    for _ in range(steps):
+        token = out.logits[:, -1:].argmax(dim=-1)
+        out = read(input_ids=token, past_key_values=out.past_key_values)
         yield out.logits
-        for _ in range(steps):
-            token = out.logits[:, -1:].argmax(dim=-1)
-            out = lens.hf_model(input_ids=token, past_key_values=out.past_key_values)
-            yield out.logits
 
 
 def test_tasks_that_take_turns():
@@ -367,10 +372,9 @@ def test_fixtures_set_up(lens, opened):
 def test_batches_that_are_half_drawn(lens):
     """Between two batches nothing is open."""
     pairs = [(picture(i), QUESTIONS[i]) for i in range(3)]
-    options = {"batch_size": 1, "progress": False}
-    how = cl.Greedy(max_new_tokens=3)
-    wanted = [one.ids for one in generate_batches(lens, pairs, OTHERS[1], how, **options)]
-    plain, batches = logits(lens), generate_batches(lens, pairs, OTHERS[1], how, **options)
+    how = Asking(method=OTHERS[1], decoding=cl.Greedy(max_new_tokens=3), batch_size=1)
+    wanted = [one.ids for one in generate_batches(lens, pairs, how, progress=False)]
+    plain, batches = logits(lens), generate_batches(lens, pairs, how, progress=False)
     found = [next(batches).ids]
     assert same(logits(lens), plain)
     found += [one.ids for one in batches]

@@ -146,7 +146,7 @@ def test_a_t5_is_refused(ask):
 
 
 def test_a_question_is_no_prompt(one, untyped):
-    with pytest.raises(PromptError, match=r"but got str. Pass model.prompt\(image, question\)"):
+    with pytest.raises(PromptError, match=r"but got str\. Pass model\.prompt\(image, question\)"):
         one.run_with_cache("is there a cup ?")
 
 

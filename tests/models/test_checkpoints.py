@@ -90,7 +90,7 @@ def test_what_leads_elsewhere_is_refused_before_weights_are_read(
 ):
     change(folder)
     monkeypatch.setattr(
-        "clva_lens.lens.load.AutoModelForImageTextToText.from_pretrained", lambda *a, **k: 1 / 0
+        "clva_lens.lens.reading.AutoModelForImageTextToText.from_pretrained", lambda *a, **k: 1 / 0
     )
     with pytest.raises(ModelLoadError, match=message):
         cl.load(folder)
@@ -164,15 +164,25 @@ FIELDS = [(None, key) for key in CONFIG]
 FIELDS += [(part, key) for part in ("text_config", "vision_config") for key in CONFIG[part]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("part", "key"), FIELDS, ids=lambda one: str(one))
+@pytest.mark.parametrize("number", range(len(FIELDS)), ids=lambda number: str(FIELDS[number]))
 @pytest.mark.filterwarnings("ignore")
-def test_a_wrong_value_in_the_configuration_is_said(untyped, folder, part, key):
-    for value in VALUES:
-        whole = json.loads(json.dumps(CONFIG))
-        (whole if part is None else whole[part])[key] = value
-        (folder / "config.json").write_text(json.dumps(whole))
-        load_or_say(folder)
+def test_a_wrong_value_in_the_configuration_is_said(untyped, folder, number):
+    """One value a field, in turn."""
+    (part, key), value = FIELDS[number], VALUES[number % len(VALUES)]
+    whole = json.loads(json.dumps(CONFIG))
+    (whole if part is None else whole[part])[key] = value
+    (folder / "config.json").write_text(json.dumps(whole))
+    load_or_say(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_configuration_without_its_sizes_is_refused_before_it_fills_the_memory(folder):
+    """Without its text configuration, a LLaVA is one of seven billion weights."""
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"text_config": None}))
+    with pytest.raises(
+        ModelLoadError, match=r"asks for 6,\d{3},\d{3},\d{3} weights, but the files"
+    ):
+        cl.load(folder)
 
 
 def test_whatever_the_check_raises_is_said(folder, monkeypatch):

@@ -220,7 +220,7 @@ def test_every_method_acts(one, name):
 def test_generate_in_every_way_is_the_same(one, decoding):
     prompt, method = one.prompt(picture(0), QUESTIONS[0]), cl.CLVA(tau=1)
     ours = cl.generate(one, prompt, method, decoding).ids[0].tolist()
-    options = decoding.options()
+    options = decoding.options(one.hf_model)
     with cl.intervening(one.hf_model, method):
         plain = one.hf_model.generate(**prompt, **options)
     with one.generate(prompt, **options) as tracer:
