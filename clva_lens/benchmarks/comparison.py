@@ -1,6 +1,5 @@
 """Two methods on the same samples: what changed, how surely, and could a threshold do it."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,7 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clva_lens.benchmarks.base import Score, require_same_ids
-from clva_lens.benchmarks.metrics import METRICS, Metric, Outcomes, bias_matched
+from clva_lens.benchmarks.metrics import (
+    METRICS,
+    Metric,
+    Outcomes,
+    bias_matched_to,
+    why_no_threshold,
+)
 from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index, mcnemar
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.registry import Registry
@@ -67,8 +72,12 @@ class Comparison:
             right if it has no hallucination.
         p_value: exact McNemar test of fixed against broken; it ignores groups.
         bias_matched_accuracy: accuracy of A with its threshold moved to B's number of yeses.
-        beyond_bias: accuracy of B minus that, with its interval (the threshold held fixed); the
-            last two are nan and None if A lacks a margin, and for captions.
+            Answers of A that are neither yes nor no stay so (``unread`` counts them), and yeses
+            are counted over the others: what B makes readable, no threshold does.
+        beyond_bias: accuracy of B minus that, with its interval (the threshold held fixed).
+        no_threshold: why the last two are undefined, and None: A has no threshold to move, such as
+            sampled answers. None if they are defined, and for captions.
+        unread: how many answers of A are neither yes nor no; 0 for captions.
     """
 
     kind: str
@@ -78,8 +87,10 @@ class Comparison:
     fixed: int
     broken: int
     p_value: float
-    bias_matched_accuracy: float
+    bias_matched_accuracy: float | None
     beyond_bias: Interval | None
+    no_threshold: str | None
+    unread: int
 
     def __repr__(self) -> str:
         """Return a small table."""
@@ -96,13 +107,21 @@ class Comparison:
         lines.append(f"  fixed {self.fixed}, broken {self.broken}, McNemar p = {self.p_value:.3g}")
         if not ROW_KINDS.get(self.kind).threshold:
             return "\n".join(lines)
-        if self.beyond_bias is None:
-            lines.append("  bias-matched accuracy of A: unknown, A lacks margins")
+        gain = self.beyond_bias
+        if gain is None:
+            lines.append(
+                "  bias-matched accuracy of A, and B beyond it: undefined, because A has no "
+                f"threshold to move: {self.no_threshold}"
+            )
         else:
-            gain = self.beyond_bias
+            kept = (
+                f"\n    ({self.unread} answers of A are neither yes nor no and stay so)"
+                if self.unread
+                else ""
+            )
             lines.append(
                 f"  bias-matched accuracy of A {self.bias_matched_accuracy:.4f}, B beyond it "
-                f"{gain.estimate:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+                f"{gain.estimate:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]{kept}"
             )
         return "\n".join(lines)
 
@@ -130,9 +149,8 @@ def compare(
     groups = [("group", row["group"]) if row["group"] else ("id", row["id"]) for row in rows_a]
     index = cluster_index(groups, len(rows_a))
     tasks: list[tuple[Metric, Any, Any]] = [(metric, a, b) for metric in how.metrics.values()]
-    shifted = None
-    if how.threshold and not np.isnan(a.margin).any():
-        shifted = bias_matched(a, int(b.predicted_yes.sum()))
+    no_threshold = why_no_threshold(a) if how.threshold else None
+    shifted = bias_matched_to(a, b) if how.threshold and no_threshold is None else None
     if shifted is not None:
         tasks.append((METRICS["accuracy"], shifted, b))
     intervals = Bootstrap(index, resamples, confidence, seed).intervals(tasks)
@@ -150,8 +168,10 @@ def compare(
         fixed=fixed,
         broken=broken,
         p_value=mcnemar(fixed, broken),
-        bias_matched_accuracy=math.nan if shifted is None else float(shifted.correct.mean()),
+        bias_matched_accuracy=None if shifted is None else float(shifted.correct.mean()),
         beyond_bias=None if shifted is None else intervals[-1],
+        no_threshold=no_threshold,
+        unread=sum(row["prediction"] == "other" for row in rows_a) if how.threshold else 0,
     )
 
 

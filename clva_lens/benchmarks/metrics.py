@@ -178,6 +178,50 @@ def bias_matched(run: Outcomes, yes_count: int) -> Outcomes:
     return Outcomes(run.label_yes, said_yes, 1 - said_yes, run.margin)
 
 
+def why_no_threshold(run: Outcomes) -> str | None:
+    """Return why the run's answers are not those of a threshold on its margins, None if they are.
+
+    They are if each yes has a larger margin than every no. Sampled answers are not, nor are texts
+    that a parser reads otherwise than the margin does: there is no threshold to move then. Answers
+    that are neither yes nor no do not count, see ``bias_matched_to``.
+    """
+    read = _read(run)
+    answered = int(read.sum())
+    if not answered:
+        return f"none of its {len(read)} answers is a yes or a no"
+    margins, said_yes = run.margin[read], run.predicted_yes[read] > 0
+    missing = int(np.isnan(margins).sum())
+    if missing:
+        return f"it lacks the margins of {missing} of its {answered} yes/no answers"
+    contrary = answered - round(best_threshold_accuracy(margins, said_yes) * answered)
+    if contrary:
+        return (
+            f"{contrary} of its {answered} yes/no answers contradict its margins at every threshold"
+        )
+    return None
+
+
+def bias_matched_to(run: Outcomes, other: Outcomes) -> Outcomes:
+    """Return the run with its threshold moved to the number of yeses of another on the same rows.
+
+    Answers of the run that are neither yes nor no stay as they are, since no threshold makes them
+    readable: the yeses are counted, and moved, over the rest. So a run matched to itself is itself,
+    exactly. The run must have a threshold, see ``why_no_threshold``.
+    """
+    read = _read(run)
+    moved = bias_matched(
+        Outcomes(run.label_yes[read], *np.zeros((2, read.sum())), run.margin[read]),
+        int(other.predicted_yes[read].sum()),
+    )
+    said_yes, said_no = run.predicted_yes.copy(), run.predicted_no.copy()
+    said_yes[read], said_no[read] = moved.predicted_yes, moved.predicted_no
+    return Outcomes(run.label_yes, said_yes, said_no, run.margin)
+
+
+def _read(run: Outcomes) -> np.ndarray:
+    return run.predicted_yes + run.predicted_no > 0
+
+
 def bias_matched_accuracy(
     margins: ArrayLike, labels: ArrayLike, target: int | Sequence[str]
 ) -> float:

@@ -288,7 +288,8 @@ def _comparison_rows(
             rows.append((split, label, metric, *found[:3]))
         if label != "greedy":
             matched = comparisons[split, label].bias_matched_accuracy
-            rows.append((split, label, "bias_matched_accuracy", matched, None, None))
+            if matched is not None:
+                rows.append((split, label, "bias_matched_accuracy", matched, None, None))
     names = ("split", "method", "metric", "value", "low", "high")
     return [dict(zip(names, row, strict=True)) for row in rows]
 
@@ -315,7 +316,8 @@ def _print_reports(
             found = comparisons[split, label]
             gap = [100 * value for value in found.metrics["accuracy"].difference[:3]]
             change = f"{gap[0]:+.1f} [{gap[1]:+.1f}, {gap[2]:+.1f}]"
-            matched = f"{100 * found.bias_matched_accuracy:.1f}"
+            same_bias = found.bias_matched_accuracy
+            matched = "undefined" if same_bias is None else f"{100 * same_bias:.1f}"
         table.add_row(
             split if label == "greedy" else "",
             label,
@@ -333,7 +335,8 @@ def _print_reports(
         "[dim]change: accuracy against greedy on the same questions, interval paired by picture. "
         "yes: share of yes answers. same bias: accuracy of greedy with its yes/no threshold moved "
         "until it says yes as often as the method; a method that does not beat it has only moved "
-        "the threshold. other: answers that are neither yes nor no. knock-out: no attention to "
+        "the threshold; undefined where greedy's answers are not those of a threshold. other: "
+        "answers that are neither yes nor no. knock-out: no attention to "
         "the image where CLVA edits it, in the layers after the positive anchor.[/]"
     )
 

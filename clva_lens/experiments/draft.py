@@ -123,16 +123,19 @@ class Draft(Kept):
         np.savez_compressed(self._free(ARRAYS, name, ".npz"), allow_pickle=False, **plain)
         self._write()
 
-    def keep_metrics(self, **metrics: float | int) -> None:
+    def keep_metrics(self, **metrics: float | int | None) -> None:
         """Keep the numbers that the finding rests on; they are what ``diff`` compares.
+
+        None says that a number is undefined here: it is left out.
 
         Raises:
             RecordError: if one is nan or infinite.
         """
-        odd = [name for name, value in metrics.items() if not np.isfinite(value)]
+        defined = {name: value for name, value in metrics.items() if value is not None}
+        odd = [name for name, value in defined.items() if not np.isfinite(value)]
         if odd:
             raise RecordError(f"the metric '{odd[0]}' is {metrics[odd[0]]}. Leave it out.")
-        told = self.metrics | {name: float(value) for name, value in metrics.items()}
+        told = self.metrics | {name: float(value) for name, value in defined.items()}
         (self.folder / METRICS).write_text(dump_json(told), encoding="utf-8")
         self._write()
 

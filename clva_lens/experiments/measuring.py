@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from clva_lens.benchmarks.base import BENCHMARKS, Benchmark, Sample
-from clva_lens.benchmarks.comparison import Comparison, compare
+from clva_lens.benchmarks.comparison import ROW_KINDS, Comparison, compare
 from clva_lens.benchmarks.run_folder import Report
 from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index, weighted_mean
 from clva_lens.experiments.paper import SPLITS
@@ -68,7 +68,8 @@ def measure_methods(
     is ``value`` less that of the first method, ``low`` and ``high`` the ends of its paired 95 %
     interval over pictures; None where there is none. Yes/no benchmarks have the metrics
     ``bias_matched_accuracy`` (of the first method, at this one's number of yeses) and
-    ``beyond_bias`` (what is gained over it, with its interval) too.
+    ``beyond_bias`` (what is gained over it, with its interval) too; their ``value`` is None where
+    the first method has no threshold to move (see ``Comparison``).
 
     Raises:
         UnknownName: if there is no such benchmark.
@@ -100,20 +101,25 @@ def _metric_rows(report: Report, first: Report, against: Comparison | None) -> l
         pair = None if against is None else against.metrics.get(name)
         change = None if against is None or name not in before else value - before[name]
         rows.append(_row(name, value, change, None if pair is None else pair.difference, report))
-    if against is not None and against.beyond_bias is not None:
+    if against is not None and ROW_KINDS.get(against.kind).threshold:
         matched, beyond = against.bias_matched_accuracy, against.beyond_bias
+        gain = None if beyond is None else beyond.estimate
         rows.append(_row("bias_matched_accuracy", matched, None, None, report))
-        rows.append(_row("beyond_bias", beyond.estimate, beyond.estimate, beyond, report))
+        rows.append(_row("beyond_bias", gain, gain, beyond, report))
     return rows
 
 
 def _row(
-    metric: str, value: float, change: float | None, interval: Interval | None, report: Report
+    metric: str,
+    value: float | None,
+    change: float | None,
+    interval: Interval | None,
+    report: Report,
 ) -> Row:
     low, high = (None, None) if interval is None else (interval.low, interval.high)
     return {
         "metric": metric,
-        "value": float(value),
+        "value": None if value is None else float(value),
         "change": None if change is None else float(change),
         "low": low,
         "high": high,
@@ -165,7 +171,12 @@ def mean_interval(
 
 
 def points(row: Mapping[str, Any]) -> str:
-    """Return a row's change in points with its interval: ``+0.2 points (−0.4 to +0.8)``."""
+    """Return a row's change in points with its interval: ``+0.2 points (−0.4 to +0.8)``.
+
+    A change that is None is "undefined".
+    """
+    if row["change"] is None:
+        return "undefined"
     change = f"{100 * row['change']:+.1f} points"
     if row["low"] is not None:
         change += f" ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"

@@ -95,8 +95,7 @@ def _pope_figures(greedy: Report, report: Report) -> dict[str, Any]:
             figures[f"{name}_difference"] = pair.difference[:3]
         figures |= {"fixed": found.fixed, "broken": found.broken, "p_value": found.p_value}
         figures["same_bias_greedy"] = found.bias_matched_accuracy
-        assert found.beyond_bias is not None
-        figures["beyond_bias"] = found.beyond_bias[:3]
+        figures["beyond_bias"] = found.beyond_bias and found.beyond_bias[:3]
     return figures
 
 
@@ -268,7 +267,8 @@ def _pope_table(pope: dict[str, Any]) -> str:
         change = matched = "–"
         if "accuracy_difference" in row:
             change = _signed(row["accuracy_difference"])
-            matched = f"{row['same_bias_greedy']:.3f}"
+            same_bias = row["same_bias_greedy"]
+            matched = "undefined" if same_bias is None else f"{same_bias:.3f}"
         lines.append(
             f"| {key} | {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] | {change} | "
             f"{row['f1']:.3f} | {row['yes_ratio']:.3f} | {row['false_positive_rate']:.3f} | "
@@ -304,7 +304,10 @@ def _verdict(pope: dict[str, Any], at_decoder: dict[str, Any]) -> str:
 
 def _clva_verdict(title: str, clva: dict[str, Any]) -> str:
     effect = _direction(clva["accuracy_difference"], "a gain", "a loss", "no measurable change")
-    beyond = _direction(clva["beyond_bias"], "better than", "worse than", "indistinguishable from")
+    order = ("better than", "worse than", "indistinguishable from")
+    # Without a threshold that gives greedy's answers there is none to move.
+    gain = clva["beyond_bias"]
+    beyond = "not comparable with" if gain is None else _direction(gain, *order)
     often = _direction(
         clva["yes_ratio_difference"], "more often than", "less often than", "as often as"
     )

@@ -49,6 +49,7 @@ def differences(
     """Return the change of each metric against a baseline, as dots with 95 % intervals.
 
     A filled dot has an interval that leaves out 0, an open one has not, a cross has no interval.
+    A change that is None beside others of its method is written as undefined.
 
     Args:
         rows: ``benchmark, method, metric, change, low, high``, fractions, as ``measure_methods``
@@ -59,7 +60,10 @@ def differences(
     Raises:
         FigureError: if no row has one of the metrics and a change.
     """
-    chosen = [r for r in rows if r["metric"] in metrics and r["change"] is not None]
+    chosen = [r for r in rows if r["metric"] in metrics]
+    # A method without any change is the baseline.
+    changed = {(r["benchmark"], r["method"]) for r in chosen if r["change"] is not None}
+    chosen = [row for row in chosen if (row["benchmark"], row["method"]) in changed]
     # Captions and questions both have a recall, but a block without the first metric is not meant.
     meant = {row["benchmark"] for row in chosen if row["metric"] == metrics[0]}
     chosen = [row for row in chosen if row["benchmark"] in meant]
@@ -100,6 +104,9 @@ def differences(
 
 
 def _dot(ax: Any, row: Mapping[str, Any], y: float) -> None:
+    if row["change"] is None:
+        ax.text(0.0, y, "undefined", fontsize=6, color="0.4", ha="center", va="center")
+        return
     value = 100 * row["change"]
     if row["low"] is None:
         ax.plot([value], [y], "x", color="0.4", ms=3.5, mew=0.9)

@@ -132,6 +132,7 @@ def test_nothing_is_gained_over_itself(name):
         assert before == after or math.isnan(before), metric
         ends = (change.estimate, change.low, change.high)
         assert all(end == 0 or math.isnan(end) for end in ends), metric
+    assert found.beyond_bias is None or found.beyond_bias[:3] == (0, 0, 0)
 
 
 def test_what_cannot_be_registered():

@@ -1,4 +1,5 @@
 import math
+import random
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 from clva_lens.benchmarks.base import Answer, Sample
 from clva_lens.benchmarks.comparison import compare
 from clva_lens.benchmarks.metrics import METRICS, Outcomes
+from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.pope import pope_metrics, score_pope
+from clva_lens.benchmarks.run_folder import Report
 from clva_lens.benchmarks.statistics import (
     auc,
     best_threshold_accuracy,
@@ -18,6 +21,8 @@ from clva_lens.benchmarks.statistics import (
     paired_bootstrap,
     wilson_interval,
 )
+from clva_lens.experiments.measuring import _metric_rows, one, points
+from clva_lens.figures.differences import differences
 from clva_lens.ground.errors import BenchmarkError, UnknownName
 
 # Rows of a run: label, prediction and a margin from few values, so that ties are common.
@@ -236,11 +241,55 @@ def test_comparison_by_hand():
     assert "bias-matched accuracy of A 0.7500" in repr(result)
 
 
-def test_comparison_without_margins_says_so():
-    a = score(["Yes", "No", "No", "No"], [None] * 4)
-    result = compare(a, a, resamples=50)
-    assert math.isnan(result.bias_matched_accuracy) and result.beyond_bias is None
-    assert "A lacks margins" in repr(result)
+@pytest.mark.parametrize(
+    ("texts", "margins", "why"),
+    [
+        ("Yes No No No", [None] * 4, "it lacks the margins of 4 of its 4 yes/no answers"),
+        ("Yes No ? No", [1.0, None, 0.0, -1.0], "the margins of 1 of its 3 yes/no answers"),
+        ("? ? ? ?", [1.0] * 4, "none of its 4 answers is a yes or a no"),
+        ("Yes No No Yes", [2.0, 1.0, -1.0, -2.0], "1 of its 4 yes/no answers contradict"),
+        ("Yes No ? ?", [1.0, 1.0, 0.0, 2.0], "1 of its 2 yes/no answers contradict"),
+    ],
+)
+def test_without_a_threshold_nothing_is_matched(texts, margins, why):
+    a = score(texts.split(), margins, parser="strict")
+    b = score(["Yes"] * 4, [1.0] * 4, parser="strict")
+    for other in (a, b):
+        result = compare(a, other, resamples=20)
+        assert result.bias_matched_accuracy is None and result.beyond_bias is None
+        assert result.no_threshold is not None and why in result.no_threshold
+        assert f"undefined, because A has no threshold to move: {result.no_threshold}" in repr(
+            result
+        )
+
+
+def test_a_shift_leaves_unread_answers_as_they_are():
+    a = score(["Yes", "?", "No", "No"], [2.0, None, -0.5, -2.0], parser="strict")
+    # B reads "?" and, of the three others, says one yes more: so A does, to -0.5, a no.
+    b = score(["Yes", "Yes", "Yes", "No"], [2.0, 1.0, 0.5, -2.0], parser="strict")
+    result = compare(a, b, resamples=20)
+    assert result.bias_matched_accuracy == 2 / 4 and result.no_threshold is None
+    assert result.beyond_bias is not None and result.beyond_bias.estimate == 1 / 4
+    assert result.unread == 1 and "1 answers of A are neither yes nor no" in repr(result)
+
+
+def measured(a, b):
+    reports = [Report(each.metrics, each.rows, {"seconds": 1.0}) for each in (a, b)]
+    rows = _metric_rows(reports[1], reports[0], compare(a, b, resamples=20))
+    return [{"benchmark": "b", "method": "m", **row} for row in rows]
+
+
+def test_what_is_undefined_is_no_number_in_rows_and_figures():
+    a = score(["Yes", "No", "No", "Yes"], [2.0, 1.0, -1.0, -2.0])
+    rows = measured(a, a)
+    for metric in ("beyond_bias", "bias_matched_accuracy"):
+        row = one(rows, metric=metric)
+        assert row["value"] is row["change"] is row["low"] is row["high"] is None
+    assert points(one(rows, metric="beyond_bias")) == "undefined"
+    drawn = differences(rows, ["accuracy", "beyond_bias"])
+    assert [[text.get_text() for text in ax.texts] for ax in drawn.axes] == [["b"], ["undefined"]]
+    greedy = score(["Yes", "No", "No", "No"], [2.0, -1.0, -1.5, -2.0])
+    assert one(measured(greedy, greedy), metric="beyond_bias")["change"] == 0
 
 
 def test_comparison_pairs_by_id_and_refuses_mismatch():
@@ -267,3 +316,47 @@ def test_comparison_with_itself_is_null(rows, seed):
     assert (result.fixed, result.broken) == (0, 0)
     for pair in result.metrics.values():
         assert pair.difference.estimate == 0 or math.isnan(pair.difference.estimate)
+    assert null_or_undefined(result)
+
+
+def null_or_undefined(result):
+    """Whether a method gains exactly nothing beyond its own bias, or it is said why not."""
+    if result.no_threshold is not None:
+        return result.beyond_bias is None and result.bias_matched_accuracy is None
+    exact = result.metrics["accuracy"].a == result.bias_matched_accuracy
+    return exact and result.beyond_bias[:3] == (0, 0, 0)
+
+
+def said(kind, margins, rng):
+    """Answers to margins: what a greedy, a sampling or a rambling model says, and failures."""
+    greedy = ["Yes." if margin > 0 else "No" for margin in margins]
+    if kind == "greedy":
+        return greedy
+    if kind == "sampled":
+        return ["Yes." if rng.random() < 1 / (1 + math.exp(-m)) else "No" for m in margins]
+    other = {"unparsed": ["perhaps", ""], "failed": [None]}[kind]
+    return [rng.choice(other) if rng.random() < 0.3 else text for text in greedy]
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled", "unparsed", "failed"])
+@pytest.mark.parametrize("parser", PARSERS.names())
+def test_no_score_gains_anything_over_itself(parser, kind):
+    rng = random.Random(0)
+    margins = [rng.gauss(0, 1) for _ in range(60)]
+    samples = [
+        Sample(str(n), None, "Is it?", "yes" if margin + rng.gauss(0, 1) > 0 else "no", str(n // 3))
+        for n, margin in enumerate(margins)
+    ]
+    texts = said(kind, margins, rng)
+    answers = [
+        Answer(str(n), "", error="no memory") if text is None else Answer(str(n), text, margin)
+        for n, (text, margin) in enumerate(zip(texts, margins, strict=True))
+    ]
+    a = score_pope(samples, answers, parser)
+    result = compare(a, a, resamples=50)
+    assert null_or_undefined(result)
+    # Greedy answers have a threshold, by whichever rule they read "Yes." and "No"; drawn have none.
+    if kind in ("greedy", "failed"):
+        assert result.no_threshold is None
+    elif kind == "sampled" and parser != "lmms":
+        assert "contradict its margins" in result.no_threshold
