@@ -217,11 +217,11 @@ def read_run(folder: str | Path) -> FinishedRun:
     """Return the run in ``folder``.
 
     Raises:
-        BenchmarkError: if there is none, it is not finished, or its files are damaged.
+        BenchmarkError: if there is none, it is not finished, or its files are damaged or edited.
     """
     folder = Path(folder)
     record = _read_record(folder)
-    samples = [Sample(image=None, **row) for row in read_lines(folder / SAMPLES).rows]
+    samples = [Sample(image=None, **row) for row in _read_samples(folder, record)]
     answers = read_answers(folder / ANSWERS) if (folder / ANSWERS).is_file() else []
     if len(answers) < len(samples):
         raise BenchmarkError(
@@ -307,6 +307,19 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise BenchmarkError(
             f"{path} is damaged ({error}). Restore it, or run again into another folder."
         ) from None
+
+
+def _read_samples(folder: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a run's samples, which must be those that its record was written with."""
+    path = folder / SAMPLES
+    rows = read_lines(path).rows
+    found, told = hashlib.sha256(path.read_bytes()).hexdigest(), record.get("samples_sha256")
+    if found != told:
+        raise BenchmarkError(
+            f"{path} was changed after the run began: its SHA-256 is {found}, and {RUN} says "
+            f"{told}. Restore the file, or run again into another folder."
+        )
+    return rows
 
 
 # ── writing ──
