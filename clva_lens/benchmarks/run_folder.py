@@ -2,7 +2,8 @@
 
 ======================  ==========================================================================
 ``run.json``            everything that decides the answers, written once at the start
-``samples.jsonl``       the samples without their pictures: with the answers, enough to score again
+``samples.jsonl``       the samples, with the SHA-256 of each picture in its place: with the answers,
+                        enough to score again
 ``answers.jsonl``       one line a sample, in the order of the samples, on disk after every batch
 ``score.json``          the metrics; undefined ones are null
 ``rows.jsonl``          one line a sample: label, answer, what was made of it
@@ -17,7 +18,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from clva_lens.benchmarks.base import Answer, Benchmark, Sample, Score, judge, read_answers
 from clva_lens.benchmarks.lines import as_lines, broken_line, read_lines
+from clva_lens.benchmarks.sample_rows import as_rows, as_samples, other_pictures
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.settings import restore_settings
 
@@ -33,8 +35,10 @@ RUN, SAMPLES, ANSWERS = "run.json", "samples.jsonl", "answers.jsonl"
 SCORE, ROWS, LOG, LOCK = "score.json", "rows.jsonl", "log.jsonl", "lock"
 # What a run may leave behind that was killed before its first file was complete.
 _LEFTOVERS = {LOCK, SAMPLES, f"{SAMPLES}.part", f"{RUN}.part"}
-# In run.json, but free to change when a run is continued.
+# In run.json, but free to change when a run is continued: where things lie is no matter, because
+# digests say what they are.
 ORIGIN = "origin"
+_FREE = (ORIGIN, "settings.data", "settings.images")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -139,7 +143,8 @@ def open_run(
         ) from None
     try:
         check_folder(folder, resume)  # again: another process may have been quicker
-        content = as_lines([_without_image(sample) for sample in samples])
+        rows = as_rows(samples)
+        content = as_lines(rows)
         wanted = {**plain(record), "samples_sha256": hashlib.sha256(content).hexdigest()}
         if not (folder / RUN).is_file():
             _replace(folder / SAMPLES, content)
@@ -147,7 +152,7 @@ def open_run(
             run = OpenRun(folder, [])
             run.log("started")
         else:
-            _require_same(folder, _read_record(folder), wanted)
+            _require_same(folder, wanted, rows)
             kept = _whole_batches(folder / ANSWERS, samples, batch_size)
             run = OpenRun(folder, kept)
             run.log("continued")
@@ -176,13 +181,18 @@ def _whole_batches(path: Path, samples: Sequence[Sample], batch_size: int) -> li
     return answers[:keep]
 
 
-def _require_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def _require_same(folder: Path, new: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
+    old = _read_record(folder)
+    stored = _read_samples(folder, old)
     then, today, missing = _flat(old), _flat(new), "nothing"
     changed = [
         f"{key}: {then.get(key, missing)!r} then, {today.get(key, missing)!r} now"
         for key in dict.fromkeys([*then, *today])
-        if key.split(".")[0] != ORIGIN and then.get(key, missing) != today.get(key, missing)
+        if not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+        and then.get(key, missing) != today.get(key, missing)
     ]
+    pictures = other_pictures(stored, rows)
+    changed += [pictures] if pictures else []
     if changed:
         raise BenchmarkError(
             f"the run in '{folder}' cannot be continued, because its answers would be of two "
@@ -217,11 +227,11 @@ def read_run(folder: str | Path) -> FinishedRun:
     """Return the run in ``folder``.
 
     Raises:
-        BenchmarkError: if there is none, it is not finished, or its files are damaged.
+        BenchmarkError: if there is none, it is not finished, or its files are damaged or edited.
     """
     folder = Path(folder)
     record = _read_record(folder)
-    samples = [Sample(image=None, **row) for row in read_lines(folder / SAMPLES).rows]
+    samples = as_samples(_read_samples(folder, record))
     answers = read_answers(folder / ANSWERS) if (folder / ANSWERS).is_file() else []
     if len(answers) < len(samples):
         raise BenchmarkError(
@@ -309,6 +319,19 @@ def _read_record(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def _read_samples(folder: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a run's samples, which must be those that its record was written with."""
+    path = folder / SAMPLES
+    rows = read_lines(path).rows
+    found, told = hashlib.sha256(path.read_bytes()).hexdigest(), record.get("samples_sha256")
+    if found != told:
+        raise BenchmarkError(
+            f"{path} was changed after the run began: its SHA-256 is {found}, and {RUN} says "
+            f"{told}. Restore the file, or run again into another folder."
+        )
+    return rows
+
+
 # ── writing ──
 
 
@@ -328,10 +351,6 @@ def plain(value: Any) -> Any:
 def now() -> str:
     """Return the time, in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _without_image(sample: Sample) -> dict[str, Any]:
-    return {f.name: getattr(sample, f.name) for f in fields(sample) if f.name != "image"}
 
 
 def _document(value: Mapping[str, Any]) -> bytes:
