@@ -2,7 +2,7 @@
 
 ======================  ==========================================================================
 ``run.json``            everything that decides the answers, written once at the start
-``samples.jsonl``       the samples, with the SHA-256 of each picture in its place: with the answers,
+``samples.jsonl``       the samples, a picture by its SHA-256: with the answers,
                         enough to score again
 ``answers.jsonl``       one line a sample, in the order of the samples, on disk after every batch
 ``score.json``          the metrics; undefined ones are null

@@ -100,7 +100,7 @@ def test_llava_patterns_are_the_eager_kernels(lens, ask, variant):
         seen = watching.watch(exact, doubled(prompt.inputs), places)
         assert set(seen) == set(cache.keys())
         for name, value in seen.items():
-            assert (cache[name] - value).abs().max() < 3e-5, name  # 2.1e-5 on one processor
+            assert (cache[name] - value).abs().max() < 2e-5, name
 
 
 def blip_weights(layers):
@@ -160,7 +160,7 @@ def test_opt_decoders(language, ask):
     for name, value in seen.items():
         error = cache[name] - value if "pattern" in name else flat(cache[name]) - value
         error = error.transpose(1, 2) if "pattern" in name else error
-        assert error[keep].abs().max() < 2e-5, name
+        assert error[keep].abs().max() < 3e-5, name  # 2.1e-5 on one processor
     mlp = cache["blocks.5.hook_resid_mid"] + cache["blocks.5.hook_mlp_out"]
     torch.testing.assert_close(mlp, cache["blocks.5.hook_resid_post"], atol=1e-6, rtol=0)
     both = cache["hook_embed"] + cache["hook_pos_embed"]
