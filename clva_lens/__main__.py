@@ -142,6 +142,9 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in the folder, if there is one.")
     ] = False,
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="Do not ask failed samples again.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -165,7 +168,8 @@ def run(
     check_images(chosen.samples(limit, seed))
     try:
         lens = load(model, dtype=dtype, device_map=device)
-        report = run_benchmark(lens, chosen, asking, out=out, resume=resume)
+        options = {"out": out, "resume": resume, "keep_failed": keep_failed}
+        report = run_benchmark(lens, chosen, asking, **options)
     except KeyboardInterrupt:
         Console(stderr=True).print(f"Stopped. Continue with the same command and --resume ({out}).")
         raise typer.Exit(130) from None

@@ -2,8 +2,8 @@
 
 ======================  ==========================================================================
 ``run.json``            everything that decides the answers, written once at the start
-``samples.jsonl``       the samples, a picture by its SHA-256: with the answers,
-                        enough to score again
+``samples.jsonl``       the samples, each with the SHA-256 of its picture instead of it: with the
+                        answers, enough to score again
 ``answers.jsonl``       one line a sample, in the order of the samples, on disk after every batch
 ``score.json``          the metrics; undefined ones are null
 ``rows.jsonl``          one line a sample: label, answer, what was made of it
@@ -26,7 +26,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from clva_lens.benchmarks.base import Answer, Benchmark, Sample, Score, judge, read_answers
-from clva_lens.benchmarks.lines import as_lines, broken_line, read_lines
+from clva_lens.benchmarks.lines import as_lines, read_lines
+from clva_lens.benchmarks.run_answers import due, whole_batches
 from clva_lens.benchmarks.sample_rows import as_rows, as_samples, other_pictures
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.settings import restore_settings
@@ -69,17 +70,29 @@ class Report:
 
 
 class OpenRun:
-    """A run folder that this process holds; ``answers`` are those on disk."""
+    """A run folder that this process holds; ``answers`` are those on disk.
 
-    def __init__(self, folder: Path, answers: list[Answer]) -> None:
+    ``due`` are the stretches of samples that are to be asked, in their order, each from where a
+    batch begins.
+    """
+
+    def __init__(self, folder: Path, answers: list[Answer], due: list[range]) -> None:
         """Take over the folder."""
         self.folder = folder
         self.answers = answers
+        self.due = due
 
-    def append(self, answers: Sequence[Answer]) -> None:
-        """Write answers to the disk; when this returns, they survive a crash."""
-        _append(self.folder / ANSWERS, [asdict(answer) for answer in answers])
-        self.answers += answers
+    def write(self, place: int, answers: Sequence[Answer]) -> None:
+        """Write the answers from ``place`` on to the disk; once this returns they survive a crash.
+
+        They are appended, or take the place of those that failed.
+        """
+        if place == len(self.answers):
+            _append(self.folder / ANSWERS, [asdict(answer) for answer in answers])
+            self.answers += answers
+        elif self.answers[place : place + len(answers)] != answers:
+            self.answers[place : place + len(answers)] = answers
+            _replace(self.folder / ANSWERS, as_lines([asdict(answer) for answer in self.answers]))
 
     def finish(self, report: Report) -> None:
         """Write the score and its rows."""
@@ -122,11 +135,14 @@ def open_run(
     samples: Sequence[Sample],
     batch_size: int,
     resume: bool = False,
+    keep_failed: bool = False,
 ) -> Iterator[OpenRun]:
     """Yield the folder of a run, started, or continued with ``resume`` if there is one.
 
     A continued run keeps its answers up to the last whole batch, and drops the rest: batches begin
-    where they would have begun, so that the answers are those of a run that was never stopped.
+    where they would have begun, so that the answers are those of a run that was never stopped. A
+    batch with failed samples is due again as a whole, unless ``keep_failed``: its answers are then
+    those of a run in which nothing failed.
 
     Raises:
         BenchmarkError: if the folder is refused (see ``check_folder``), another process is writing
@@ -149,36 +165,16 @@ def open_run(
         if not (folder / RUN).is_file():
             _replace(folder / SAMPLES, content)
             _replace(folder / RUN, _document(wanted))
-            run = OpenRun(folder, [])
+            run = OpenRun(folder, [], [range(len(samples))])
             run.log("started")
         else:
             _require_same(folder, wanted, rows)
-            kept = _whole_batches(folder / ANSWERS, samples, batch_size)
-            run = OpenRun(folder, kept)
+            kept = whole_batches(folder / ANSWERS, samples, batch_size)
+            run = OpenRun(folder, kept, due(kept, len(samples), batch_size, keep_failed))
             run.log("continued")
         yield run
     finally:
         lock.release()
-
-
-def _whole_batches(path: Path, samples: Sequence[Sample], batch_size: int) -> list[Answer]:
-    """Cut the file after its last whole batch, and return the answers before."""
-    if not path.is_file():
-        return []
-    answers = read_answers(path)
-    for number, (answer, sample) in enumerate(zip(answers, samples, strict=False), start=1):
-        if answer.id != sample.id:
-            raise broken_line(path, number, f"answers '{answer.id}' where '{sample.id}' is due")
-    if len(answers) > len(samples):
-        raise broken_line(path, len(samples) + 1, "is one more than there are samples")
-    keep = len(answers)
-    if keep < len(samples):
-        keep -= keep % batch_size
-    with path.open("r+b") as file:
-        file.truncate(read_lines(path).ends[keep - 1] if keep else 0)
-        file.flush()
-        os.fsync(file.fileno())
-    return answers[:keep]
 
 
 def _require_same(folder: Path, new: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:

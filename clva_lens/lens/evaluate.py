@@ -34,6 +34,7 @@ def evaluate(
     progress: bool = True,
     out: str | Path | None = None,
     resume: bool = False,
+    keep_failed: bool = False,
 ) -> Report:
     """Return the report of ``model`` on a benchmark, under ``method`` if one is given.
 
@@ -41,8 +42,9 @@ def evaluate(
 
     With ``out`` every answer is written to that folder as it comes (see
     ``clva_lens.benchmarks.run_folder``), and ``resume`` continues a run that was stopped, however
-    it was stopped; the answers and the score are then those of a run that was not. A run that is
-    finished is only scored again.
+    it was stopped; the answers and the score are then those of a run that was not. Samples that
+    failed are asked again, at their places, unless ``keep_failed``. A run that is finished, and of
+    which nothing failed, is only scored again.
 
     A sample that fails (a broken picture, a prompt that is too long, an exception in the model) is
     asked again alone, and is then recorded with its error, scored as wrong, and counted as
@@ -53,7 +55,8 @@ def evaluate(
         UnknownName: if there is no such benchmark, or no method of that name.
         BenchmarkError: if the limit does not fit, pictures are missing, memory runs out, or the
             folder cannot be used (see ``run_folder.open_run``).
-        ParameterError: if the method or the batch size does not fit, or ``resume`` has no ``out``.
+        ParameterError: if the method or the batch size does not fit, ``resume`` has no ``out``, or
+            ``keep_failed`` no ``resume``.
     """
     chosen = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
     check_arguments(evaluate, limit=limit, seed=seed, batch_size=batch_size)
@@ -64,7 +67,8 @@ def evaluate(
         limit=limit,
         seed=seed,
     )
-    return run_benchmark(model, chosen, asking, progress=progress, out=out, resume=resume)
+    options = {"progress": progress, "out": out, "resume": resume, "keep_failed": keep_failed}
+    return run_benchmark(model, chosen, asking, **options)
 
 
 def run_benchmark(
@@ -75,6 +79,7 @@ def run_benchmark(
     progress: bool = True,
     out: str | Path | None = None,
     resume: bool = False,
+    keep_failed: bool = False,
 ) -> Report:
     """Return the report of ``model`` on a benchmark; this is ``evaluate`` with one ``Asking``."""
     if asking.decoding is None:
@@ -84,6 +89,11 @@ def run_benchmark(
         asking.method.sessions(Target(model.hf_model, model.processor))
     if resume and out is None:
         raise ParameterError("resume=True was passed without a folder. Pass out='…' with it.")
+    if keep_failed and not resume:
+        raise ParameterError(
+            "keep_failed=True was passed without resume=True, so there are no failed samples to "
+            "keep. Pass both, or neither."
+        )
     samples = benchmark.samples(asking.limit, asking.seed)
     check_images(samples)
     # A setting that cannot be scored should not be found out after hours of answers.
@@ -91,12 +101,14 @@ def run_benchmark(
     record = _record(model, benchmark, asking, len(samples))
     answering = _Answering(model, benchmark, samples, asking, progress)
     if out is None:
-        answers = [answer for batch in answering.batches(0) for answer in batch]
+        everything = answering.batches(range(len(samples)))
+        answers = [answer for _, batch in everything for answer in batch]
         return _report(judge(benchmark, samples, answers), record, answering.seconds)
     record |= {**identity(model), ORIGIN: origin()}
-    with open_run(Path(out), record, samples, asking.batch_size, resume) as run:
-        for batch in answering.batches(len(run.answers)):
-            run.append(batch)
+    with open_run(Path(out), record, samples, asking.batch_size, resume, keep_failed) as run:
+        for due in run.due:
+            for place, batch in answering.batches(due):
+                run.write(place, batch)
         report = _report(judge(benchmark, samples, run.answers), record, answering.seconds)
         run.finish(report)
     return report
@@ -153,8 +165,11 @@ class _Answering:
     progress: bool
     seconds: float = 0.0
 
-    def batches(self, done: int) -> Iterator[list[Answer]]:
-        """Yield the answers to the samples after the first ``done``, batch by batch.
+    def batches(self, due: range) -> Iterator[tuple[int, list[Answer]]]:
+        """Yield the answers to a stretch of the samples batch by batch, with each one's place.
+
+        The samples before are passed over and not left out: what is drawn for a sample depends on
+        its place among all.
 
         Raises:
             BenchmarkError: if memory runs out.
@@ -162,8 +177,9 @@ class _Answering:
         chats = self.model.family.chats
         asked = [
             (self.benchmark.picture(s), s.question, s.system if chats else None)
-            for s in self.samples
+            for s in self.samples[: due.stop]
         ]
+        done = due.start
         options = {"progress": self.progress, "done": done, "record_errors": True}
         with closing(generate_batches(self.model, asked, self.asking, **options)) as made:
             try:
@@ -171,8 +187,8 @@ class _Answering:
                     self.seconds += batch.seconds
                     answered = zip(batch.texts, batch.margins, batch.errors, strict=True)
                     ids = [sample.id for sample in self.samples[done : done + len(batch.texts)]]
+                    yield done, [Answer(i, *one) for i, one in zip(ids, answered, strict=True)]
                     done += len(ids)
-                    yield [Answer(i, *one) for i, one in zip(ids, answered, strict=True)]
             except (MemoryError, torch.OutOfMemoryError) as error:
                 raise BenchmarkError(
                     f"memory ran out at sample {done + 1} with batch_size={self.asking.batch_size}."

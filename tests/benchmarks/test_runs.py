@@ -331,14 +331,14 @@ def test_too_little_memory_ends_the_run_and_keeps_the_answers(one, tmp_path, mon
 def test_ctrl_c_keeps_the_whole_batches(one, tmp_path, monkeypatch):
     from clva_lens.benchmarks import run_folder as runs
 
-    append = runs.OpenRun.append
+    write = runs.OpenRun.write
 
-    def stop(self, answers):
-        append(self, answers)
+    def stop(self, place, answers):
+        write(self, place, answers)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(runs.OpenRun, "append", stop)
+        patched.setattr(runs.OpenRun, "write", stop)
         with pytest.raises(KeyboardInterrupt):
             go(one, tmp_path / "run")
     assert len(read_answers(tmp_path / "run" / "answers.jsonl")) == 4

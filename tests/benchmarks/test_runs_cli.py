@@ -127,3 +127,16 @@ def test_benchmarks_are_listed():
     for name in cl.benchmarks():
         assert name in told
     assert "parser=strict" in told
+
+
+def test_failed_samples_are_asked_again_unless_they_are_kept(pair, tmp_path):
+    shutil.copytree(pair / "greedy", tmp_path / "run")
+    path = tmp_path / "run" / "answers.jsonl"
+    whole = path.read_bytes()
+    first, rest = whole.split(b"\n", 1)
+    failed = {**json.loads(first), "text": "", "margin": None, "error": "OSError: away"}
+    path.write_bytes(json.dumps(failed).encode() + b"\n" + rest)
+    asked = (*ASKED, "--out", tmp_path / "run", "--resume")
+    assert "failed 1" in run(*asked, "--keep-failed")
+    assert "failed 0" in run(*asked)
+    assert path.read_bytes() == whole
