@@ -1,7 +1,7 @@
 """Answers of others: rows that name their question by id, and often carry its words as well.
 
-One row of LLaVA's: ``{"question_id": 1, "prompt": "Is there a cup in the image?\\nAnswer the question
-using a single word or phrase.", "text": "Yes", "model_id": "llava-v1.5-7b"}``.
+One row of LLaVA's: ``{"question_id": 1, "prompt": "Is there a cup in the image?", "text": "Yes",
+"model_id": "llava-v1.5-7b"}``.
 """
 
 import re

@@ -30,8 +30,8 @@ def pixel_mask(
     """Return an object's pixels in a picture of ``size`` (height, width).
 
     One of: ``polygons`` [x, y, x, y, …] in pixels, which are joined, or a ``box`` (x, y, width,
-    height), both with the pixels that COCO's own tool (pycocotools) gives them; or ``counts``, COCO's uncompressed run lengths: of pixels outside, inside, outside and
-    so on, column by column.
+    height), both with the pixels that COCO's own tool (pycocotools) gives them; or ``counts``,
+    COCO's uncompressed run lengths: of pixels outside, inside, outside and so on, column by column.
 
     Raises:
         BenchmarkError: if none or several are given, or one does not fit the picture.

@@ -115,9 +115,13 @@ def test_boxes_and_polygons():
     box = pixel_mask((10, 12), box=(2, 3, 4, 5))
     assert box.sum() == 20
     assert box[3:8, 2:6].all()
-    corners = pixel_mask((10, 12), polygons=[[2, 3, 5, 3, 5, 7, 2, 7], [9, 9, 11, 9, 11, 9]])
-    assert corners[3:8, 2:6].all()
-    assert corners[9, 9:12].all()
+    # A polygon's numbers are edges between pixels: two of 3 × 4 and 2 × 1, joined.
+    corners = pixel_mask(
+        (10, 12), polygons=[[2, 3, 5, 3, 5, 7, 2, 7], [9, 9, 11, 9, 11, 10, 9, 10]]
+    )
+    assert corners.sum() == 14
+    assert corners[3:7, 2:5].all()
+    assert corners[9, 9:11].all()
     with pytest.raises(BenchmarkError, match="4 numbers"):
         pixel_mask((10, 12), polygons=[[1, 2, 3, 4]])
 
