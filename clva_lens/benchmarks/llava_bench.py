@@ -28,6 +28,7 @@ from clva_lens.benchmarks.chair import label, score_captions
 from clva_lens.benchmarks.chair_reading import Reader
 from clva_lens.benchmarks.chair_vocabulary import vocabulary
 from clva_lens.benchmarks.files import PictureBenchmark, find_images, locate, read_rows
+from clva_lens.benchmarks.foreign import named_answers
 from clva_lens.benchmarks.protocols import PROTOCOLS
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.files import sha256
@@ -146,6 +147,16 @@ class LlavaBench(PictureBenchmark):
         metrics["empty"] = float(sum(row["words"] == 0 for row in answered))
         metrics["failed"] = float(len(rows) - len(answered))
         return Score(metrics | {"n": float(len(rows))}, rows)
+
+    def read_answers(self, path: Path) -> list[Answer]:
+        """Return the answers in a file of a run of ours, or of LLaVA's: see ``foreign``.
+
+        Raises:
+            BenchmarkError: if the file is corrupted, a row lacks an id or a text, or it carries
+                another question than the sample's.
+        """
+        rows = read_rows(path)
+        return named_answers(path, rows, self.questions())
 
     def contexts(self) -> dict[str, str]:
         """Return what the judge is told about each picture, by file name.

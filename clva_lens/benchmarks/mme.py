@@ -21,6 +21,7 @@ from clva_lens.benchmarks.base import (
     require_known,
 )
 from clva_lens.benchmarks.files import PictureBenchmark, find_images
+from clva_lens.benchmarks.foreign import require_same_question
 from clva_lens.benchmarks.metrics import auc
 from clva_lens.benchmarks.mme_files import (
     find_questions,
@@ -198,19 +199,24 @@ class Mme(PictureBenchmark):
 
         Raises:
             BenchmarkError: if the folder has no results, one is malformed, or a result is about a
-                picture that MME does not have.
+                picture that MME does not have or answers another question about it.
         """
-        ids = {(sample.group, sample.label): sample.id for sample in self.questions()}
+        known = {(sample.group, sample.label): sample for sample in self.questions()}
         samples, answers = read_results(path)
-        strange = [s.group for s in samples if (s.group, s.label) not in ids]
+        strange = [s.group for s in samples if (s.group, s.label) not in known]
         if strange:
             raise BenchmarkError(
                 f"{len(strange)} results in {path} are about no question of {self.name}, the first "
                 f"is about {strange[0]}. Pass results of {self.name}, or score what read_results() "
                 "returns as it is."
             )
-        found = zip(samples, answers, strict=True)
-        return [replace(answer, id=ids[sample.group, sample.label]) for sample, answer in found]
+        found = []
+        for sample, answer in zip(samples, answers, strict=True):
+            asked = known[sample.group, sample.label]
+            where = f"the result of {sample.group} ({sample.label}) in {path}"
+            require_same_question(where, sample.question, asked.question)
+            found.append(replace(answer, id=asked.id))
+        return found
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of each question file, by its path under the data folder."""

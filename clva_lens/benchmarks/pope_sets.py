@@ -25,6 +25,12 @@ from clva_lens.benchmarks.base import (
     require_known,
 )
 from clva_lens.benchmarks.files import PictureBenchmark, find_images, locate, read_rows
+from clva_lens.benchmarks.foreign import (
+    answer_text,
+    id_key,
+    named_answers,
+    require_same_question,
+)
 from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.pope import score_pope
 from clva_lens.benchmarks.protocols import PROTOCOLS
@@ -209,9 +215,10 @@ def read_pope_answers(path: str | Path, samples: Sequence[Sample]) -> list[Answe
     """Return the answers in a file of POPE's own layout, of LLaVA's and VCD's, or of our own runs.
 
     POPE's: ``{"question": …, "answer": …}`` in the order of the samples, which must be all of
-    the set's (``Pope.questions``); the questions are compared. LLaVA's: ``{"question_id": …,
-    "text": …}``, in any order. Our own: ``{"id": …, "text": …, "margin": …, "error": …}``. Texts
-    are kept to the letter, since parsers mind white space.
+    the set's (``Pope.questions``). LLaVA's: ``{"question_id": …, "text": …}``, in any order. Our
+    own: ``{"id": …, "text": …, "margin": …, "error": …}``. The answer may be under any of
+    ``foreign.ANSWER_KEYS``; a question that a row carries is compared. Texts are kept to the
+    letter, since parsers mind white space.
 
     Raises:
         BenchmarkError: if the file is neither, is corrupted, or does not fit the samples.
@@ -219,35 +226,21 @@ def read_pope_answers(path: str | Path, samples: Sequence[Sample]) -> list[Answe
     rows = read_rows(path)
     if not rows:
         raise BenchmarkError(f"{path} has 0 answers. Pass a file with one answer a sample.")
-    id_key = next((key for key in ("id", "question_id") if key in rows[0]), "question")
-    text_key = "answer" if id_key == "question" else "text"
+    if id_key(rows) is not None:
+        return named_answers(path, rows, samples)
+    told = []
     for number, row in enumerate(rows, start=1):
-        if id_key not in row or not isinstance(row.get(text_key), str):
+        if not isinstance(row.get("question"), str):
             raise BenchmarkError(
-                f"row {number} of {path} lacks {id_key} or the text {text_key}; it has "
-                f"{', '.join(row)}. Pass an answer file: POPE's (question, answer) or LLaVA's "
-                "(question_id, text)."
+                f"row {number} of {path} lacks question_id or question; it has {', '.join(row)}. "
+                "Pass an answer file: POPE's (question, answer) or LLaVA's (question_id, text)."
             )
-    if id_key != "question":
-        return [
-            Answer(str(row[id_key]), row["text"], row.get("margin"), row.get("error"))
-            for row in rows
-        ]
+        told.append((row["question"], answer_text(row, f"row {number} of {path}")))
     if len(rows) != len(samples):
         raise BenchmarkError(
             f"{path} has {len(rows)} answers in order, but there are {len(samples)} samples. Pass "
             "the question set that was answered, whole: old copies of COCO-random have 2,910 rows."
         )
-    for number, (row, sample) in enumerate(zip(rows, samples, strict=True), start=1):
-        if not _same_question(str(row["question"]), sample.question):
-            raise BenchmarkError(
-                f"row {number} of {path} answers '{row['question']}', but the sample asks "
-                f"'{sample.question}'. Pass the question set that was answered."
-            )
-    return [Answer(s.id, row["answer"]) for s, row in zip(samples, rows, strict=True)]
-
-
-def _same_question(answered: str, asked: str) -> bool:
-    """Whether both are one question, whatever a protocol added, however "image" is spelt."""
-    bare = [text.replace("imange", "image").split("?")[0].strip() for text in (answered, asked)]
-    return bare[0].lower() == bare[1].lower()
+    for number, ((question, _), sample) in enumerate(zip(told, samples, strict=True), start=1):
+        require_same_question(f"row {number} of {path}", question, sample.question)
+    return [Answer(s.id, text) for s, (_, text) in zip(samples, told, strict=True)]

@@ -77,6 +77,22 @@ def test_samples_and_lengths(bench):
     assert (metrics["empty"], metrics["failed"], metrics["n"]) == (1, 1, 3)
 
 
+def test_llavas_answers_are_read_and_compared(bench, tmp_path):
+    rows = [{"question_id": n, "prompt": f"What {n}?", "text": f"A {n}"} for n in (2, 0, 1)]
+    write_lines(tmp_path / "answers.jsonl", rows)
+    assert bench.read_answers(tmp_path / "answers.jsonl")[0] == Answer("2", "A 2")
+    write_lines(tmp_path / "answers.jsonl", [rows[0] | {"prompt": "What 1?"}])
+    with pytest.raises(BenchmarkError, match=r"row 1 .* 'What 1\?'.* asks 'What 2\?'"):
+        bench.read_answers(tmp_path / "answers.jsonl")
+
+
+@needs_data
+def test_the_published_references_are_read_as_answers():
+    wild = LlavaBench("wild", data=DATA)
+    answers = wild.read_answers(DATA / "wild/answers_gpt4.jsonl")
+    assert [answer.text for answer in answers] == [sample.label for sample in wild.questions()]
+
+
 def test_judge_requests_are_llavas_to_the_letter(bench, tmp_path):
     samples = bench.samples()
     requests = judge_requests(bench, samples, ANSWERS, tmp_path / "rule.json")

@@ -217,6 +217,11 @@ def test_results_of_others_are_matched_to_the_questions(layouts, tmp_path_factor
     score = mme.score(mme.questions(), mme.read_answers(folder))
     assert [row["answer"] for row in score.rows if row["label"] == "no"] == ["no", "no"]
     assert (score.metrics["count"], score.metrics["artwork"]) == (50, 50)
+    (folder / "count.txt").write_text(lines.replace("two", "six"))
+    with pytest.raises(
+        BenchmarkError, match=r"count/7\.png \(no\).*'Is it six\?'.*asks 'Is it two"
+    ):
+        mme.read_answers(folder)
     (folder / "count.txt").write_text(lines.replace("7.png", "8.png"))
     with pytest.raises(BenchmarkError, match=r"2 results .* no question of mme, .* count/8\.png"):
         mme.read_answers(folder)

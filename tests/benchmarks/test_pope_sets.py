@@ -16,7 +16,7 @@ from clva_lens.benchmarks.base import BENCHMARKS, Answer
 from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.pope_sampling import choose_pictures, pope_set
 from clva_lens.benchmarks.pope_sets import Pope, read_pope_answers
-from clva_lens.benchmarks.protocols import VICUNA_V1
+from clva_lens.benchmarks.protocols import PROTOCOLS, VICUNA_V1
 from clva_lens.ground.errors import BenchmarkError, ParameterError, UnknownName
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
@@ -178,14 +178,46 @@ def test_answers_of_others_are_scored(folder):
             [{"question": "Is there a hat?", "answer": "Yes"}] * 4,
             "row 1 .* a hat.* asks 'Is there a",
         ),
-        ([{"question_id": 1}], "row 1 .* lacks question_id or the text text"),
+        ([{"question_id": 1}], "row 1 .* has no text in any of answer, response"),
         ([{"caption": "a"}], "row 1 .* it has caption"),
+        (
+            [{"question_id": 1, "answer": "yes", "response": "no"}],
+            "row 1 .* different texts in ans",
+        ),
+        (
+            [{"question_id": 1, "text": "yes"}, {"id": 2, "text": "no"}],
+            "row 2 .* lacks question_id",
+        ),
     ],
 )
 def test_answer_files_that_do_not_fit_are_refused(folder, rows, message):
     samples = Pope("coco", "random", data=folder).questions()
     with pytest.raises(BenchmarkError, match=message):
         read_pope_answers(answer_file(folder, rows), samples)
+
+
+@pytest.mark.parametrize("key", ["answer", "response", "caption", "text", "output"])
+@pytest.mark.parametrize("asked", ["prompt", "question"])
+def test_question_id_wins_and_a_question_carried_is_compared(folder, key, asked):
+    pope = Pope("coco", "random", data=folder)
+    rows = [
+        {
+            "id": number,
+            "question_id": row["question_id"],
+            asked: f"<image>\n{row['text'].upper()}  Answer in one word.",
+            key: row["label"],
+        }
+        for number, row in enumerate(reversed(ROWS), start=1)
+    ]
+    for protocol in PROTOCOLS.names():
+        bench = replace(pope, protocol=protocol)
+        answers = bench.read_answers(answer_file(folder, rows))
+        assert bench.score(bench.questions(), answers).metrics["accuracy"] == 1
+    rows[2][asked] = "Is there an oran in the image?"
+    with pytest.raises(
+        BenchmarkError, match=r"row 3 .* an oran .* sample asks .*an orange(.|\n)*split="
+    ):
+        pope.read_answers(answer_file(folder, rows))
 
 
 def test_half_written_answers_are_named_and_missing_ids_are_not_ignored(folder):
