@@ -39,7 +39,7 @@ def generated():
     for one in (model, model.language_model):
         for name, value in ends.items():
             setattr(one.generation_config, name, value)
-    return model.generate(**question, do_sample=False).shape[1]
+    return model.generate(**question, do_sample=False).shape[1] - question["input_ids"].shape[1]
 
 
 unset = generated()
