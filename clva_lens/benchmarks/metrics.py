@@ -209,10 +209,9 @@ def bias_matched_to(run: Outcomes, other: Outcomes) -> Outcomes:
     exactly. The run must have a threshold, see ``why_no_threshold``.
     """
     read = _read(run)
-    moved = bias_matched(
-        Outcomes(run.label_yes[read], *np.zeros((2, read.sum())), run.margin[read]),
-        int(other.predicted_yes[read].sum()),
-    )
+    unsaid = np.zeros(int(read.sum()))
+    threshold = Outcomes(run.label_yes[read], unsaid, unsaid, run.margin[read])
+    moved = bias_matched(threshold, int(other.predicted_yes[read].sum()))
     said_yes, said_no = run.predicted_yes.copy(), run.predicted_no.copy()
     said_yes[read], said_no[read] = moved.predicted_yes, moved.predicted_no
     return Outcomes(run.label_yes, said_yes, said_no, run.margin)
