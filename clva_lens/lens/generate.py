@@ -241,8 +241,7 @@ def _generate_batch(
     """Return ids and margins, or None if the method searches for one prompt at a time."""
     hf_model, decoding, count = model.hf_model, asking.how, len(prompt["input_ids"])
     config = settled(decoding, hf_model, model.words)
-    methods = () if asking.method is None else (asking.method,)
-    with intervening(model, *methods) as run, Watch(hf_model) as seen:
+    with intervening(model, asking.method) as run, Watch(hf_model) as seen:
         searches = [session.decode for session in run.sessions if session.decode is not None]
         if searches and count > 1:
             return None
@@ -259,8 +258,7 @@ def _generate_batch(
     assert isinstance(out, Tensor) and seen.first is not None
     if not seen.finite:
         raise LogitsError(
-            f"the model's logits are not finite in {hf_model.dtype} (not a number, or infinite)."
-            " "
+            f"the model's logits are not finite in {hf_model.dtype} (not a number, or infinite). "
             "Load it with dtype='bfloat16' or 'float32', and check its weights."
         )
     eos = config.eos_token_id
