@@ -96,6 +96,7 @@ class LensModel(TransformersModel):
         system: str | None = None,
         turns: Sequence[Any] = (),
         answer: str | None = None,
+        background: str | None = "white",
     ) -> Prompt:
         """Return the prompt that asks ``question`` about ``image``; lists make a batch.
 
@@ -103,14 +104,16 @@ class LensModel(TransformersModel):
         own, "" leaves it out. ``turns`` were said before, in each prompt of a batch: (question,
         answer) pairs, (picture, question, answer) where the model takes several pictures, or chat
         messages. Without pictures in the turns, the picture comes first of all. ``answer`` is the
-        beginning of the answer, which the model continues.
+        beginning of the answer, which the model continues. ``background`` is the colour behind what
+        is transparent; None takes the one that is stored with transparent pixels.
 
         Raises:
             PromptError: if an image cannot be read, a text is empty, has a control token or no
                 image, the lists differ in length, it is longer than the model's positions, or the
                 model has no place for the turns.
+            ParameterError: if the background is no opaque colour.
         """
-        images, questions, batched = as_lists(image, question)
+        images, questions, batched = as_lists(image, question, background)
         processor: Any = self.processor
         placeholder = str(getattr(processor, "image_token", "<image>"))
         for text in questions:
@@ -126,7 +129,7 @@ class LensModel(TransformersModel):
             made = [conversation(turns, text) for text in questions]
             texts = [family.converse(processor, messages, system) for messages, _ in made]
             said = [text for messages, _ in made for text in texts_of(messages)]
-            before = [read_image(one) for one in made[0][1]]
+            before = [read_image(one, background) for one in made[0][1]]
             shown = [[*before, image] for image in images] if before else shown
         else:
             texts = [family.ask(processor, text, system) for text in questions]
@@ -222,6 +225,11 @@ def load(
         name = str(model)
         if not Path(name).is_dir():
             name = known_as(name, pretrained.names()) or name
+        if "device" in options:
+            raise ParameterError(
+                f"device={options['device']!r} was passed, but load() takes it as from_pretrained "
+                f"does. Pass device_map={options['device']!r}."
+            )
         check_device(device_map)
         with _in_words(f"the model '{name}' could not be loaded", ModelLoadError):
             hf_model, processor, revision = read_named(name, given)

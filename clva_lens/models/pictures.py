@@ -29,19 +29,20 @@ _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _CLEAR = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
-def read_image(image: ImageLike) -> Image.Image:
+def read_image(image: ImageLike, background: str | None = "white") -> Image.Image:
     """Return a picture as RGB: from a path, a file, its bytes, a PIL image, an array or a tensor.
 
     Arrays are [height, width] or [height, width, channels], with grey, grey and alpha, RGB or RGBA
     as channels; booleans, uint8, uint16 (of which the upper byte is taken, as Pillow does in
     files) or floats in [0, 1]. Files are held to the same ranges. A ``Picture`` says how it is
-    read; without one it is upright and on white.
+    read; without one it is upright and on ``background`` (see there).
 
     Raises:
         PromptError: if there is no readable picture, it is too large, or its pixels are out of
             range.
+        ParameterError: if the background is no opaque colour.
     """
-    asked = image if isinstance(image, Picture) else Picture(image)
+    asked = image if isinstance(image, Picture) else Picture(image, background=background)
     source = asked.source
     name = _name(source)
     try:

@@ -256,7 +256,7 @@ def as_prompt(model: Any, asked: Asked) -> Prompt:
         return asked
     if isinstance(asked, Mapping):
         found = transformers_model(model)
-        inputs = _tensors(found, asked)
+        inputs = model_inputs(found, asked)
         batched = len(inputs["input_ids"]) > 1
         return prompt_of(found, inputs, batched=batched, images=(), questions=(), system=None)
     if isinstance(asked, tuple) and len(asked) in (2, 3):
@@ -274,8 +274,12 @@ def as_prompt(model: Any, asked: Asked) -> Prompt:
     )
 
 
-def _tensors(model: PreTrainedModel, asked: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return a processor's output without what the model does not take."""
+def model_inputs(model: PreTrainedModel, asked: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a processor's output.
+
+    Raises:
+        PromptError: if the token ids are no tensor [batch, sequence], or another input is none.
+    """
     ids = asked.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         found = f"of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
@@ -310,11 +314,14 @@ def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
 
 
 def as_lists(
-    image: ImageLike | Sequence[ImageLike] | None, question: str | Sequence[str]
+    image: ImageLike | Sequence[ImageLike] | None,
+    question: str | Sequence[str],
+    background: str | None = "white",
 ) -> tuple[list[Image.Image], list[str], bool]:
     """Return images and questions as lists of one length, and whether lists were given.
 
     One image with several questions is asked all of them; one question is asked of all images.
+    ``background`` is behind what is transparent (``read_image``).
 
     Raises:
         PromptError: if an image is missing, a question is empty, or the lists differ in length.
@@ -339,5 +346,5 @@ def as_lists(
         if not isinstance(text, str) or not text.strip():
             raise PromptError(f"question {index} is {text!r}. Pass a question that is not empty.")
     count = max(len(images), len(questions))
-    read = [read_image(one) for one in images]
+    read = [read_image(one, background) for one in images]
     return read * (count // len(read)), questions * (count // len(questions)), batched

@@ -68,6 +68,65 @@ def test_every_function_takes_every_prompt_and_every_model(one, door):
                 assert torch.equal(DOORS[door](model, asked), wanted), (name, type(asked))
 
 
+@pytest.mark.filterwarnings("ignore:.*TransformerLens:UserWarning")
+def test_a_bridge_takes_every_prompt(one, untyped):
+    bridge, pair = cl.to_transformer_lens(one), (picture(0), QUESTIONS[0])
+    prompt = one.prompt(*pair)
+    for asked in (prompt, BatchFeature(dict(prompt.inputs)), dict(prompt), pair, (*pair, None)):
+        found = bridge.inputs(asked)
+        assert found.keys() == {"input", "attention_mask", "pixel_values"}
+        for name, value in found.items():
+            assert torch.equal(value, prompt["input_ids" if name == "input" else name])
+        assert torch.equal(bridge.spans(asked).image, prompt.spans.image)
+        assert len(cl.CLVA().as_hooks(bridge, asked)) == len(cl.CLVA().as_hooks(bridge, prompt))
+    bare = cl.to_transformer_lens(one.hf_model)
+    assert torch.equal(bare.inputs(dict(prompt))["input"], prompt["input_ids"])
+    for door in (bridge.inputs, bridge.spans, lambda asked: cl.CLVA().as_hooks(bridge, asked)):
+        with pytest.raises(PromptError, match="pair, but got str"):
+            door("is there a cup ?")
+        with pytest.raises(PromptError, match=r"they are list.*return_tensors='pt'"):
+            door({"input_ids": [[1, 2]]})
+    for door in (bare.inputs, bare.spans):
+        with pytest.raises(PromptError, match="has no processor"):
+            door(pair)
+
+
+def test_generate_takes_every_prompt(one):
+    """Alone, several in a list, a tuple or as they come, and lists of pictures and questions."""
+    pairs = [(picture(i), QUESTIONS[i]) for i in range(3)]
+    how = cl.Greedy(max_new_tokens=3)
+
+    def ids(asked):
+        found = cl.generate(one, asked, None, how, progress=False).ids
+        return [row.tolist() for row in found]
+
+    wanted = [*ids(pairs[0]), *ids(pairs[1]), *ids(pairs[2])]
+    pictures = [image for image, _ in pairs]
+    made = BatchFeature(dict(one.prompt(*pairs[1]).inputs))
+    for asked in (
+        pairs,
+        tuple(pairs),
+        iter(pairs),
+        (pictures, QUESTIONS),
+        (pictures, QUESTIONS, None),
+        one.prompt(pictures, QUESTIONS),
+        [one.prompt(*pairs[0]), made, (*pairs[2], None)],
+        [pairs[0], (pictures[1:], QUESTIONS[1:])],
+    ):
+        assert ids(asked) == wanted
+    assert ids((pictures[0], QUESTIONS)) == ids([(pictures[0], one) for one in QUESTIONS])
+    assert ids((pictures, QUESTIONS[0])) == ids([(one, QUESTIONS[0]) for one in pictures])
+    assert ids((pairs[0], pairs[1])) == wanted[:2]
+
+
+@pytest.mark.parametrize(
+    "asked", ["is it ?", None, 3, picture(0), torch.zeros(()), [3], ["a", "b"]]
+)
+def test_generate_of_what_is_no_prompt(one, untyped, asked):
+    with pytest.raises(PromptError, match=r"must be a Prompt, a processor's output or an"):
+        cl.generate(one, asked)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_a_prompt_is_run_as_it_is(one, door):
     """What is in its tensors decides, not what they were made of."""

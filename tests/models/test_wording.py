@@ -87,8 +87,14 @@ def test_turns_in_a_batch(one):
 def test_turns_that_are_none(one, turns, message):
     with pytest.raises(PromptError, match=message):
         one.prompt(picture(0), QUESTIONS[0], turns=turns)
-    with pytest.raises(PromptError, match="one question about one picture"):
-        blip_of("sdpa").prompt(picture(0), QUESTIONS[0], turns=[TURN])
+
+
+@pytest.mark.parametrize("language", ["llama", "opt", "t5", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("turns", [[TURN], [(picture(0), *TURN)]])
+def test_turns_of_a_model_that_has_no_place_for_them(language, turns):
+    said = r"one question about one picture.*Leave turns= out, or write them into the question\.$"
+    with pytest.raises(PromptError, match=said):
+        blip_of("sdpa", language).prompt(picture(0), QUESTIONS[0], turns=turns)
 
 
 def test_a_begun_answer_is_continued(one):
