@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.errors import LogitsError, ParameterError
 from clva_lens.ground.parameters import Parameters
 from clva_lens.ground.registry import Registry
 from clva_lens.methods.base import Method
@@ -273,6 +273,12 @@ class _Draw(LogitsProcessor):
         self.numbers = self.numbers.to(scores.device)
         number, self.step = self.numbers[:, self.step, None], self.step + 1
         sums = scores.double().softmax(dim=-1).cumsum(dim=-1)
+        if not sums.isfinite().all():
+            raise LogitsError(
+                "what tokens are drawn from is not finite: the model's logits are not, or a tiny "
+                "temperature divides them. Load it with dtype='bfloat16' or 'float32', and use "
+                "cl.Greedy() for a temperature of 0."
+            )
         token = (sums > number * sums[:, -1:]).int().argmax(dim=-1, keepdim=True)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
@@ -282,7 +288,8 @@ def drawing(seed: int, places: Sequence[int], steps: int) -> Any:
 
     ``places`` are the prompts' among all: with the seed, they decide each row's random numbers.
     """
-    streams = [np.random.Philox(key=[seed % 2**64, place]) for place in places]
+    keys = [np.array([seed % 2**64, place], dtype=np.uint64) for place in places]
+    streams = [np.random.Philox(key=key) for key in keys]
     numbers = np.stack([np.random.Generator(stream).random(steps) for stream in streams])
 
     def search(

@@ -26,7 +26,7 @@ from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import yes_margins
 from clva_lens.methods.base import MethodLike, as_method
 from clva_lens.models.pictures import ImageLike
-from clva_lens.models.prompt import Prompt, as_prompt
+from clva_lens.models.prompt import Prompt, as_prompt, readable
 
 Asked = tuple[ImageLike, str] | tuple[ImageLike, str, str | None]
 """Image, question and, perhaps, the system message of a prompt."""
@@ -238,7 +238,7 @@ def _generate_batch(
     """Return ids and margins, or None if the method searches for one prompt at a time."""
     hf_model, decoding, count = model.hf_model, asking.how, len(prompt["input_ids"])
     config = settled(decoding, hf_model, model.words)
-    with intervening(model, asking.method) as run, Watch(hf_model) as seen:
+    with intervening(model, asking.method) as run, Watch(hf_model) as seen, readable(prompt):
         searches = [session.decode for session in run.sessions if session.decode is not None]
         if searches and count > 1:
             return None

@@ -124,16 +124,15 @@ class LensModel(TransformersModel):
                 )
         model, family = self.hf_model, self.family
         shown: list[Any] = list(images)
-        said = list(questions)
+        made = [conversation(turns, text) for text in questions] if turns else []
+        said = [text for messages, _ in made for text in texts_of(messages)] or questions
+        check_words(processor, said if answer is None else [*said, answer], system)
         if turns:
-            made = [conversation(turns, text) for text in questions]
             texts = [family.converse(processor, messages, system) for messages, _ in made]
-            said = [text for messages, _ in made for text in texts_of(messages)]
             before = [read_image(one, background) for one in made[0][1]]
             shown = [[*before, image] for image in images] if before else shown
         else:
             texts = [family.ask(processor, text, system) for text in questions]
-        check_words(processor, said if answer is None else [*said, answer], system)
         if answer is not None:
             texts = [family.begin(text, answer) for text in texts]
         return prompt_of(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -95,7 +96,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
 def _array(source: Any) -> np.ndarray:
     if isinstance(source, Tensor):
         source = source.detach().cpu()
-        source = (source.float() if source.is_floating_point() else source).numpy()
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     if not isinstance(source, np.ndarray):
         raise PromptError(
             f"an image must be a path, a PIL image or an array, but got {type(source).__name__}. "
@@ -155,7 +156,8 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
             f"float pixels must be in [0, 1], but range from {pixels.min():g} to "
             f"{pixels.max():g}. Divide by 255, or pass uint8."
         )
-    return (pixels * 255).round().astype(np.uint8)
+    finer = pixels.astype(np.result_type(pixels.dtype, np.float32), copy=False)
+    return (finer * 255).round().astype(np.uint8)
 
 
 def _rgb(opened: Image.Image, background: str | None) -> Image.Image:

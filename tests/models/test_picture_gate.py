@@ -215,6 +215,16 @@ def test_backgrounds():
         assert read_image(Picture(clear, background=background)).getpixel((0, 0)) == colour
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_floats_of_every_width(kind):
+    """What each value is, times 255, rounded once; the same as a tensor and as an array."""
+    tensor = torch.arange(0, 1, 1 / 4096, dtype=torch.float64).reshape(64, 64).to(kind)
+    wanted = (tensor.double() * 255).round().to(torch.uint8).numpy()
+    assert np.array_equal(read_image(tensor).convert("L"), wanted)
+    if kind != torch.bfloat16:
+        assert np.array_equal(read_image(tensor.numpy()).convert("L"), wanted)
+
+
 def test_the_background_of_a_prompt(one):
     """In every place of a prompt; a Picture has its own."""
     clear = Image.new("RGBA", (32, 32), (10, 20, 30, 0))

@@ -197,6 +197,67 @@ def test_what_is_no_prompt(one, untyped):
             as_prompt(one, inputs | change)
 
 
+def say(model, asked):
+    how = cl.Greedy(max_new_tokens=1)
+    return cl.generate(model, asked, None, how, progress=False).ids[0].float()
+
+
+def edited(inputs, **changes):
+    """A processor's output with other inputs; those that are None are left out."""
+    return {name: one for name, one in {**inputs, **changes}.items() if one is not None}
+
+
+@pytest.mark.parametrize("door", [*DOORS, "generate"])
+def test_an_edited_output_is_run_as_it_is_or_refused(one, untyped, door):
+    ask = {**DOORS, "generate": say}[door]
+    inputs = one.prompt(picture(0), QUESTIONS[0]).inputs
+    ids, pixels, mask = (inputs[name] for name in ("input_ids", "pixel_values", "attention_mask"))
+    wanted = ask(one, inputs)
+    for same in ({"labels": ids}, {"labels": ids[:, :3]}, {"inputs_embeds": None}):
+        assert torch.equal(ask(one, {**inputs, **same}), wanted)
+    hole = pixels.clone()
+    hole[0, 0, 3, 3] = float("nan")
+    for changes, message in (
+        ({"pixel_value": pixels}, r"takes no input 'pixel_value'\. Did you mean 'pixel_values'"),
+        ({"token_type_ids": ids}, r"takes no input 'token_type_ids'.*Take it out"),
+        ({"pixel_values": None}, "none of input_ids, attention_mask is a picture"),
+        ({"pixel_values": pixels.int()}, "is a picture .in floating point."),
+        ({"pixel_values": hole}, "'pixel_values' has values that are NaN"),
+        ({"attention_mask": mask[:, :-1]}, r"must be \[1, \d+\], as input_ids, of 0 and 1"),
+        ({"attention_mask": mask * 2}, "of 0 and 1"),
+        ({"attention_mask": mask - 0.5}, "of 0 and 1"),
+        # What only the model itself knows
+        ({"pixel_values": torch.cat([pixels, pixels])}, "cannot run this processor's output: "),
+        ({"pixel_values": pixels[..., :-1]}, "cannot run this processor's output: "),
+        ({"pixel_values": pixels[0]}, "cannot run this processor's output: |as many pictures"),
+        ({"input_ids": ids.index_fill(1, torch.tensor([3]), 10**6)}, "cannot run this"),
+        ({"input_ids": ids.double()}, "cannot run this processor's output: "),
+        ({"position_ids": ids[:, :0]}, "cannot run this processor's output: "),
+    ):
+        with pytest.raises(PromptError, match=message) as caught:
+            ask(one, edited(inputs, **changes))
+        if "cannot run" in str(caught.value):
+            assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, ZeroDivisionError])
+def test_what_is_no_fault_of_the_inputs_is_raised(one, error):
+    """Memory that runs out; and anything that comes of a prompt that was made here."""
+    prompt = one.prompt(picture(0), QUESTIONS[0])
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    handle = one.hf_model.get_input_embeddings().register_forward_pre_hook(fail)
+    try:
+        for asked in (prompt, dict(prompt)):
+            foreign = error is ZeroDivisionError and asked is not prompt
+            with pytest.raises(PromptError if foreign else error):
+                cl.trace_attention(one, asked)
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_too_long_is_the_same_error_everywhere(one, door):
     longest = one.hf_model.config.text_config.max_position_embeddings
