@@ -224,12 +224,7 @@ def load(
         name = str(model)
         if not Path(name).is_dir():
             name = known_as(name, pretrained.names()) or name
-        if "device" in options:
-            raise ParameterError(
-                f"device={options['device']!r} was passed, but load() takes it as from_pretrained "
-                f"does. Pass device_map={options['device']!r}."
-            )
-        check_device(device_map)
+        check_device(device_map, options.get("device"))
         with _in_words(f"the model '{name}' could not be loaded", ModelLoadError):
             hf_model, processor, revision = read_named(name, given)
     with _in_words(f"'{name}' is no model to look inside", ModelLoadError):
@@ -258,12 +253,17 @@ def _in_words(what: str, kind: type[ClvaLensError]) -> Iterator[None]:
         ) from error
 
 
-def check_device(device_map: Any) -> None:
+def check_device(device_map: Any, device: Any = None) -> None:
     """Refuse a device that this machine does not have, before anything is read.
 
     Raises:
-        ParameterError: naming it.
+        ParameterError: naming it; or if it has the name that ``from_pretrained`` does not know.
     """
+    if device is not None:
+        raise ParameterError(
+            f"device={device!r} was passed, but load() takes it as from_pretrained does. Pass "
+            f"device_map={device!r}."
+        )
     named = device_map.values() if isinstance(device_map, dict) else [device_map]
     for device in named:
         if device is None or device in ("auto", "balanced", "balanced_low_0", "sequential", "disk"):
