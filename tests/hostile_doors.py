@@ -34,12 +34,16 @@ class Case:
 
 @dataclass
 class World:
-    """The toy with both kernels, a picture, and a folder to write in."""
+    """The toys with both kernels, (fused, eager); a picture, and a folder to write in."""
 
-    lens: Any
-    eager: Any
+    toys: tuple[tuple[Any, Any], ...]
     image: np.ndarray
     folder: Path
+
+    @property
+    def lens(self) -> Any:
+        """The first toy."""
+        return self.toys[0][0]
 
 
 # ── pictures ──
@@ -263,7 +267,7 @@ def a_text(draws: random.Random, world: World) -> Case:
 
 def an_edited_prompt(draws: random.Random, world: World) -> Case:
     """One input of a prompt changed, left out, or of another type."""
-    lens = world.lens
+    lens, _ = draws.choice(world.toys)
     inputs = {name: one.clone() for name, one in lens.prompt(world.image, QUESTION).items()}
     name = draws.choice((*inputs, "position_ids", "labels", "junk"))
     ids = inputs["input_ids"]

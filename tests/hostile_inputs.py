@@ -45,11 +45,13 @@ def main(seed: int = 0, share: float = 1.0) -> int:
     torch.set_num_threads(1)
     faults = 0
     with tempfile.TemporaryDirectory() as folder:
-        lens = cl.load("toy-llava")
-        eager = cl.load("toy-llava", attn_implementation="eager", check=False)
+        toys = tuple(
+            (cl.load(name), cl.load(name, attn_implementation="eager", check=False))
+            for name in ("toy-llava", "toy-instructblip")
+        )
         image = np.array(render(sample_scenes(1, seed=7)[0]))
-        world = World(lens, eager, image, Path(folder))
-        before = [parameter.sum().item() for parameter in lens.hf_model.parameters()]
+        world = World(toys, image, Path(folder))
+        before = [one.sum().item() for toy, _ in toys for one in toy.hf_model.parameters()]
         total: Counter = Counter()
         for door, (made, count) in DOORS.items():
             counted, bad, began = Counter(), [], time.perf_counter()
@@ -65,8 +67,8 @@ def main(seed: int = 0, share: float = 1.0) -> int:
             print("\n".join(bad), flush=True) if bad else None
             faults += len(bad)
         show("all", total, 0)
-        after = [parameter.sum().item() for parameter in lens.hf_model.parameters()]
-        print("the model is as it was" if before == after else "THE MODEL HAS CHANGED")
+        after = [one.sum().item() for toy, _ in toys for one in toy.hf_model.parameters()]
+        print("the models are as they were" if before == after else "A MODEL HAS CHANGED")
     return faults + (before != after)
 
 

@@ -31,7 +31,8 @@ STEPS = 3
 
 def a_decoding(draws: random.Random, world: World) -> Case:
     """A decoding with odd values, against transformers' own search or sampling written out."""
-    lens, model = world.lens, world.lens.hf_model
+    lens, _ = draws.choice(world.toys)
+    model = lens.hf_model
     kind = draws.choice((cl.Greedy, cl.Beam, cl.Sampling, cl.FromCheckpoint))
     usual = {"max_new_tokens": STEPS}
     odd = draws.choice([one.name for one in fields(kind)])
@@ -91,9 +92,12 @@ def sampled(
 
 def a_method(draws: random.Random, world: World) -> Case:
     """A method with an odd parameter: the fused kernel against the eager one."""
+    fused, eager = draws.choice(world.toys)
     kind = METHODS.get(draws.choice([name for name in METHODS.names() if name != "opera"]))
     field = draws.choice(fields(kind)).name
-    value = draws.choice((*ODD, 11, 12, "first", "qformer", (1, 2), range(3), torch.ones(12, 8)))
+    value = draws.choice(
+        (*ODD, 0.3, 0.9, 2, 7.0, 11, 12, "first", "qformer", (1, 2), range(3), torch.ones(12, 8))
+    )
 
     def logits(lens: Any) -> Any:
         with torch.no_grad(), cl.intervening(lens, kind(**{field: value})):
@@ -102,8 +106,8 @@ def a_method(draws: random.Random, world: World) -> Case:
 
     return Case(
         f"{kind.__name__}({field}={value!r:.60})",
-        lambda: logits(world.lens),
-        lambda: logits(world.eager),
+        lambda: logits(fused),
+        lambda: logits(eager),
     )
 
 
@@ -135,7 +139,7 @@ def a_place(draws: random.Random, world: World) -> Case:
 
     def wanted() -> Any:
         if form == "class":
-            return logits("sensitive", world.eager)
+            return logits("sensitive", world.toys[0][1])
         if form == "nothing":
             return logits(...)
         known = form in ("pairs", "arrays", "tensor", "table", "lists", "a set") and within
