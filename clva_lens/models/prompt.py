@@ -287,7 +287,8 @@ def model_inputs(model: PreTrainedModel, asked: Mapping[str, Any]) -> dict[str, 
 
     Raises:
         PromptError: if the token ids are no tensor [batch, sequence], another input is no tensor
-            or none that the model takes, the mask is another than 0 and 1, or a pixel not finite.
+            or none that the model takes, one that it needs is missing, the mask is another than 0
+            and 1, or a pixel not finite.
     """
     ids, mask = asked.get("input_ids"), asked.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
@@ -297,6 +298,13 @@ def model_inputs(model: PreTrainedModel, asked: Mapping[str, Any]) -> dict[str, 
             f"{found}. Call the processor with return_tensors='pt'."
         )
     taken = inspect.signature(type(model).forward).parameters
+    for name, one in list(taken.items())[1:]:  # without self
+        named = one.kind is one.POSITIONAL_OR_KEYWORD
+        if named and one.default is one.empty and asked.get(name) is None:
+            raise PromptError(
+                f"the processor's output has no '{name}', which the model needs. Pass what the "
+                "model's own processor made."
+            )
     for name, value in asked.items():
         if value is not None and name not in taken:
             raise PromptError(

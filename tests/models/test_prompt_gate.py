@@ -240,6 +240,15 @@ def test_an_edited_output_is_run_as_it_is_or_refused(one, untyped, door):
             assert caught.value.__cause__ is not None
 
 
+@pytest.mark.parametrize("door", ["trace_attention", "run_with_cache", "generate"])
+def test_what_a_model_needs_is_asked_for(door):
+    """InstructBLIP's generate would answer without what the Q-Former reads."""
+    lens = blip_of("sdpa")
+    inputs = lens.prompt(picture(0), QUESTIONS[0]).inputs
+    with pytest.raises(PromptError, match=r"has no 'qformer_input_ids', which the model needs"):
+        {**DOORS, "generate": say}[door](lens, edited(inputs, qformer_input_ids=None))
+
+
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, ZeroDivisionError])
 def test_what_is_no_fault_of_the_inputs_is_raised(one, error):
     """Memory that runs out; and anything that comes of a prompt that was made here."""
