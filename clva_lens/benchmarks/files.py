@@ -1,7 +1,10 @@
 """Files of benchmarks: where they lie, rows of JSON, and pictures that must be there."""
 
+import gzip
 import json
 import os
+import re
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from clva_lens.ground.picture import Picture, check_reading
 DATA = "CLVA_LENS_DATA"
 # COCO pictures are called by number in some releases and with this prefix in others.
 _COCO = "COCO_val2014_"
+_NOT_SPACE = re.compile(r"\S")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +73,18 @@ def locate(given: str | Path | None, places: Sequence[str], what: str, source: s
 
 
 def read_rows(path: str | Path, keys: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Return the rows of a file: JSON lines, or one JSON array of objects.
+    """Return the rows of a file: objects a line each or over several lines, or a JSON array.
 
     Raises:
-        BenchmarkError: if the file is missing, is neither (naming the line, such as a half-written
-            last one), or a row lacks one of ``keys``.
+        BenchmarkError: if the file is missing, is none of these (naming the line, such as a
+            half-written last one), or a row lacks one of ``keys``.
     """
     file = Path(path)
     if not file.is_file():
         raise BenchmarkError(f"there is no file {file}. Check the path.")
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        rows = _objects(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # also UnicodeDecodeError
         raise BenchmarkError(
             f"{file} is neither JSON lines nor a JSON array: {error}. Repair or remove that line."
         ) from error
@@ -97,20 +100,26 @@ def read_rows(path: str | Path, keys: Collection[str] = ()) -> list[dict[str, An
     return rows
 
 
-def _lines(text: str) -> list[Any]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+def _objects(text: str) -> list[Any]:
+    """Return the JSON values that follow each other in a text; of an array, its items."""
+    decode = json.JSONDecoder().raw_decode
+    rows: list[Any] = []
+    place = 0
+    while begins := _NOT_SPACE.search(text, place):
+        start = begins.start()
         try:
-            rows.append(json.loads(line))
+            found, place = decode(text, start)
         except json.JSONDecodeError as error:
-            raise json.JSONDecodeError(f"line {number}: {error.msg}", line, error.pos) from error
+            # What follows a half-written object is where the decoder stumbles.
+            at = error.pos if text[start] == "[" else start
+            line = text.count("\n", 0, at) + 1
+            raise ValueError(f"line {line}: {error.msg}") from error
+        rows += found if isinstance(found, list) else [found]
     return rows
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """Return a JSON object.
+    """Return a JSON object; a file that ends in ``.gz`` is unpacked.
 
     Raises:
         BenchmarkError: if the file is missing or holds anything else.
@@ -119,8 +128,9 @@ def read_object(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise BenchmarkError(f"there is no file {file}. Check the path.")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        packed = file.read_bytes()
+        found = json.loads(gzip.decompress(packed) if file.suffix == ".gz" else packed)
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise BenchmarkError(f"{file} is no JSON: {error}. Get it again.") from error
     if not isinstance(found, dict):
         raise BenchmarkError(f"{file} holds no JSON object. Pass the right file.")

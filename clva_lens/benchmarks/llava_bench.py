@@ -28,7 +28,7 @@ from clva_lens.benchmarks.chair import label, score_captions
 from clva_lens.benchmarks.chair_reading import Reader
 from clva_lens.benchmarks.chair_vocabulary import vocabulary
 from clva_lens.benchmarks.files import PictureBenchmark, find_images, locate, read_rows
-from clva_lens.benchmarks.foreign import named_answers
+from clva_lens.benchmarks.foreign import named_answers, numbered
 from clva_lens.benchmarks.protocols import PROTOCOLS
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.files import sha256
@@ -155,8 +155,7 @@ class LlavaBench(PictureBenchmark):
             BenchmarkError: if the file is corrupted, a row lacks an id or a text, or it carries
                 another question than the sample's.
         """
-        rows = read_rows(path)
-        return named_answers(path, rows, self.questions())
+        return named_answers(path, numbered(read_rows(path)), self.questions())
 
     def contexts(self) -> dict[str, str]:
         """Return what the judge is told about each picture, by file name.
