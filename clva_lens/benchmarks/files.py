@@ -79,29 +79,50 @@ def read_rows(path: str | Path, keys: Collection[str] = ()) -> list[dict[str, An
         BenchmarkError: if the file is missing, is none of these (naming the line, such as a
             half-written last one), or a row lacks one of ``keys``.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise BenchmarkError(f"there is no file {file}. Check the path.")
-    try:
-        rows = _objects(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # also UnicodeDecodeError
-        raise BenchmarkError(
-            f"{file} is neither JSON lines nor a JSON array: {error}. Repair or remove that line."
-        ) from error
+    rows = read_values(path)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise BenchmarkError(f"row {number} of {file} is no object: {row!r}. Check the file.")
+            raise BenchmarkError(f"row {number} of {path} is no object: {row!r}. Check the file.")
         absent = set(keys) - set(row)
         if absent:
             raise BenchmarkError(
-                f"row {number} of {file} has no {', '.join(sorted(absent))}; it has "
+                f"row {number} of {path} has no {', '.join(sorted(absent))}; it has "
                 f"{', '.join(row)}. Pass a file of the right kind."
             )
     return rows
 
 
-def _objects(text: str) -> list[Any]:
-    """Return the JSON values that follow each other in a text; of an array, its items."""
+def read_values(path: str | Path) -> list[Any]:
+    """Return the JSON values that follow each other in a file; of an array, its items.
+
+    Raises:
+        BenchmarkError: if the file is missing or is no JSON, naming the line.
+    """
+    try:
+        return _values(read_text(path))
+    except ValueError as error:
+        raise BenchmarkError(
+            f"{path} is neither JSON lines nor a JSON array: {error}. Repair or remove that line."
+        ) from error
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a file; one that ends in ``.gz`` is unpacked.
+
+    Raises:
+        BenchmarkError: if the file is missing, damaged or no text.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise BenchmarkError(f"there is no file {file}. Check the path.")
+    try:
+        content = file.read_bytes()
+        return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8-sig")
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+        raise BenchmarkError(f"{file} cannot be read: {error}. Get it again.") from error
+
+
+def _values(text: str) -> list[Any]:
     decode = json.JSONDecoder().raw_decode
     rows: list[Any] = []
     place = 0
@@ -119,21 +140,17 @@ def _objects(text: str) -> list[Any]:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """Return a JSON object; a file that ends in ``.gz`` is unpacked.
+    """Return a JSON object.
 
     Raises:
         BenchmarkError: if the file is missing or holds anything else.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise BenchmarkError(f"there is no file {file}. Check the path.")
     try:
-        packed = file.read_bytes()
-        found = json.loads(gzip.decompress(packed) if file.suffix == ".gz" else packed)
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise BenchmarkError(f"{file} is no JSON: {error}. Get it again.") from error
+        found = json.loads(read_text(path))
+    except ValueError as error:
+        raise BenchmarkError(f"{path} is no JSON: {error}. Get it again.") from error
     if not isinstance(found, dict):
-        raise BenchmarkError(f"{file} holds no JSON object. Pass the right file.")
+        raise BenchmarkError(f"{path} holds no JSON object. Pass the right file.")
     return found
 
 

@@ -227,15 +227,17 @@ def score_objects(
     *,
     lemmatiser: str = "builtin",
     synonyms: str | Path = "builtin",
+    nltk: str = "3.10",
 ) -> Score:
     """Return the CHAIR score of answers to the COCO part: objects named that are not there.
 
-    An object that the question itself names counts as any other; see ``score_captions``.
+    An object that the question itself names counts as any other; see ``score_captions``, and
+    ``ChairCoco`` for ``lemmatiser``, ``synonyms`` and ``nltk``.
 
     Raises:
         BenchmarkError: if ids differ, the part has no boxes, or a sample's picture no context.
     """
-    reader = Reader(vocabulary(synonyms), lemmatiser)
+    reader = Reader(vocabulary(synonyms), lemmatiser, nltk)
     objects = benchmark.objects(reader)
     unknown = [sample.id for sample in samples if sample.group not in objects]
     if unknown:
