@@ -18,7 +18,7 @@ ID_KEYS = ("question_id", "id")
 ANSWER_KEYS = ("answer", "response", "caption", "text", "output")
 QUESTION_KEYS = ("prompt", "question")
 PICTURE_KEY = "image"
-_PICTURE = re.compile(r"(?:COCO_\w+?_)?0*([^/\\]+?)(?:\.(?:jpe?g|png|txt))?", re.IGNORECASE)
+_PICTURE = re.compile(r"(?:COCO_\w+?_)?0*(?=\w)([^/\\]+?)(?:\.(?:jpe?g|png|txt))?", re.IGNORECASE)
 
 
 Rows = Mapping[int, Mapping[str, Any]]
