@@ -107,7 +107,7 @@ def answer_to(sample: Sample | None, name: str, row: Mapping[str, Any], where: s
     """
     if sample is not None:
         require_same(where, row, sample)
-    margin, error = row.get("margin"), row.get("error")
+    margin, error = row.get("margin"), row.get("error") or None
     if not isinstance(margin, float | int | None) or not isinstance(error, str | None):
         raise BenchmarkError(
             f"{where} has the margin {margin!r} and the error {error!r}, but they are a number and "
