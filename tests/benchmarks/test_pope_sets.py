@@ -334,6 +334,9 @@ def test_a_text_that_repeats_the_question_is_no_answer(folder, key):
     pope = Pope("coco", "random", data=folder)
     answers = pope.read_answers(answer_file(folder, rows))
     assert [answer.text for answer in answers] == [row["label"] for row in ROWS]
+    # A model may repeat it, too.
+    rows = [{**row, key: row["text"]} for row in ROWS]
+    assert pope.read_answers(answer_file(folder, rows))[0].text == ROWS[0]["text"]
     # Alone it is what the model said.
     rows = [{"question_id": row["question_id"], "text": row["text"]} for row in ROWS]
     assert pope.read_answers(answer_file(folder, rows))[0].text == ROWS[0]["text"]
