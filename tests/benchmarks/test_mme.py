@@ -16,6 +16,7 @@ from clva_lens.__main__ import app
 from clva_lens.benchmarks.base import BENCHMARKS, Answer, Sample
 from clva_lens.benchmarks.comparison import compare
 from clva_lens.benchmarks.mme import COGNITION, HALLUCINATION, PERCEPTION, Mme, score_mme
+from clva_lens.benchmarks.mme_answers import read_mme_answers
 from clva_lens.benchmarks.mme_files import read_results, write_results
 from clva_lens.benchmarks.toy_mme import ToyMme
 from clva_lens.ground.errors import BenchmarkError, ParameterError
@@ -316,6 +317,26 @@ def test_llavas_rows_are_matched_by_picture_and_question(mme, inner, asked, tmp_
     path.write_text("")
     with pytest.raises(BenchmarkError, match="has 0 answers"):
         mme.read_answers(path)
+
+
+def test_a_question_within_another_is_told_apart(tmp_path):
+    asked = ("Is it a cat?", "Is it a cat or a dog?")
+    samples = [
+        replace(sample, question=question)
+        for sample, question in zip(pair("count", "a.jpg"), asked, strict=True)
+    ]
+    path = tmp_path / "answers.jsonl"
+    rows = [{"question_id": "count/a.jpg", "prompt": text, "text": text} for text in asked]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    found = read_mme_answers(path, samples, ("count",))
+    assert {answer.id: answer.text for answer in found} == {
+        sample.id: sample.question for sample in samples
+    }
+    # With more around it, which of the two was asked is not known.
+    rows[1]["prompt"] = f"Look: {asked[1]}"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(BenchmarkError, match=r"row 2 .* asked 'Is it a cat\?' or 'Is it a cat or"):
+        read_mme_answers(path, samples, ("count",))
 
 
 def test_answers_of_our_own_runs(mme, tmp_path):
