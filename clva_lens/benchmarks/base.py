@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from clva_lens.benchmarks.lines import broken_line, read_lines
+from clva_lens.benchmarks.lines import FOREIGN, RESUME, broken_line, read_lines
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.parameters import Parameters
 from clva_lens.ground.registry import Registry
@@ -132,7 +132,15 @@ class Benchmark(Parameters, ABC):
         Raises:
             BenchmarkError: if the file is missing, or a line of it is no answer.
         """
-        return read_answers(path)
+        return read_answers(path, FOREIGN)
+
+    def read_scored(self, path: Path) -> tuple[list[Sample], list[Answer]]:
+        """Return the samples that a file of answers is scored by, and the answers.
+
+        Raises:
+            BenchmarkError: if the data or the file cannot be read, or do not fit.
+        """
+        return self.questions(), self.read_answers(path)
 
 
 def _check_benchmark(name: str, benchmark: Any) -> None:
@@ -188,19 +196,22 @@ def match(samples: Sequence[Sample], answers: Sequence[Answer]) -> list[tuple[Sa
     return [(sample, by_id[sample.id]) for sample in samples]
 
 
-def read_answers(path: Path) -> list[Answer]:
+def read_answers(path: Path, remedy: str = RESUME) -> list[Answer]:
     """Return the answers of a run's ``answers.jsonl``; a last line that was cut short is left out.
+
+    ``remedy`` is what is said to do about a broken line.
 
     Raises:
         BenchmarkError: if there is no such file, or a line is no answer.
     """
     answers = []
-    for number, row in enumerate(read_lines(path).rows, start=1):
+    for number, row in enumerate(read_lines(path, remedy).rows, start=1):
         kinds = {"id": str, "text": str, "margin": float | int | None, "error": str | None}
         strange = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
         if strange or set(row) - set(kinds):
             odd = strange or sorted(set(row) - set(kinds))
-            raise broken_line(path, number, f"is no answer of a run (look at its {odd[0]})")
+            what = f"is no answer of a run (look at its {odd[0]})"
+            raise broken_line(path, number, what, remedy)
         answers.append(Answer(**row))
     return answers
 

@@ -9,6 +9,12 @@ from typing import Any, NamedTuple
 
 from clva_lens.ground.errors import BenchmarkError
 
+RESUME = (
+    "Mend that line, or keep the lines before it (head -n {before}) and continue the run with "
+    "--resume."
+)
+FOREIGN = "Mend that line, or pass a file whose rows have id, text, margin and error."
+
 
 class Lines(NamedTuple):
     """The objects of a file of JSON lines, and where each line ends, in bytes."""
@@ -17,7 +23,7 @@ class Lines(NamedTuple):
     ends: list[int]
 
 
-def read_lines(path: Path) -> Lines:
+def read_lines(path: Path, remedy: str = RESUME) -> Lines:
     """Return the whole lines of a file; what comes after the last newline was never finished.
 
     Raises:
@@ -35,20 +41,18 @@ def read_lines(path: Path) -> Lines:
         try:
             row = json.loads(line)
         except ValueError as error:  # also UnicodeDecodeError
-            raise broken_line(path, number, f"is no JSON ({error})") from None
+            raise broken_line(path, number, f"is no JSON ({error})", remedy) from None
         if not isinstance(row, dict):
-            raise broken_line(path, number, f"is a {type(row).__name__}, not an object")
+            raise broken_line(path, number, f"is a {type(row).__name__}, not an object", remedy)
         rows.append(row)
         ends.append(start)
     return Lines(rows, ends)
 
 
-def broken_line(path: Path, number: int, what: str) -> BenchmarkError:
+def broken_line(path: Path, number: int, what: str, remedy: str = RESUME) -> BenchmarkError:
     """Return the error that names a line of a file, counted from 1, and how to go on."""
-    return BenchmarkError(
-        f"line {number} of {path} {what}. Mend that line, or keep the lines before it "
-        f"(head -n {number - 1}) and continue the run with --resume."
-    )
+    told = remedy.format(before=number - 1)
+    return BenchmarkError(f"line {number} of {path} {what}. {told}")
 
 
 def as_lines(rows: list[dict[str, Any]]) -> bytes:

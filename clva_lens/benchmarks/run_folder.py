@@ -257,7 +257,8 @@ def score_answers(benchmark: Benchmark, path: Path) -> Report:
     Raises:
         BenchmarkError: if the benchmark cannot read the file, or it is not about its samples.
     """
-    return _report(benchmark, benchmark.questions(), benchmark.read_answers(path), {})
+    samples, answers = benchmark.read_scored(path)
+    return _report(benchmark, samples, answers, {})
 
 
 def _report(
