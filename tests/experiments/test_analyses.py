@@ -42,9 +42,7 @@ def test_every_analysis_has_a_record_and_is_run_here():
 
 
 @pytest.mark.parametrize("slug", SMALL)
-def test_it_runs_on_the_toys(slug, tmp_path, monkeypatch):
-    # Threads that wait for each other on a busy machine would take many times as long.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_it_runs_on_the_toys(slug, tmp_path, no_kernel):
     root = tmp_path / "checkout"
     shutil.copytree(ARCHIVE.root / "analyses", root / "analyses", ignore=lambda *_: ["records"])
     outcome = analyse(slug, SMALL[slug], root=root, progress=False)

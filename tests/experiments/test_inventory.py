@@ -113,7 +113,7 @@ def test_a_damaged_list_is_named(archive, text):
     assert run("verify", "--root", archive.root).exit_code == 1
 
 
-def test_a_damaged_record_does_not_lose_the_work_of_the_next_run(archive):
+def test_a_damaged_record_does_not_lose_the_work_of_the_next_run(archive, no_kernel):
     (archive.record("01_powers").folder / "record.json").write_text("[]")
     assert analyse("01_powers", root=archive.root, progress=False).record.id == OTHER
 
