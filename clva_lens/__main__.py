@@ -149,7 +149,7 @@ def run(
     dtype: Dtype = None,
 ) -> None:
     """Run a benchmark and keep every answer; a run that was killed goes on with --resume."""
-    from clva_lens.benchmarks.run_folder import check_folder
+    from clva_lens.benchmarks.run_writing import check_folder
     from clva_lens.lens.asking import Asking
     from clva_lens.lens.evaluate import check_images, run_benchmark
     from clva_lens.lens.load import check_device, load

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from clva_lens.benchmarks.lines import broken_line, read_lines
+from clva_lens.benchmarks.lines import broken_line, each_line
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.parameters import Parameters
 from clva_lens.ground.registry import Registry
@@ -195,8 +195,8 @@ def read_answers(path: Path) -> list[Answer]:
         BenchmarkError: if there is no such file, or a line is no answer.
     """
     answers = []
-    for number, row in enumerate(read_lines(path).rows, start=1):
-        kinds = {"id": str, "text": str, "margin": float | int | None, "error": str | None}
+    kinds = {"id": str, "text": str, "margin": float | int | None, "error": str | None}
+    for number, row in enumerate(each_line(path), start=1):
         strange = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
         if strange or set(row) - set(kinds):
             odd = strange or sorted(set(row) - set(kinds))

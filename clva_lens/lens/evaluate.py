@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Score, judge
-from clva_lens.benchmarks.run_folder import ORIGIN, Report, class_name, open_run
+from clva_lens.benchmarks.run_folder import Report, class_name
+from clva_lens.benchmarks.run_writing import ORIGIN, open_run
 from clva_lens.ground.checkout import origin
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.parameters import check_arguments
@@ -54,7 +55,7 @@ def evaluate(
     Raises:
         UnknownName: if there is no such benchmark, or no method of that name.
         BenchmarkError: if the limit does not fit, pictures are missing, memory runs out, or the
-            folder cannot be used (see ``run_folder.open_run``).
+            folder cannot be used (see ``run_writing.open_run``).
         ParameterError: if the method or the batch size does not fit, ``resume`` has no ``out``, or
             ``keep_failed`` no ``resume``.
     """

@@ -13,7 +13,7 @@ from test_runs import COUNT, Small, files, go, same_but_origin
 from tiny_models import picture
 
 import clva_lens as cl
-from clva_lens.benchmarks import run_folder
+from clva_lens.benchmarks import run_writing
 from clva_lens.benchmarks.base import Answer, Sample
 from clva_lens.benchmarks.run_answers import due
 from clva_lens.benchmarks.sample_rows import as_rows
@@ -160,14 +160,14 @@ def test_a_kill_between_two_batches_that_are_asked_again_loses_nothing(one, tmp_
     bench, run = Small(long=(1, 9)), tmp_path / "run"
     go(one, run, bench)
     before = files(run)
-    write = run_folder.OpenRun.write
+    write = run_writing.OpenRun.write
 
     def stop(self, place, answers):
         write(self, place, answers)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_folder.OpenRun, "write", stop)
+        patched.setattr(run_writing.OpenRun, "write", stop)
         with pytest.raises(KeyboardInterrupt):
             go(one, run, bench, resume=True)
     assert files(run) == before
