@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_runs import COUNT, Small, files, go, same_but_origin
-from tiny_models import lens_of
+from test_runs import COUNT, files, go, same_but_origin
 
 import clva_lens as cl
 from clva_lens.benchmarks import run_writing
@@ -170,7 +169,8 @@ from pathlib import Path
 import pytest
 sys.path[:0] = sys.argv[2:]
 import test_run_disk as it
-lens = it.lens_of("full", "sdpa")
+from tiny_models import lens_of
+lens = lens_of("full", "sdpa")
 it.stub(pytest.MonkeyPatch())
 for at in range(0, 40, 5):
     child = os.fork()
