@@ -6,11 +6,12 @@ One row of LLaVA's: ``{"question_id": 1, "prompt": "Is there a cup in the image?
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from clva_lens.benchmarks.base import Answer, Sample
-from clva_lens.benchmarks.protocols import PROTOCOLS
+from clva_lens.benchmarks.protocols import PROTOCOLS, Protocol
 from clva_lens.ground.errors import BenchmarkError
 
 ID_KEYS = ("question_id", "id")
@@ -91,12 +92,18 @@ def require_same_question(where: str, told: str, asked: str) -> None:
 
 def _bare(question: str) -> str:
     """Return a question without what registered protocols add to its end, or take from it."""
-    endings = [one.strip() for _, p in PROTOCOLS.items() for one in (p.suffix, p.drop)]
+    return _stripped(question, tuple(p for _, p in PROTOCOLS.items()))
+
+
+@lru_cache(maxsize=4096)
+def _stripped(question: str, protocols: tuple[Protocol, ...]) -> str:
+    endings = [one.strip() for p in protocols for one in (p.suffix, p.drop)]
     question = question.strip()
     while found := next((one for one in endings if one and question.endswith(one)), None):
         question = question.removesuffix(found).strip()
     return question
 
 
+@lru_cache(maxsize=4096)
 def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold())).replace("imange", "image")

@@ -12,8 +12,17 @@ from typing import Any
 
 from clva_lens.ground.errors import BenchmarkError
 
+RESUME = (
+    "Mend that line, or keep the lines before it (head -n {before}) and continue the run with "
+    "--resume."
+)
+FOREIGN = "Mend that line, or pass a file whose rows have id, text, margin and error."
 
-def each_line(path: Path) -> Iterator[dict[str, Any]]:
+_NEWLINE = ord("\n")
+_decode = json.JSONDecoder().raw_decode
+
+
+def each_line(path: Path, remedy: str = RESUME) -> Iterator[dict[str, Any]]:
     """Yield the objects of the whole lines of a file; what comes after the last newline is none.
 
     It was never finished; a machine that lost power may leave zeros where the last lines would be.
@@ -23,12 +32,27 @@ def each_line(path: Path) -> Iterator[dict[str, Any]]:
     """
     for number, line in enumerate(_whole_lines(path), start=1):
         try:
-            row = json.loads(line)
-        except ValueError as error:  # also UnicodeDecodeError
-            raise broken_line(path, number, f"is no JSON ({error})") from None
+            row = value_of(line)
+        except ValueError as error:
+            raise broken_line(path, number, f"is no JSON ({error})", remedy) from None
         if not isinstance(row, dict):
-            raise broken_line(path, number, f"is a {type(row).__name__}, not an object")
+            raise broken_line(path, number, f"is a {type(row).__name__}, not an object", remedy)
         yield row
+
+
+def value_of(line: bytes) -> Any:
+    """Return what a line of JSON says; it is half the work of ``json.loads`` where nothing is odd.
+
+    Raises:
+        ValueError: if it is no JSON.
+    """
+    try:
+        value, end = _decode(text := line.decode())
+        if end == len(text) - 1 and line[-1] == _NEWLINE:
+            return value
+    except ValueError:
+        pass
+    return json.loads(line)  # white space around the value, another encoding, or no JSON
 
 
 def end_of(path: Path, count: int | None = None) -> int:
@@ -47,7 +71,9 @@ def sha256_of_lines(path: Path) -> str:
 def _whole_lines(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
-            yield from (line for line in file if line.endswith(b"\n"))
+            for line in file:
+                if line[-1] == _NEWLINE:
+                    yield line
     except FileNotFoundError:
         raise BenchmarkError(f"there is no file '{path}'. Check the path.") from None
     except OSError as error:
@@ -56,12 +82,10 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
         ) from error
 
 
-def broken_line(path: Path, number: int, what: str) -> BenchmarkError:
+def broken_line(path: Path, number: int, what: str, remedy: str = RESUME) -> BenchmarkError:
     """Return the error that names a line of a file, counted from 1, and how to go on."""
-    return BenchmarkError(
-        f"line {number} of {path} {what}. Mend that line, or keep the lines before it "
-        f"(head -n {number - 1}) and continue the run with --resume."
-    )
+    told = remedy.format(before=number - 1)
+    return BenchmarkError(f"line {number} of {path} {what}. {told}")
 
 
 def as_lines(rows: list[dict[str, Any]]) -> bytes:

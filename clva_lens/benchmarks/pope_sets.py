@@ -24,7 +24,7 @@ from clva_lens.benchmarks.base import (
     choose,
     require_known,
 )
-from clva_lens.benchmarks.files import PictureBenchmark, find_images, locate, read_rows
+from clva_lens.benchmarks.files import PictureBenchmark, each_row, find_images, locate, read_rows
 from clva_lens.benchmarks.foreign import (
     answer_text,
     id_key,
@@ -112,15 +112,18 @@ class Pope(PictureBenchmark):
         """
         protocol = PROTOCOLS.get(self.protocol)
         found = []
+        shared = dict[str, str]().setdefault  # all but ids repeat
         for row in self._rows():
             text = row["text"].replace("imange", "image") if self.normalize_imange else row["text"]
+            name, question = row["image"], protocol.ask(text)
+            name, question = shared(name, name), shared(question, question)
             found.append(
                 Sample(
                     id=str(row["question_id"]),
-                    image=row["picture"],
-                    question=protocol.ask(text),
-                    label=row["label"],
-                    group=row["image"],
+                    image=name if isinstance(row["picture"], str) else row["picture"],
+                    question=question,
+                    label=shared(row["label"], row["label"]),
+                    group=name,
                     category=self.split,
                     system=protocol.system,
                 )
@@ -148,6 +151,11 @@ class Pope(PictureBenchmark):
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
         """Return the POPE score, parsed by the benchmark's parser."""
         return score_pope(samples, answers, self.parser)
+
+    def read_scored(self, path: Path) -> tuple[list[Sample], list[Answer]]:
+        """Return the questions and the answers in a file, for which they are read once."""
+        samples = self.questions()
+        return samples, read_pope_answers(path, samples)
 
     def read_answers(self, path: Path) -> list[Answer]:
         """Return the answers in a file, see ``read_pope_answers``, for ``questions``."""
@@ -188,8 +196,9 @@ class Pope(PictureBenchmark):
         """Yield question_id, image (the name), text, label, and picture: the name or itself."""
         files = self._files()
         if files[0].suffix != ".parquet":
-            for row in read_rows(files[0], _KEYS):
-                yield row | {"picture": row["image"]}
+            for row in each_row(files[0], set(_KEYS)):
+                row["picture"] = row["image"]
+                yield row
             return
         pictures: dict[str, Any] = {}
         for row in hub.read_parquet(files, _HUB_KEYS):

@@ -78,7 +78,7 @@ def read_run(folder: str | Path) -> FinishedRun:
     """
     folder = Path(folder)
     record = read_record(folder)
-    samples = as_samples(read_samples(folder, record))
+    samples = as_samples(each_sample(folder, record))
     answers = read_answers(folder / ANSWERS) if (folder / ANSWERS).is_file() else []
     if len(answers) < len(samples):
         raise BenchmarkError(
@@ -110,7 +110,8 @@ def score_answers(benchmark: Benchmark, path: Path) -> Report:
     Raises:
         BenchmarkError: if the benchmark cannot read the file, or it is not about its samples.
     """
-    return _report(benchmark, benchmark.questions(), benchmark.read_answers(path), {})
+    samples, answers = benchmark.read_scored(path)
+    return _report(benchmark, samples, answers, {})
 
 
 def _report(
@@ -182,21 +183,22 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def read_samples(folder: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of a run's samples, which must be those that its record was written with.
+def each_sample(folder: Path, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a run's samples, which must be those that its record was written with.
 
     Raises:
         BenchmarkError: if they are not.
     """
     path = folder / SAMPLES
-    rows = list(each_line(path))
+    if not path.is_file():
+        raise BenchmarkError(f"there is no file '{path}'. Restore it, or run again.")
     found, told = sha256(path), record.get(SAMPLES_SHA256)
     if found != told:
         raise BenchmarkError(
             f"{path} was changed after the run began: its SHA-256 is {found}, and {RUN} says "
             f"{told}. Restore the file, or run again into another folder."
         )
-    return rows
+    yield from each_line(path)
 
 
 def require_as_scored(folder: Path) -> None:

@@ -25,9 +25,9 @@ from clva_lens.benchmarks.run_folder import (
     SAMPLES_SHA256,
     SCORE,
     Report,
+    each_sample,
     plain,
     read_record,
-    read_samples,
     require_as_scored,
 )
 from clva_lens.benchmarks.sample_rows import as_rows, other_pictures
@@ -197,7 +197,7 @@ def _hold(files: RunFiles, kept: Sequence[Answer], count: int) -> None:
 
 def _require_same(folder: Path, new: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
     old = read_record(folder)
-    stored = read_samples(folder, old)
+    stored = list(each_sample(folder, old))
     then, today, missing = _flat(old), _flat(new), "nothing"
     # Without a digest of the weights, which are elsewhere then, their path says what they are.
     free = _FREE + (_FREE_OF_A_MODEL if new.get(WEIGHTS) else ())
