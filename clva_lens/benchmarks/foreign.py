@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clva_lens.benchmarks.base import Answer, Sample
-from clva_lens.benchmarks.protocols import PROTOCOLS, Protocol
+from clva_lens.benchmarks.protocols import PROTOCOLS
 from clva_lens.ground.errors import BenchmarkError
 
 ID_KEYS = ("question_id", "id")
@@ -92,14 +92,15 @@ def require_same_question(where: str, told: str, asked: str) -> None:
 
 def _bare(question: str) -> str:
     """Return a question without what registered protocols add to its end, or take from it."""
-    return _stripped(question, tuple(p for _, p in PROTOCOLS.items()))
+    endings = [one for _, p in PROTOCOLS.items() for one in (p.suffix, p.drop)]
+    return _stripped(question, tuple(endings))
 
 
 @lru_cache(maxsize=4096)
-def _stripped(question: str, protocols: tuple[Protocol, ...]) -> str:
-    endings = [one.strip() for p in protocols for one in (p.suffix, p.drop)]
+def _stripped(question: str, endings: tuple[str, ...]) -> str:
+    bare = [one.strip() for one in endings]
     question = question.strip()
-    while found := next((one for one in endings if one and question.endswith(one)), None):
+    while found := next((one for one in bare if one and question.endswith(one)), None):
         question = question.removesuffix(found).strip()
     return question
 
