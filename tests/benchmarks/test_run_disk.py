@@ -260,6 +260,24 @@ def test_a_finished_run_is_scored_without_write_access(one, tmp_path, canned, mo
     assert [files(tmp_path / name) for name in ("run", "failed")] == before
 
 
+def test_nothing_is_written_without_the_lock(one, tmp_path, canned, monkeypatch):
+    """Where only the lock may not be opened, as one of another user."""
+    stub(monkeypatch, failing=(3,))
+    go(one, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    stub(monkeypatch)
+
+    def refused(self, **_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(run_writing.FileLock, "acquire", refused)
+    for folder, resume in ((tmp_path / "run", True), (tmp_path / "new", False)):
+        with pytest.raises(BenchmarkError, match=r"Permission denied.*Make it writable"):
+            go(one, folder, resume=resume)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_a_finished_run_is_left_as_it_is_by_scoring_it_again(one, tmp_path, canned):
     go(one, tmp_path / "run")
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir()}
