@@ -5,12 +5,14 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from clva_lens.benchmarks.base import Benchmark, Sample
+from clva_lens.benchmarks.lines import value_of
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.picture import Picture, check_reading
 
@@ -90,6 +92,37 @@ def read_rows(path: str | Path, keys: Collection[str] = ()) -> list[dict[str, An
                 f"{', '.join(row)}. Pass a file of the right kind."
             )
     return rows
+
+
+def each_row(path: str | Path, keys: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yield what ``read_rows`` returns; a file of one object a line is never held whole.
+
+    Raises:
+        BenchmarkError: as ``read_rows`` does.
+    """
+    count = 0
+    if Path(path).is_file():
+        with Path(path).open("rb") as file:
+            for line in file:
+                if line.isspace():
+                    continue
+                row = _object(line)
+                if row is None or not row.keys() >= keys:  # another layout, or an error
+                    break
+                yield row
+                count += 1
+            else:
+                return
+    yield from islice(read_rows(path, keys), count, None)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """Return the object that a line is, None if it is anything else."""
+    try:
+        found = value_of(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def read_values(path: str | Path) -> list[Any]:

@@ -6,6 +6,7 @@ One row of LLaVA's: ``{"question_id": 1, "prompt": "Is there a cup in the image?
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +173,19 @@ def bare_words(question: str) -> str:
 
 def _bare(question: str) -> str:
     """Return a question without what registered protocols add to its end, or take from it."""
-    endings = [one.strip() for _, p in PROTOCOLS.items() for one in (p.suffix, p.drop)]
+    endings = [one for _, p in PROTOCOLS.items() for one in (p.suffix, p.drop)]
+    return _stripped(question, tuple(endings))
+
+
+@lru_cache(maxsize=4096)
+def _stripped(question: str, endings: tuple[str, ...]) -> str:
+    bare = [one.strip() for one in endings]
     question = question.strip()
-    while found := next((one for one in endings if one and question.endswith(one)), None):
+    while found := next((one for one in bare if one and question.endswith(one)), None):
         question = question.removesuffix(found).strip()
     return question
 
 
+@lru_cache(maxsize=4096)
 def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold())).replace("imange", "image")

@@ -24,7 +24,7 @@ from clva_lens.benchmarks.base import (
     choose,
     require_known,
 )
-from clva_lens.benchmarks.files import PictureBenchmark, find_images, locate, read_rows
+from clva_lens.benchmarks.files import PictureBenchmark, each_row, find_images, locate
 from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.pope import score_pope
 from clva_lens.benchmarks.pope_answers import read_pope_answers, read_question_ids
@@ -110,15 +110,18 @@ class Pope(PictureBenchmark):
         """
         protocol = PROTOCOLS.get(self.protocol)
         found = []
+        shared = dict[str, str]().setdefault  # all but ids repeat
         for row in self._rows():
             text = row["text"].replace("imange", "image") if self.normalize_imange else row["text"]
+            name, question = row["image"], protocol.ask(text)
+            name, question = shared(name, name), shared(question, question)
             found.append(
                 Sample(
                     id=str(row["question_id"]),
-                    image=row["picture"],
-                    question=protocol.ask(text),
-                    label=row["label"],
-                    group=row["image"],
+                    image=name if isinstance(row["picture"], str) else row["picture"],
+                    question=question,
+                    label=shared(row["label"], row["label"]),
+                    group=name,
                     category=self.split,
                     system=protocol.system,
                 )
@@ -158,6 +161,11 @@ class Pope(PictureBenchmark):
         """Return the POPE score, parsed by the benchmark's parser."""
         return score_pope(samples, answers, self.parser)
 
+    def read_scored(self, path: Path) -> tuple[list[Sample], list[Answer]]:
+        """Return the questions and the answers in a file, for which they are read once."""
+        samples = self.questions()
+        return samples, self._answers(path, samples)
+
     def read_answers(self, path: Path) -> list[Answer]:
         """Return the answers in a file, see ``read_pope_answers``, for ``questions``.
 
@@ -165,7 +173,9 @@ class Pope(PictureBenchmark):
             BenchmarkError: if the file is corrupted, does not fit the questions, or leaves some of
                 them unanswered.
         """
-        samples = self.questions()
+        return self._answers(path, self.questions())
+
+    def _answers(self, path: Path, samples: list[Sample]) -> list[Answer]:
         answers = read_pope_answers(path, samples)
         missing = {sample.id for sample in samples} - {answer.id for answer in answers}
         if missing:
@@ -212,8 +222,9 @@ class Pope(PictureBenchmark):
         """Yield question_id, image (the name), text, label, and picture: the name or itself."""
         files = self._files()
         if files[0].suffix != ".parquet":
-            for row in read_rows(files[0], _KEYS):
-                yield row | {"picture": row["image"]}
+            for row in each_row(files[0], set(_KEYS)):
+                row["picture"] = row["image"]
+                yield row
             return
         pictures: dict[str, Any] = {}
         for row in hub.read_parquet(files, _HUB_KEYS):

@@ -21,6 +21,7 @@ from clva_lens.ground.errors import (
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.asking import Asking
 from clva_lens.lens.decoding import Decoding, Watch, drawing, settled
+from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import yes_margins
@@ -34,16 +35,8 @@ Asked = tuple[ImageLike, str] | tuple[ImageLike, str, str | None]
 Unit = Prompt | list[tuple[Any, str, str | None]]
 """What is run at once: a prompt as it is, or pictures and questions to make one of."""
 
-# Faults of the settings or of the machine: another sample would not fare better. After an
-# AcceleratorError (torch 2.8 and later) every call on the device fails.
-_FATAL: tuple[type[Exception], ...] = (
-    ParameterError,
-    InterventionError,
-    ModelLoadError,
-    MemoryError,
-    torch.OutOfMemoryError,
-    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
-)
+# Faults of the settings: another sample would not fare better.
+_OF_SETTINGS = (ParameterError, InterventionError, ModelLoadError)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -112,8 +105,8 @@ def generate_batches(
 
     ``asking`` fits the model (``Asking.fitted``). The first ``done`` prompts are passed over. With
     ``record_errors`` a batch that fails is asked again one by one, and a prompt that fails alone is
-    answered by "" and its error. A method that does not fit, memory that runs out and a broken
-    device are no fault of a prompt, and are raised.
+    answered by "" and its error. A method that does not fit and faults of the machine (see
+    ``faults``) are no prompt's own, and are raised.
 
     Raises:
         PromptError: if there are no prompts, or one is malformed.
@@ -211,11 +204,11 @@ def _answer_or_error(model: LensModel, unit: Unit, place: int, asking: Asking) -
     """Return the answers to one batch, and errors for the prompts that have none."""
     try:
         return _answer(model, unit, place, asking)
-    except _FATAL:
+    except _OF_SETTINGS:
         raise
     except Exception as error:
-        if "DefaultCPUAllocator" in str(error):  # out of memory, as a bare RuntimeError
-            raise MemoryError(str(error)) from error
+        if machine_fault(error) is not None:
+            raise
         if _rows(unit) > 1:
             return _one_by_one(model, unit, place, asking, _answer_or_error)
         said = " ".join(f"{type(error).__name__}: {error}".split())

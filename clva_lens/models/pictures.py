@@ -6,6 +6,7 @@ image processors do. (``load_image`` itself drops the transparency, so that ther
 opened picture differ.)
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO, IOBase
@@ -80,7 +81,8 @@ def _opened(source: Any) -> Iterator[Image.Image]:
     """Yield the picture, which is not decoded yet where it is a file."""
     if isinstance(source, str | Path):
         if not Path(source).is_file():
-            raise PromptError(f"there is no image file '{source}'. Check the path.")
+            gone = FileNotFoundError(errno.ENOENT, "no such file", str(source))
+            raise PromptError(f"there is no image file '{source}'. Check the path.") from gone
         # Not by its name: Pillow 13 maps some TIFF files into memory and forgets to turn them.
         with Path(source).open("rb") as file:
             yield Image.open(file)
