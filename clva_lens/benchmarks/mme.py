@@ -32,6 +32,7 @@ from clva_lens.benchmarks.mme_files import (
 )
 from clva_lens.benchmarks.parsers import PARSERS, count_failures, judge_rows
 from clva_lens.benchmarks.protocols import PROTOCOLS
+from clva_lens.benchmarks.readouts import READOUTS, TEXT
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.files import sha256
 
@@ -47,7 +48,12 @@ TOTALS = {"perception": PERCEPTION, "cognition": COGNITION, "hallucination": HAL
 SUBSETS = ("all", *TOTALS)
 
 
-def score_mme(samples: Sequence[Sample], answers: Sequence[Answer], parser: str = "mme") -> Score:
+def score_mme(
+    samples: Sequence[Sample],
+    answers: Sequence[Answer],
+    parser: str = "mme",
+    readout: str = TEXT,
+) -> Score:
     """Return the MME score of ``answers``, as the official calculation.py counts it.
 
     ``{task}`` is the official score of a task in [0, 200], and ``{task}/accuracy`` and
@@ -65,7 +71,7 @@ def score_mme(samples: Sequence[Sample], answers: Sequence[Answer], parser: str 
         BenchmarkError: if samples and answers do not have the same ids, a label is not yes or no, a
             picture has more than two questions, or its questions are of different tasks.
     """
-    rows = judge_rows(samples, answers, parser)
+    rows = judge_rows(samples, answers, parser, readout)
     pictures = _pictures(rows)
     tasks = dict.fromkeys([*PERCEPTION, *COGNITION, *sorted({row["category"] for row in rows})])
     scores: dict[str, float] = {}
@@ -131,6 +137,7 @@ class Mme(PictureBenchmark):
         images: the folder of the pictures where the questions do not lie beside them. None: looked
             for beside the questions.
         parser: what an answer means, see ``parsers.parse``; ``mme`` is the official one.
+        readout: where an answer is read, see ``readouts``.
         protocol: how it is asked, see ``protocols``. Every question ends in "Please answer yes or
             no."; ``bare`` leaves it at that, ``llava`` replaces it and ``vcd`` adds to it.
     """
@@ -140,6 +147,7 @@ class Mme(PictureBenchmark):
     data: str | Path | None = None
     images: str | Path | None = None
     parser: str = "mme"
+    readout: str = TEXT
     protocol: str = "llava"
 
     def __post_init__(self) -> None:
@@ -147,6 +155,7 @@ class Mme(PictureBenchmark):
         super().__post_init__()
         require_known("subset", self.subset, SUBSETS)
         PARSERS.get(self.parser)
+        require_known("readout", self.readout, READOUTS)
         PROTOCOLS.get(self.protocol)
 
     @property
@@ -190,7 +199,7 @@ class Mme(PictureBenchmark):
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
         """Return the MME score."""
-        return score_mme(samples, answers, self.parser)
+        return score_mme(samples, answers, self.parser, self.readout)
 
     def read_answers(self, path: Path) -> list[Answer]:
         """Return the answers of others, see ``read_mme_answers``, for ``questions``.

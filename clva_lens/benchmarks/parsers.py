@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from clva_lens.benchmarks.base import Answer, Sample, match
+from clva_lens.benchmarks.readouts import TEXT, read_margin
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.registry import Registry
 
@@ -131,34 +132,43 @@ PARSERS.register("mme", Parser(_mme))
 
 
 def judge_rows(
-    samples: Sequence[Sample], answers: Sequence[Answer], parser: str
+    samples: Sequence[Sample], answers: Sequence[Answer], parser: str, readout: str = TEXT
 ) -> list[dict[str, Any]]:
     """Return one row a sample, in their order: the raw answer, what it means, whether it is right.
 
-    ``prediction`` is by ``parser`` and ``strict`` by the strict one, whichever parser is asked. A
-    failed sample (``Answer.error``) has the prediction "other", which is wrong.
+    ``prediction`` is by ``parser`` from the text, or by the margin with another ``readout``, and
+    ``strict`` by the strict parser, whichever is asked. A failed sample (``Answer.error``) has the
+    prediction "other", which is wrong.
 
     Raises:
-        BenchmarkError: if samples and answers do not have the same ids.
+        BenchmarkError: if samples and answers do not have the same ids, or a margin that is to be
+            read is missing.
     """
     read = lru_cache(maxsize=4096)(parse)  # most answers are the same few words
-    return [vars(_Row(*pair, parser, read)) for pair in match(samples, answers)]
+    return [vars(_Row(*pair, parser, readout, read)) for pair in match(samples, answers)]
 
 
 class _Row:
     """A row as its own ``vars``: the keys of a million of them are kept once."""
 
     def __init__(
-        self, sample: Sample, answer: Answer, parser: str, read: Callable[..., str]
+        self, sample: Sample, answer: Answer, parser: str, readout: str, read: Callable[..., str]
     ) -> None:
         failed = answer.error is not None
+        words = readout == TEXT
         self.id = sample.id
         self.group = sample.group
         self.category = sample.category
         self.question = sample.question
         self.label = sample.label
         self.answer = answer.text
-        self.prediction = "other" if failed else read(answer.text, parser, sample.label)
+        self.prediction = (
+            "other"
+            if failed
+            else read(answer.text, parser, sample.label)
+            if words
+            else read_margin(answer)
+        )
         self.right = self.prediction == sample.label
         self.strict = "other" if failed else read(answer.text)
         self.margin = answer.margin

@@ -11,6 +11,7 @@ from typing import Any
 from clva_lens.benchmarks.base import Answer, Sample, Score
 from clva_lens.benchmarks.metrics import auc
 from clva_lens.benchmarks.parsers import count_failures, judge_rows
+from clva_lens.benchmarks.readouts import TEXT
 from clva_lens.ground.errors import BenchmarkError
 
 
@@ -85,7 +86,9 @@ def _check(
             )
 
 
-def score_pope(samples: Sequence[Sample], answers: Sequence[Answer], parser: str) -> Score:
+def score_pope(
+    samples: Sequence[Sample], answers: Sequence[Answer], parser: str, readout: str = TEXT
+) -> Score:
     """Return the POPE score of ``answers``, each row with its raw text and parsed prediction.
 
     The metrics are those of ``pope_metrics`` and ``failed``, the number of samples without an
@@ -96,7 +99,7 @@ def score_pope(samples: Sequence[Sample], answers: Sequence[Answer], parser: str
     Raises:
         BenchmarkError: if samples and answers do not have the same ids, or a label is not yes/no.
     """
-    rows = judge_rows(samples, answers, parser)
+    rows = judge_rows(samples, answers, parser, readout)
     counts = count_failures(rows)
     metrics = pope_metrics(
         [row["label"] for row in rows],

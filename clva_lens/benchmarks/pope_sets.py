@@ -29,6 +29,7 @@ from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.pope import score_pope
 from clva_lens.benchmarks.pope_answers import read_pope_answers, read_question_ids
 from clva_lens.benchmarks.protocols import PROTOCOLS
+from clva_lens.benchmarks.readouts import READOUTS, TEXT
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.files import sha256
 
@@ -66,6 +67,7 @@ class Pope(PictureBenchmark):
         images: the folder of the pictures (the Hub's data set has them inside). None:
             $CLVA_LENS_DATA.
         parser: what an answer means, see ``parsers.parse``.
+        readout: where an answer is read, see ``readouts``.
         protocol: how it is asked, see ``protocols``.
         normalize_imange: mend the typo "imange"; otherwise questions are asked to the letter.
         subset: a file whose rows name the questions that count by ``question_id``: a published file
@@ -78,6 +80,7 @@ class Pope(PictureBenchmark):
     data: str | Path | None = None
     images: str | Path | None = None
     parser: str = "strict"
+    readout: str = TEXT
     protocol: str = "llava"
     normalize_imange: bool = False
     subset: str | Path | None = None
@@ -88,6 +91,7 @@ class Pope(PictureBenchmark):
         require_known("source", self.source, SOURCES)
         require_known("split", self.split, SPLITS)
         PARSERS.get(self.parser)
+        require_known("readout", self.readout, READOUTS)
         PROTOCOLS.get(self.protocol)
 
     @property
@@ -159,7 +163,7 @@ class Pope(PictureBenchmark):
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
         """Return the POPE score, parsed by the benchmark's parser."""
-        return score_pope(samples, answers, self.parser)
+        return score_pope(samples, answers, self.parser, self.readout)
 
     def read_scored(self, path: Path) -> tuple[list[Sample], list[Answer]]:
         """Return the questions and the answers in a file, for which they are read once."""

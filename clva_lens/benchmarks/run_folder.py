@@ -21,6 +21,7 @@ from typing import Any
 
 from clva_lens.benchmarks.base import Answer, Benchmark, Sample, Score, judge, read_answers
 from clva_lens.benchmarks.lines import each_line, sha256_of_lines
+from clva_lens.benchmarks.readouts import require_margins_for
 from clva_lens.benchmarks.sample_rows import as_samples
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.files import sha256
@@ -101,6 +102,7 @@ def score(folder: str | Path, **settings: Any) -> Report:
     """
     run = read_run(folder)
     benchmark = benchmark_of(run.record, settings)
+    require_margins_for(benchmark.settings, run.record["settings"])
     return _report(benchmark, run.samples, run.answers, run.record)
 
 

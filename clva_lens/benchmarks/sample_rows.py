@@ -42,10 +42,11 @@ def as_samples(rows: Iterable[Mapping[str, Any]]) -> list[Sample]:
     """Return the samples of rows, without their pictures."""
     shared: dict[Any, Any] = {}  # all but ids repeat
     names = [f.name for f in fields(Sample) if f.name not in ("id", "image")]
-    return [
-        Sample(row["id"], None, *[shared.setdefault(told, told) for told in map(row.get, names)])
-        for row in rows
-    ]
+    samples = []
+    for row in rows:
+        told: list[Any] = [shared.setdefault(one, one) for one in map(row.get, names)]
+        samples.append(Sample(row["id"], None, *told))
+    return samples
 
 
 def other_pictures(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:

@@ -12,10 +12,19 @@ from typing import ClassVar
 
 import numpy as np
 
-from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Score, choose
+from clva_lens.benchmarks.base import (
+    BENCHMARKS,
+    Answer,
+    Benchmark,
+    Sample,
+    Score,
+    choose,
+    require_known,
+)
 from clva_lens.benchmarks.mme import HALLUCINATION, score_mme
 from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.protocols import PROTOCOLS
+from clva_lens.benchmarks.readouts import READOUTS, TEXT
 from clva_lens.benchmarks.toy_pope import SEED
 from clva_lens.ground.errors import ParameterError
 from clva_lens.toy.questions import (
@@ -82,6 +91,7 @@ class ToyMme(Benchmark):
     pictures: int = 30
     seed: int = SEED + 2
     parser: str = "mme"
+    readout: str = TEXT
     protocol: str = "bare"
 
     def __post_init__(self) -> None:
@@ -89,6 +99,7 @@ class ToyMme(Benchmark):
         if self.pictures < 1:
             raise ParameterError(f"pictures must be >= 1, but is {self.pictures}. Pass 30.")
         PARSERS.get(self.parser)
+        require_known("readout", self.readout, READOUTS)
         PROTOCOLS.get(self.protocol)
 
     @property
@@ -124,7 +135,7 @@ class ToyMme(Benchmark):
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
         """Return the MME score."""
-        return score_mme(samples, answers, self.parser)
+        return score_mme(samples, answers, self.parser, self.readout)
 
     def _pairs(self, number: int, task: str) -> Iterator[tuple[int, Scene, _Pair]]:
         """Yield (index, scene, questions) of the first scenes that a task can ask about."""

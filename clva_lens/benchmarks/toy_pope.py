@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Score, choose
+from clva_lens.benchmarks.base import (
+    BENCHMARKS,
+    Answer,
+    Benchmark,
+    Sample,
+    Score,
+    choose,
+    require_known,
+)
 from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.pope import score_pope
+from clva_lens.benchmarks.readouts import READOUTS, TEXT
 from clva_lens.toy.questions import SPLITS, Split, pope_questions
 from clva_lens.toy.scenes import Scene, render, sample_scenes
 
@@ -31,6 +40,7 @@ class ToyPope(Benchmark):
     count: int = SCENES
     seed: int = SEED
     parser: str = "strict"
+    readout: str = TEXT
 
     @property
     def name(self) -> str:
@@ -43,8 +53,9 @@ class ToyPope(Benchmark):
         return sample_scenes(self.count, self.seed)
 
     def __post_init__(self) -> None:
-        """Check the parser."""
+        """Check the parser and the readout."""
         PARSERS.get(self.parser)
+        require_known("readout", self.readout, READOUTS)
 
     @property
     def max_new_tokens(self) -> int:
@@ -68,7 +79,7 @@ class ToyPope(Benchmark):
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
         """Return the POPE score."""
-        return score_pope(samples, answers, self.parser)
+        return score_pope(samples, answers, self.parser, self.readout)
 
 
 for _split in SPLITS:

@@ -182,17 +182,8 @@ def analyse(
                 f"the notebook of {slug} failed: {error}. Nothing was recorded; look at {failed}."
             )
         told = _taken(staging / DRAFT, slug)
-        inputs = {
-            "analysis": slug,
-            "source": notebooks.code_cells(source),
-            "parameters": defaults | given,
-            "given": given,
-            "models": told["models"],
-            "runs": told["runs"],
-            "data": told["data"],
-            "code": code_digest(),
-            "packages": packages(),
-        }
+        asked = {"parameters": defaults | given, "given": given}
+        inputs = {"analysis": slug, "source": notebooks.code_cells(source), **asked, **_used(told)}
         versions = archive.records(slug)
         same = [one for one in versions if _inputs(one) == inputs]
         if same:
@@ -214,6 +205,12 @@ def _taken(draft: Path, slug: str) -> dict[str, Any]:
     told = read_json(draft)
     draft.unlink()
     return told
+
+
+def _used(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs that a notebook used, and with what code."""
+    used = {key: told[key] for key in ("models", "runs", "data")}
+    return {**used, "code": code_digest(), "packages": packages()}
 
 
 def _document(

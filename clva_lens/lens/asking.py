@@ -7,6 +7,7 @@ from clva_lens.ground.errors import ModelLoadError, ParameterError
 from clva_lens.ground.parameters import Parameters
 from clva_lens.lens.decoding import Decoding, Greedy, check_decoding
 from clva_lens.lens.load import LensModel
+from clva_lens.lens.margins import AnswerTokens
 from clva_lens.methods.base import Method
 
 
@@ -15,7 +16,8 @@ class Asking(Parameters):
     """A method, a decoding, how many prompts at a time, and which samples of a benchmark.
 
     Without a decoding it is greedy; a benchmark gives it its own length. ``limit`` takes that many
-    samples only, drawn with ``seed``; None takes all.
+    samples only, drawn with ``seed``; None takes all. ``margin`` has the tokens of the yes−no
+    margin; None for all spellings.
     """
 
     method: Method | None = None
@@ -23,6 +25,7 @@ class Asking(Parameters):
     batch_size: int = 8
     limit: int | None = None
     seed: int = 0
+    margin: AnswerTokens | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""

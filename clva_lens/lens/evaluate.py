@@ -1,12 +1,15 @@
 """A benchmark run: samples to prompts, prompts to answers, answers to a score with its record."""
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Score, judge
+from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, judge
+from clva_lens.benchmarks.readouts import TEXT
 from clva_lens.benchmarks.run_folder import Report, class_name
 from clva_lens.benchmarks.run_writing import ORIGIN, open_run
 from clva_lens.ground.checkout import origin
@@ -14,13 +17,17 @@ from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.parameters import check_arguments
 from clva_lens.lens.asking import Asking
 from clva_lens.lens.decoding import Decoding, told
+from clva_lens.lens.facts import sample_prompt
 from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.generate import generate_batches
 from clva_lens.lens.load import LensModel
+from clva_lens.lens.margins import AnswerTokens, readout_tokens
 from clva_lens.lens.provenance import describe, identity, machine
 from clva_lens.methods.base import MethodLike, as_method
 from clva_lens.methods.target import Target
 
+_END = 8
+"""Tokens of a prompt's end that say how an answer begins."""
 MAX_FAILED = 0.1
 FEW = 10
 """Fewer than that may fail whatever their share."""
@@ -99,7 +106,7 @@ def run_benchmark(
     max_failed: float = MAX_FAILED,
 ) -> Report:
     """Return the report of ``model`` on a benchmark; this is ``evaluate`` with one ``Asking``."""
-    asking = asking.fitted(model, benchmark.max_new_tokens)
+    asking = _with_margin(asking.fitted(model, benchmark.max_new_tokens), model, benchmark)
     if asking.method is not None:  # an error of the settings is no sample's error
         asking.method.sessions(Target(model.hf_model, model.processor))
     if resume and out is None:
@@ -117,21 +124,52 @@ def run_benchmark(
     samples = benchmark.samples(asking.limit, asking.seed)
     check_images(samples)
     # A setting that cannot be scored should not be found out after hours of answers.
-    judge(benchmark, samples, [Answer(sample.id, "") for sample in samples])
+    judge(benchmark, samples, [Answer(sample.id, "", 0.0) for sample in samples])
     record = _record(model, benchmark, asking, len(samples))
     answering = _Answering(model, benchmark, samples, asking, progress, max_failed)
     if out is None:
         everything = answering.batches(range(len(samples)))
         answers = [answer for _, batch in everything for answer in batch]
-        return _report(judge(benchmark, samples, answers), record, answering.seconds)
+        return answering.report(answers, record)
     record |= {**identity(model), ORIGIN: origin()}
     with open_run(Path(out), record, samples, asking.batch_size, resume, keep_failed) as run:
         for due in run.due:
             for place, batch in answering.batches(due):
                 run.write(place, batch)
-        report = _report(judge(benchmark, samples, run.answers), record, answering.seconds)
+        report = answering.report(run.answers, record)
         run.finish(report)
     return report
+
+
+def _with_margin(asking: Asking, model: LensModel, benchmark: Benchmark) -> Asking:
+    """Return how to ask, with the tokens that the benchmark's readout compares."""
+    readout = benchmark.settings.get("readout")
+    if readout is None:
+        return asking
+    end = model.words.decode(sample_prompt(model)["input_ids"][0, -_END:])
+    return replace(asking, margin=readout_tokens(model.words, readout, end))
+
+
+def warn_of_others(likeliest: Sequence[int | None], tokens: AnswerTokens, words: Any) -> None:
+    """Warn if the likeliest first token of an answer is neither a yes nor a no of the readout's."""
+    known = {*tokens.yes, *tokens.no, None}
+    others = Counter(one for one in likeliest if one not in known)
+    if others:
+        shown = ", ".join(repr(words.decode([one])) for one, _ in others.most_common(3))
+        warnings.warn(
+            f"the likeliest first token of {others.total()} of {len(likeliest)} answers is neither "
+            f"a yes nor a no that the readout compares, but {shown}. Its predictions are not what "
+            "the model says there: look at the answers, or score with readout='text'.",
+            stacklevel=3,
+        )
+
+
+def _spelled(tokens: AnswerTokens, words: Any) -> dict[str, dict[str, int]]:
+    """Return the tokens by their names in the vocabulary."""
+    pairs = tokens._asdict().items()
+    return {
+        word: dict(zip(words.convert_ids_to_tokens(ids), ids, strict=True)) for word, ids in pairs
+    }
 
 
 def _record(model: LensModel, benchmark: Benchmark, asking: Asking, samples: int) -> dict[str, Any]:
@@ -148,13 +186,10 @@ def _record(model: LensModel, benchmark: Benchmark, asking: Asking, samples: int
         "model": model.name,
         "method": describe(asking.method),
         "decoding": told(asking.how, model.hf_model, model.words),
+        "margin": asking.margin and _spelled(asking.margin, model.words),
         "batch_size": asking.batch_size,
         **machine(model),
     }
-
-
-def _report(score: Score, record: dict[str, Any], seconds: float) -> Report:
-    return Report(score.metrics, score.rows, {**record, "seconds": seconds})
 
 
 def check_images(samples: Sequence[Sample]) -> None:
@@ -186,6 +221,7 @@ class _Answering:
     max_failed: float
     seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
+    likeliest: list[int | None] = field(default_factory=list)
 
     def batches(self, due: range) -> Iterator[tuple[int, list[Answer]]]:
         """Yield the answers to a stretch of the samples batch by batch, with each one's place.
@@ -207,6 +243,7 @@ class _Answering:
             try:
                 for batch in made:
                     self.seconds += batch.seconds
+                    self.likeliest += batch.likeliest
                     answered = zip(batch.texts, batch.margins, batch.errors, strict=True)
                     ids = [sample.id for sample in self.samples[done : done + len(batch.texts)]]
                     yield done, [Answer(i, *one) for i, one in zip(ids, answered, strict=True)]
@@ -218,6 +255,14 @@ class _Answering:
                     raise
                 size = self.asking.batch_size
                 raise BenchmarkError(said.format(place=done + 1, size=size, error=error)) from error
+
+    def report(self, answers: Sequence[Answer], record: dict[str, Any]) -> Report:
+        """Return the report of all answers; warn of first tokens that its readout does not read."""
+        tokens = self.asking.margin
+        if tokens is not None and self.benchmark.settings["readout"] != TEXT:
+            warn_of_others(self.likeliest, tokens, self.model.words)
+        score = judge(self.benchmark, self.samples, answers)
+        return Report(score.metrics, score.rows, {**record, "seconds": self.seconds})
 
     def _require_few_failures(self, errors: Sequence[str | None]) -> None:
         """Raise if more of all samples failed than may, whatever their order, with these."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from clva_lens.ground.ambient import undisturbed
@@ -24,7 +24,7 @@ from clva_lens.lens.decoding import Decoding, Watch, drawing, settled
 from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.margins import yes_margins
+from clva_lens.lens.margins import answer_tokens, yes_margins
 from clva_lens.methods.base import MethodLike, as_method
 from clva_lens.models.pictures import ImageLike
 from clva_lens.models.prompt import Prompt, as_prompt, readable
@@ -47,7 +47,8 @@ class Generation:
     the first generated position, in nats: the larger of each word's spellings, before a method
     cuts tokens off; None where the tokenizer knows no yes or no. ``seconds`` is the time in the
     model. ``errors`` say why a prompt has no answer, where that was asked to be recorded (see
-    ``generate_batches``).
+    ``generate_batches``). ``likeliest`` are the likeliest first tokens, from the same logits as the
+    margins; None without an answer.
     """
 
     texts: list[str]
@@ -55,6 +56,7 @@ class Generation:
     margins: list[float | None]
     seconds: float
     errors: list[str | None] = field(default_factory=list)
+    likeliest: list[int | None] = field(default_factory=list)
 
     def __repr__(self) -> str:
         """Return the first answers and the time."""
@@ -185,10 +187,12 @@ def _answer(model: LensModel, unit: Unit, place: int, asking: Asking) -> Generat
     generated = _generate_batch(model, prompt, place, asking)
     if generated is None:
         return _one_by_one(model, unit, place, asking, _answer)
-    ids, margins = generated
+    ids, scores = generated
     seconds = time.perf_counter() - began
-    texts = model.words.batch_decode(ids, skip_special_tokens=True)
-    return Generation([t.strip() for t in texts], ids, margins, seconds, [None] * len(ids))
+    texts = [one.strip() for one in model.words.batch_decode(ids, skip_special_tokens=True)]
+    margins = yes_margins(scores, asking.margin or answer_tokens(model.words))
+    likeliest = scores.argmax(dim=1).tolist()
+    return Generation(texts, ids, margins, seconds, [None] * len(ids), likeliest)
 
 
 def _one_by_one(
@@ -212,7 +216,7 @@ def _answer_or_error(model: LensModel, unit: Unit, place: int, asking: Asking) -
         if _rows(unit) > 1:
             return _one_by_one(model, unit, place, asking, _answer_or_error)
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        return Generation([""], [torch.zeros(0, dtype=torch.long)], [None], 0.0, [said])
+        return Generation([""], [torch.zeros(0, dtype=torch.long)], [None], 0.0, [said], [None])
 
 
 def _joined(parts: Sequence[Generation]) -> Generation:
@@ -222,13 +226,14 @@ def _joined(parts: Sequence[Generation]) -> Generation:
         [margin for part in parts for margin in part.margins],
         sum(part.seconds for part in parts),
         [error for part in parts for error in part.errors],
+        [token for part in parts for token in part.likeliest],
     )
 
 
 def _generate_batch(
     model: LensModel, prompt: Prompt, place: int, asking: Asking
-) -> tuple[list[Tensor], list[float | None]] | None:
-    """Return ids and margins, or None if the method searches for one prompt at a time."""
+) -> tuple[list[Tensor], Float[Tensor, "batch vocabulary"]] | None:
+    """Return ids and the first logits, or None if the method searches for one prompt at a time."""
     hf_model, decoding, count = model.hf_model, asking.how, len(prompt["input_ids"])
     config = settled(decoding, hf_model, model.words)
     with intervening(model, asking.method) as run, Watch(hf_model) as seen, readable(prompt):
@@ -257,7 +262,7 @@ def _generate_batch(
     scores = seen.first
     for session in run.sessions:
         scores = scores if session.uncut is None else session.uncut
-    return new, yes_margins(scores[:: len(scores) // len(new)].float(), model.words)
+    return new, scores[:: len(scores) // len(new)].float()
 
 
 def _until(row: Int[Tensor, " step"], ends: set[int | None]) -> Int[Tensor, " generated"]:

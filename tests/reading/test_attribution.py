@@ -6,14 +6,14 @@ from tiny_models import blip_of
 
 import clva_lens as cl
 from clva_lens.ground.errors import ParameterError, PromptError
-from clva_lens.lens.margins import yes_margins
+from clva_lens.lens.margins import answer_tokens, yes_margins
 
 
 def check(model, prompt, read):
     """The two laws, and the difference is the margin."""
     with torch.no_grad():
         logits = model.hf_model(**prompt.inputs).logits[:, -1]
-    margins = torch.tensor(yes_margins(logits, model.words))
+    margins = torch.tensor(yes_margins(logits, answer_tokens(model.words)))
     difference = read.difference if read.batched else read.difference[None]
     assert (difference - margins).abs().max() < 1e-5
     assert (read.total - read.difference).abs().max() < 2e-5

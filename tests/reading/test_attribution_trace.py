@@ -11,7 +11,7 @@ from tiny_models import QUESTIONS, blip_of, lens_of, picture
 import clva_lens as cl
 from clva_lens.ground.errors import InterventionError, ParameterError, PromptError
 from clva_lens.lens.attribution import Attributing
-from clva_lens.lens.margins import yes_margins
+from clva_lens.lens.margins import answer_tokens, yes_margins
 from clva_lens.models.family import transformers_model
 from clva_lens.toy.scenes import render, sample_scenes
 
@@ -40,7 +40,7 @@ def traced(lens, prompt, *methods):
             cl.intervene(*methods)
         read = cl.direct_logit_attribution()
         logits = lens.output.logits.save()
-    return read.parts, torch.tensor(yes_margins(logits[:, -1].detach(), lens.words))
+    return read.parts, torch.tensor(yes_margins(logits[:, -1].detach(), answer_tokens(lens.words)))
 
 
 @pytest.mark.parametrize("batch", [None, 3])
@@ -175,7 +175,7 @@ def test_by_hand_in_the_trace(one, ask):
         read = cl.direct_logit_attribution()
         one.model.language_model.layers[8].output[:] *= 0.5
         logits = one.output.logits.save()
-    margin = torch.tensor(yes_margins(logits[:, -1].detach(), one.words))
+    margin = torch.tensor(yes_margins(logits[:, -1].detach(), answer_tokens(one.words)))
     assert float((read.parts.total - margin).abs().max()) < 2e-5
     assert float(read.parts.edits[8].abs()) > 0.02
     others = torch.arange(12) != 8

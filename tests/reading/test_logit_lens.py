@@ -10,7 +10,7 @@ from tiny_models import blip_of
 import clva_lens as cl
 from clva_lens.ground.errors import InterventionError, ParameterError, PromptError
 from clva_lens.lens.logit_lens import lens_logits
-from clva_lens.lens.margins import yes_margins
+from clva_lens.lens.margins import answer_tokens, yes_margins
 
 
 def plain(model, prompt):
@@ -29,7 +29,7 @@ def test_the_last_layer_at_the_last_position_is_the_model(lens, ask):
         assert (mine[:, -1, 0] - logits).abs().max() < 1e-5
         chances = read.probabilities.sum(dim=-1)
         assert torch.allclose(chances, torch.ones_like(chances), atol=1e-5)
-        margins = torch.tensor(yes_margins(logits, lens.words))
+        margins = torch.tensor(yes_margins(logits, answer_tokens(lens.words)))
         margin = read.margin if read.batched else read.margin[None]
         assert (margin[:, -1, 0] - margins).abs().max() < 1e-5
 
