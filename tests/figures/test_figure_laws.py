@@ -9,13 +9,13 @@ import pytest
 from matplotlib.text import Text
 
 import clva_lens
+from clva_lens.experiments.archive import Archive
 from clva_lens.experiments.draft import Draft
-from clva_lens.experiments.record import Record
 from clva_lens.figures.base import FIGURES, STORED, Example, drawing_of_record, figure, look, save
 from clva_lens.ground.errors import FigureError, UnknownName
 from clva_lens.lens.load import LensModel
 
-RECORDS = Path(clva_lens.__file__).parents[1] / "analyses" / "records"
+ARCHIVE = Archive(Path(clva_lens.__file__).parents[1])
 SMALLEST = 5.0  # points
 # Pixels at 100 a inch: boxes are a little larger than the ink in them.
 TOLERANCE = 1.0
@@ -31,8 +31,7 @@ def example(name):
 def drawn_once():
     """A record for each figure that records draw, the newest of the last analysis with it."""
     found = {}
-    for folder in sorted(RECORDS.iterdir()):
-        record = Record(max(folder.glob("v*"), key=lambda path: int(path.name[1:])))
+    for record in ARCHIVE.records():  # the newest version of each analysis comes last
         found |= {one["figure"]: (record, one["name"]) for one in record.figures}
     return list(found.values())
 
