@@ -94,7 +94,7 @@ def read_rows(path: str | Path, keys: Collection[str] = ()) -> list[dict[str, An
     return rows
 
 
-def each_row(path: str | Path, keys: Set[str]) -> Iterator[dict[str, Any]]:
+def each_row(path: str | Path, keys: Set[str] = frozenset()) -> Iterator[dict[str, Any]]:
     """Yield what ``read_rows`` returns; a file of one object a line is never held whole.
 
     Raises:

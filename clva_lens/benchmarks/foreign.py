@@ -5,7 +5,7 @@ One row of LLaVA's: ``{"question_id": 1, "prompt": "Is there a cup in the image?
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ Rows = Mapping[int, Mapping[str, Any]]
 """Rows of a file by their number in it, from 1."""
 
 
-def numbered(rows: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+def numbered(rows: Iterable[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
     """Return all rows of a file by their number."""
     return dict(enumerate(rows, start=1))
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clva_lens.benchmarks.base import Answer, Sample
-from clva_lens.benchmarks.files import read_rows
+from clva_lens.benchmarks.files import each_row
 from clva_lens.benchmarks.foreign import (
     ID_KEYS,
     QUESTION_KEYS,
@@ -43,7 +43,7 @@ def read_pope_answers(path: str | Path, samples: Sequence[Sample]) -> list[Answe
     Raises:
         BenchmarkError: if the file is neither, is corrupted, or does not fit the samples.
     """
-    rows = numbered(read_rows(path))
+    rows = numbered(each_row(path))
     if not rows:
         raise BenchmarkError(f"{path} has 0 answers. Pass a file with one answer a sample.")
     if id_key(rows) is not None:
@@ -72,7 +72,7 @@ def read_question_ids(path: str | Path, split: str) -> set[str]:
     Raises:
         BenchmarkError: if the file is corrupted, or a row names no question.
     """
-    rows = of_split(path, numbered(read_rows(path)), split)
+    rows = of_split(path, numbered(each_row(path)), split)
     key = id_key(rows)
     return {row_id(row, key, f"row {number} of {path}") for number, row in rows.items()}
 

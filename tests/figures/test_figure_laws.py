@@ -129,7 +129,7 @@ def test_flaws_are_found():
 
 
 def test_names_in_records_are_found():
-    stored = {one["figure"] for folder in RECORDS.glob("*/v*") for one in Record(folder).figures}
+    stored = {one["figure"] for record in ARCHIVE.records() for one in record.figures}
     assert set(STORED) <= stored
     assert all(callable(drawing_of_record(name)) for name in stored)
     with pytest.raises(UnknownName, match=r"no figure 'drift_curve'. Did you mean 'drift_curves'"):
