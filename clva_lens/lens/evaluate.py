@@ -17,7 +17,7 @@ from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.parameters import check_arguments
 from clva_lens.lens.asking import Asking
 from clva_lens.lens.decoding import Decoding, told
-from clva_lens.lens.facts import sample_prompt
+from clva_lens.lens.facts import QUESTION
 from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.generate import generate_batches
 from clva_lens.lens.load import LensModel
@@ -26,8 +26,8 @@ from clva_lens.lens.provenance import describe, identity, machine
 from clva_lens.methods.base import MethodLike, as_method
 from clva_lens.methods.target import Target
 
-_END = 8
-"""Tokens of a prompt's end that say how an answer begins."""
+_END = 16
+"""Characters of a prompt's end, after which an answer begins."""
 MAX_FAILED = 0.1
 FEW = 10
 """Fewer than that may fail whatever their share."""
@@ -146,7 +146,7 @@ def _with_margin(asking: Asking, model: LensModel, benchmark: Benchmark) -> Aski
     readout = benchmark.settings.get("readout")
     if readout is None:
         return asking
-    end = model.words.decode(sample_prompt(model)["input_ids"][0, -_END:])
+    end = model.family.ask(model.processor, QUESTION, None)[-_END:]
     return replace(asking, margin=readout_tokens(model.words, readout, end))
 
 
