@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import subprocess
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
@@ -15,6 +16,12 @@ from transformers import LlavaForConditionalGeneration
 
 from clva_lens.lens.load import LensModel
 from clva_lens.models.prompt import Prompt
+
+# An example has no deadline: the machine may be busy with something else.
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session", params=KERNELS)

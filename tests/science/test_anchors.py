@@ -22,7 +22,7 @@ from clva_lens.science.anchors import (
 )
 
 seeds = st.integers(0, 2**32 - 1)
-few = settings(max_examples=50, deadline=None)
+few = settings(max_examples=50)
 
 # In the positive mask, in the negative one, in both, in neither.
 POSITIVE = torch.tensor([True, False, True, False])

@@ -13,7 +13,7 @@ from clva_lens.ground.errors import ParameterError
 from clva_lens.science.drift import attention_drift, correlation, drift_of_maps, entropy
 
 seeds = st.integers(0, 2**32 - 1)
-few = settings(max_examples=50, deadline=None)
+few = settings(max_examples=50)
 
 
 def random_maps(seed, *shape):

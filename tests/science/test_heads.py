@@ -19,7 +19,7 @@ from clva_lens.science.heads import (
 )
 
 seeds = st.integers(0, 2**32 - 1)
-few = settings(max_examples=50, deadline=None)
+few = settings(max_examples=50)
 
 
 def random_pattern(rng, *shape):

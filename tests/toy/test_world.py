@@ -29,7 +29,7 @@ from clva_lens.toy.scenes import (
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**20))
 def test_a_seed_is_a_scene_and_its_pixels(seed):
     first, second = sample_scenes(1, seed)[0], sample_scenes(1, seed)[0]
