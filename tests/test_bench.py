@@ -32,6 +32,7 @@ from clva_lens.ground.errors import ParameterError
 from clva_lens.lens.intervene import intervening
 from clva_lens.methods.clva import CLVA
 from clva_lens.models.family import FAMILIES
+from clva_lens.models.kv_cache import cache_of
 
 KIB = 256  # float32 values in one KiB
 GENERATIONS = {
@@ -297,7 +298,7 @@ def test_after_a_pass_the_live_storages_are_those_of_its_outputs():
         out = model(**inputs)
         live = memory.live
     kept = [out.logits, out.image_hidden_states]
-    for layer in out.past_key_values.layers:
+    for layer in cache_of(out).layers:
         kept += [layer.keys, layer.values]
     storages = [tensor.untyped_storage() for tensor in kept]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}

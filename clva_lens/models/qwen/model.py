@@ -43,6 +43,7 @@ from transformers.utils.import_utils import torch_compilable_check
 from transformers.utils.output_capturing import capture_outputs
 
 from clva_lens.ground.errors import PromptError
+from clva_lens.models.kv_cache import CACHE, OLD, cache_of
 from clva_lens.models.qwen.configuration import QwenVLConfig, QwenVLTextConfig
 from clva_lens.models.qwen.vision import QwenVLResampler, QwenVLVisionTower
 
@@ -85,7 +86,6 @@ class QwenVLAttention(Qwen2Attention):
         hidden_states: Float[Tensor, "batch row width"],
         position_embeddings: Turns,
         attention_mask: Any = None,
-        past_key_values: Cache | None = None,
         query_scale: Float[Tensor, " row"] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -98,8 +98,8 @@ class QwenVLAttention(Qwen2Attention):
         kind, exact = value.dtype, cosine.dtype
         query, key = apply_rotary_pos_emb(query.to(exact), key.to(exact), cosine, sine)
         query, key = query.to(kind), key.to(kind)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := cache_of(kwargs)) is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         if query_scale is not None:
             query = query * query_scale.to(query.dtype)[:, None]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -143,7 +143,6 @@ class QwenVLTextModel(Qwen2Model):
         input_ids: Int[Tensor, "batch row"] | None = None,
         attention_mask: Any = None,
         position_ids: Int[Tensor, "_ row"] | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch row width"] | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -156,9 +155,12 @@ class QwenVLTextModel(Qwen2Model):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass input_ids or inputs_embeds, one of the two.")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = cache_of(kwargs)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        kwargs = {name: one for name, one in kwargs.items() if name not in (CACHE, OLD)}
+        kept = {CACHE: cache}
+        seen = 0 if cache is None else cache.get_seq_length()
         place = torch.arange(hidden.shape[1], device=hidden.device) + seen
         if position_ids is None:
             position_ids = place[None]
@@ -168,12 +170,12 @@ class QwenVLTextModel(Qwen2Model):
                 config=self.config,
                 inputs_embeds=hidden,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **kept,
             )
         else:
             mask = mask["full_attention"]
-        alpha = self._alpha(hidden.shape[1], past_key_values)
+        alpha = self._alpha(hidden.shape[1], cache)
         turns = self.rotary_emb(hidden, position_ids, alpha)
         scale = self._query_scale(place)
         for layer in self.layers:
@@ -181,15 +183,14 @@ class QwenVLTextModel(Qwen2Model):
                 hidden,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=turns,
                 query_scale=scale,
+                **kept,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden),
-            past_key_values=past_key_values if use_cache else None,
+            last_hidden_state=self.norm(hidden), **(kept if use_cache else {})
         )
 
     def _alpha(self, rows: int, cache: Cache | None) -> int:
@@ -225,7 +226,7 @@ class QwenVLPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]  # noqa: RUF012 - transformers' own spelling
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2DecoderLayer", "CLIPEncoderLayer", "QwenVLResampler"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -300,10 +301,10 @@ class QwenVLModel(QwenVLPreTrainedModel):
         out = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
         return LlavaModelOutputWithPast(
             last_hidden_state=out.last_hidden_state,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             image_hidden_states=features,
+            **{CACHE: cache_of(out)},
         )
 
     def _places(self, ids: Tensor | None, embeds: Tensor, count: int) -> Tensor:
@@ -357,7 +358,6 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         pixel_values: Float[Tensor, "image 3 height width"] | None = None,
         attention_mask: Any = None,
         position_ids: Int[Tensor, "_ row"] | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch row width"] | None = None,
         labels: Int[Tensor, "batch row"] | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -370,7 +370,6 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
@@ -384,8 +383,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             image_hidden_states=out.image_hidden_states,
+            **{CACHE: cache_of(out)},
         )
