@@ -145,11 +145,14 @@ def run(
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Do not ask failed samples again.")
     ] = False,
+    max_failed: Annotated[
+        float, typer.Option(help="End the run if more fail, as a share.", min=0, max=1)
+    ] = 0.1,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Run a benchmark and keep every answer; a run that was killed goes on with --resume."""
-    from clva_lens.benchmarks.run_folder import check_folder
+    from clva_lens.benchmarks.run_writing import check_folder
     from clva_lens.lens.asking import Asking
     from clva_lens.lens.evaluate import check_images, run_benchmark
     from clva_lens.lens.load import check_device, load
@@ -169,7 +172,7 @@ def run(
     try:
         lens = load(model, dtype=dtype, device_map=device)
         options = {"out": out, "resume": resume, "keep_failed": keep_failed}
-        report = run_benchmark(lens, chosen, asking, **options)
+        report = run_benchmark(lens, chosen, asking, max_failed=max_failed, **options)
     except KeyboardInterrupt:
         Console(stderr=True).print(f"Stopped. Continue with the same command and --resume ({out}).")
         raise typer.Exit(130) from None

@@ -88,10 +88,7 @@ class Vip(Llava):
     """ViP-LLaVA: features of several layers."""
 
     name = "vip"
-
-    def matches(self, model):
-        """Return whether it is one."""
-        return isinstance(model, VipLlavaForConditionalGeneration)
+    architectures = ("VipLlavaForConditionalGeneration",)
 
     def visual_count(self, model, site):
         """Return the number of patches."""

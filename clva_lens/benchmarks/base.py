@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from clva_lens.benchmarks.lines import broken_line, read_lines
+from clva_lens.benchmarks.lines import FOREIGN, RESUME, broken_line, each_line
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.parameters import Parameters
 from clva_lens.ground.registry import Registry
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One question about one image, and the label that its answer is judged by.
 
@@ -37,7 +37,7 @@ class Sample:
     system: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What a model answered to the sample ``id``.
 
@@ -132,7 +132,15 @@ class Benchmark(Parameters, ABC):
         Raises:
             BenchmarkError: if the file is missing, or a line of it is no answer.
         """
-        return read_answers(path)
+        return read_answers(path, FOREIGN)
+
+    def read_scored(self, path: Path) -> tuple[list[Sample], list[Answer]]:
+        """Return the samples that a file of answers is scored by, and the answers.
+
+        Raises:
+            BenchmarkError: if the data or the file cannot be read, or do not fit.
+        """
+        return self.questions(), self.read_answers(path)
 
 
 def _check_benchmark(name: str, benchmark: Any) -> None:
@@ -183,26 +191,37 @@ def match(samples: Sequence[Sample], answers: Sequence[Answer]) -> list[tuple[Sa
     """
     if not samples:
         raise BenchmarkError("there are 0 samples to score. Pass at least one sample.")
-    require_same_ids("samples", [s.id for s in samples], "answers", [a.id for a in answers])
     by_id = {answer.id: answer for answer in answers}
+    same = len(samples) == len(answers) == len(by_id)
+    if not same or {sample.id for sample in samples} != by_id.keys():
+        require_same_ids("samples", [s.id for s in samples], "answers", [a.id for a in answers])
     return [(sample, by_id[sample.id]) for sample in samples]
 
 
-def read_answers(path: Path) -> list[Answer]:
+def read_answers(path: Path, remedy: str = RESUME) -> list[Answer]:
     """Return the answers of a run's ``answers.jsonl``; a last line that was cut short is left out.
+
+    ``remedy`` is what is said to do about a broken line.
 
     Raises:
         BenchmarkError: if there is no such file, or a line is no answer.
     """
     answers = []
-    for number, row in enumerate(read_lines(path).rows, start=1):
-        kinds = {"id": str, "text": str, "margin": float | int | None, "error": str | None}
-        strange = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
-        if strange or set(row) - set(kinds):
-            odd = strange or sorted(set(row) - set(kinds))
-            raise broken_line(path, number, f"is no answer of a run (look at its {odd[0]})")
-        answers.append(Answer(**row))
+    once: dict[str, str] = {}  # most answers of a run are the same few words
+    for number, row in enumerate(each_line(path, remedy), start=1):
+        name, text, margin, error = map(row.get, _KINDS)
+        told = (name, text, margin, error)
+        if not all(map(isinstance, told, _KINDS.values())) or not row.keys() <= _KINDS.keys():
+            odd = [key for key, kind in _KINDS.items() if not isinstance(row.get(key), kind)]
+            odd = odd or sorted(row.keys() - _KINDS.keys())
+            what = f"is no answer of a run (look at its {odd[0]})"
+            raise broken_line(path, number, what, remedy)
+        answers.append(Answer(name, once.setdefault(text, text), margin, error))
     return answers
+
+
+_KINDS = {"id": str, "text": str, "margin": (float, int, type(None)), "error": (str, type(None))}
+"""The keys of a line of answers, and what each may be."""
 
 
 def judge(benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
@@ -212,10 +231,13 @@ def judge(benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[Ans
         BenchmarkError: if samples and answers do not have the same ids.
     """
     score = benchmark.score(samples, answers)
-    errors = {answer.id: answer.error for answer in answers}
-    failed = float(sum(error is not None for error in errors.values()))
-    rows = [{**row, "error": errors.get(row.get("id", ""))} for row in score.rows]
-    return replace(score, metrics={**score.metrics, "failed": failed}, rows=rows)
+    errors = {answer.id: answer.error for answer in answers if answer.error is not None}
+    rows = [_with_error(row, errors.get(row.get("id", ""))) for row in score.rows]
+    return replace(score, metrics={**score.metrics, "failed": float(len(errors))}, rows=rows)
+
+
+def _with_error(row: dict[str, Any], error: str | None) -> dict[str, Any]:
+    return row if row.get("error", "") == error else {**row, "error": error}
 
 
 def require_same_ids(name_a: str, ids_a: Iterable[str], name_b: str, ids_b: Iterable[str]) -> None:

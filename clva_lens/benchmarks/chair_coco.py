@@ -24,11 +24,15 @@ from clva_lens.benchmarks.base import (
 from clva_lens.benchmarks.chair import PROMPT, TRUNCATIONS, label, score_captions
 from clva_lens.benchmarks.chair_lemmas import LEMMATISERS
 from clva_lens.benchmarks.chair_reading import Reader
+from clva_lens.benchmarks.chair_tokens import NLTKS
 from clva_lens.benchmarks.chair_truth import (
+    caption_rows,
+    captions_of,
     images_with_captions,
+    names_image,
     objects_of_images,
-    read_captions,
     read_image_ids,
+    read_objects,
 )
 from clva_lens.benchmarks.chair_vocabulary import synonym_file, vocabulary
 from clva_lens.benchmarks.files import (
@@ -36,8 +40,8 @@ from clva_lens.benchmarks.files import (
     find_images,
     locate,
     read_object,
-    read_rows,
 )
+from clva_lens.benchmarks.foreign import id_key, named_answers, numbered
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.files import sha256
 
@@ -55,6 +59,9 @@ class ChairCoco(PictureBenchmark):
     Args:
         data: COCO's folder, with annotations/instances_SPLIT.json, annotations/captions_SPLIT.json
             and the images in SPLIT/ or images/. None: $CLVA_LENS_DATA.
+        objects: a file that lists the objects of images (see ``read_objects``), in the place of
+            COCO's annotations: then its images are chosen from, and whoever made it has read the
+            reference captions. None: from the annotations.
         images: the folder of the images, if elsewhere.
         split: val2014 in papers.
         ids: a file that lists the images (see ``read_image_ids``); a file of captions does.
@@ -64,14 +71,18 @@ class ChairCoco(PictureBenchmark):
         lemmatiser: "builtin", "pattern" (as the original) or "nltk" (as OPERA).
         synonyms: "builtin", or a list such as the official data/synonyms.txt: its path, or
             ``hf://datasets/OWNER/NAME@COMMIT/FILE``.
+        nltk: the version of NLTK whose rules cut captions into words: "3.10" (as 3.10.4), or "3.9"
+            (up to 3.9.2), which leaves dashes and apostrophes within words. The lemmatiser "nltk"
+            is the NLTK that is installed.
         prompt: the request.
         max_new_tokens: 128 in CLVA's paper (arXiv:2603.25088); it cuts the longer captions of
             LLaVA-1.5. 512 in OPERA.
         truncation: "keep", or "drop_unfinished" to leave out a last sentence that was cut.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     data: str | Path | None = None
+    objects: str | Path | None = None
     images: str | Path | None = None
     split: str = "val2014"
     ids: str | Path | None = None
@@ -79,6 +90,7 @@ class ChairCoco(PictureBenchmark):
     seed: int = 0
     lemmatiser: str = "builtin"
     synonyms: str | Path = "builtin"
+    nltk: str = "3.10"
     prompt: str = PROMPT
     max_new_tokens: int = 128
     truncation: str = "keep"
@@ -88,6 +100,7 @@ class ChairCoco(PictureBenchmark):
         super().__post_init__()
         LEMMATISERS.get(self.lemmatiser)
         require_known("truncation", self.truncation, TRUNCATIONS)
+        require_known("nltk", self.nltk, NLTKS)
 
     @property
     def name(self) -> str:
@@ -97,7 +110,7 @@ class ChairCoco(PictureBenchmark):
     @cached_property
     def reader(self) -> Reader:
         """How captions are read."""
-        return Reader(vocabulary(self.synonyms), self.lemmatiser)
+        return Reader(vocabulary(self.synonyms), self.lemmatiser, self.nltk)
 
     def questions(self) -> list[Sample]:
         """Return all samples without looking for images, whose file names they have instead.
@@ -138,16 +151,24 @@ class ChairCoco(PictureBenchmark):
         return score_captions(samples, answers, self.reader, self.truncation)
 
     def read_answers(self, path: Path) -> list[Answer]:
-        """Return the captions in a file, of a run of ours or of others (see ``read_captions``)."""
-        ours = "image_id" not in next(iter(read_rows(path)), {"image_id": None})
-        return super().read_answers(path) if ours else read_captions(path)
+        """Return the captions in a file: of others (see ``captions_of``), or of a run of ours.
+
+        Raises:
+            BenchmarkError: if the file is broken, or a row has no image or no caption.
+        """
+        rows = caption_rows(path)
+        ours = numbered([row for row in rows[:1] if not names_image(row)])
+        return named_answers(path, numbered(rows), ()) if id_key(ours) else captions_of(path, rows)
 
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of the annotations, of a list of synonyms, and of the image numbers.
+        """Return the SHA-256 of what lists objects, of a list of synonyms, and of image numbers.
 
         The last is of the numbers in their order, a line each.
         """
-        paths = [self._annotations("instances"), self._annotations("captions")]
+        if self.objects is None:
+            paths = [self._annotations("instances"), self._annotations("captions")]
+        else:
+            paths = [Path(self.objects)]
         if self.synonyms != "builtin":
             paths.append(synonym_file(self.synonyms))
         listed = "".join(f"{number}\n" for number in self._objects)
@@ -163,7 +184,12 @@ class ChairCoco(PictureBenchmark):
 
     @cached_property
     def _truth(self) -> tuple[dict[int, str], dict[int, set[str]]]:
-        """File names and objects of the chosen images; both annotation files are read once."""
+        """File names and objects of the chosen images; each file is read once."""
+        if self.objects is not None:
+            known = read_objects(self.objects, self.reader.vocabulary)
+            prefix = f"COCO_{self.split}_" if self.split.endswith("2014") else ""
+            files = {number: f"{prefix}{number:012d}.jpg" for number in sorted(known)}
+            return files, {number: known[number] for number in self._choose(list(files))}
         instances = read_object(self._annotations("instances"))
         captions = read_object(self._annotations("captions"))
         files = images_with_captions(instances, captions)
@@ -179,20 +205,23 @@ class ChairCoco(PictureBenchmark):
         return self._truth[1]
 
     def _choose(self, known: list[int]) -> list[int]:
+        where, what = self.split, "images with masks and captions"
+        if self.objects is not None:
+            where, what = str(self.objects), "images with objects"
         if self.ids is not None:
             listed = read_image_ids(self.ids)
             absent = sorted(set(listed) - set(known))
             if absent:
                 raise BenchmarkError(
-                    f"{len(absent)} of the {len(listed)} images in {self.ids} have no masks and "
-                    f"captions in {self.split}, such as {absent[0]}. Pass split= another one."
+                    f"{len(absent)} of the {len(listed)} images in {self.ids} are none of the "
+                    f"{what} of {where}, such as {absent[0]}. Pass another split= or objects=."
                 )
             return listed
         count = len(known) if self.count is None else self.count
         if not 1 <= count <= len(known):
             raise BenchmarkError(
-                f"count={count}, but {self.split} has {len(known)} images with masks and captions. "
-                "Pass count=None for all of them."
+                f"count={count}, but {where} has {len(known)} {what}. Pass count=None for all of "
+                "them."
             )
         order = np.random.default_rng(self.seed).permutation(len(known))
         return [known[place] for place in order[:count]]

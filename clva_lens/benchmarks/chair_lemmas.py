@@ -12,6 +12,7 @@ are not comparable.
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 from clva_lens.benchmarks.chair_singular import singular
 from clva_lens.benchmarks.chair_tokens import tokenise
@@ -20,7 +21,7 @@ from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.registry import Registry
 
 Lemmatise = Callable[[str], list[str]]
-LEMMATISERS = Registry[Callable[[Vocabulary], Lemmatise]]("lemmatiser")
+LEMMATISERS = Registry[Callable[[Vocabulary, str], Lemmatise]]("lemmatiser")
 
 # Words with plurals that no rule gives; an ending stands for every word that ends so.
 _IRREGULAR = {
@@ -58,35 +59,48 @@ def plurals(word: str) -> tuple[str, ...]:
     return (f"{word}s", f"{word}es") if word.endswith("o") else (f"{word}s",)
 
 
-def _builtin(vocabulary: Vocabulary) -> Lemmatise:
+def _builtin(vocabulary: Vocabulary, nltk: str) -> Lemmatise:
     """Map plurals of the vocabulary's words; a form that is itself in the vocabulary stays."""
     singles = {text.rpartition(" ")[2] for text in (*vocabulary.nodes, *vocabulary.pairs)}
     known = {form: word for word in sorted(singles) for form in plurals(word)}
     table = {form: word for form, word in known.items() if form not in vocabulary.nodes}
-    return lambda caption: [table.get(token, token) for token in tokenise(caption)]
+    return lambda caption: [table.get(token, token) for token in tokenise(caption, nltk)]
 
 
-def _pattern(vocabulary: Vocabulary) -> Lemmatise:
-    return lambda caption: [singular(token) for token in tokenise(caption)]
+def _pattern(vocabulary: Vocabulary, nltk: str) -> Lemmatise:
+    return lambda caption: [singular(token) for token in tokenise(caption, nltk)]
 
 
-def _nltk(vocabulary: Vocabulary) -> Lemmatise:
-    """Tag every word and look up its lemma by part of speech (a noun where WordNet has none).
-
-    OPERA's chair.py (github.com/shikiw/OPERA, commit 61426efe) does the same. So "seated" becomes a
-    seat, hence a chair; the result depends on NLTK's version.
-    """
+def _import_nltk() -> Any:
     try:
-        nltk = import_module("nltk")
-        stem = import_module("nltk.stem")
-        lemma = stem.WordNetLemmatizer().lemmatize
-        nltk.pos_tag(nltk.word_tokenize("a dog."))
-        lemma("dogs", pos="n")
+        return import_module("nltk")
     except ImportError as error:
         raise BenchmarkError(
             f"lemmatiser='nltk' needs NLTK ({error}). Run pip install nltk, or pass "
             "lemmatiser='builtin' or 'pattern'."
         ) from error
+
+
+def installed_nltk() -> str:
+    """Return the version of NLTK that is installed.
+
+    Raises:
+        BenchmarkError: if there is none.
+    """
+    return _import_nltk().__version__
+
+
+def _nltk(vocabulary: Vocabulary, _: str) -> Lemmatise:
+    """Tag every word and look up its lemma by part of speech (a noun where WordNet has none).
+
+    OPERA's chair.py (github.com/shikiw/OPERA, commit 61426efe) does the same. So "seated" becomes a
+    seat, hence a chair; the result depends on NLTK's version, which is the one that is installed.
+    """
+    nltk = _import_nltk()
+    try:
+        lemma = import_module("nltk.stem").WordNetLemmatizer().lemmatize
+        nltk.pos_tag(nltk.word_tokenize("a dog."))
+        lemma("dogs", pos="n")
     except LookupError as error:
         raise BenchmarkError(
             "lemmatiser='nltk' needs data of NLTK that are not here. Run python -m nltk.downloader "

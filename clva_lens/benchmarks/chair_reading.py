@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from clva_lens.benchmarks.chair_lemmas import LEMMATISERS, Lemmatise
+from clva_lens.benchmarks.chair_lemmas import LEMMATISERS, Lemmatise, installed_nltk
 from clva_lens.benchmarks.chair_vocabulary import Vocabulary
 
 
@@ -25,20 +25,26 @@ class Objects(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads captions with a vocabulary and a lemmatiser (a name in ``LEMMATISERS``)."""
+    """Reads captions with a vocabulary and a lemmatiser (a name in ``LEMMATISERS``).
+
+    ``nltk`` is the version of NLTK whose rules cut the words, one of ``chair_tokens.NLTKS``; the
+    lemmatiser "nltk" is the NLTK that is installed.
+    """
 
     vocabulary: Vocabulary
     lemmatiser: str
+    nltk: str = "3.10"
 
     @property
     def name(self) -> str:
         """What decides the objects: results under different names are not comparable."""
-        return f"lemmatiser {self.lemmatiser}, synonyms {self.vocabulary.name}"
+        cut = f"NLTK {installed_nltk() if self.lemmatiser == 'nltk' else self.nltk}"
+        return f"lemmatiser {self.lemmatiser}, synonyms {self.vocabulary.name}, {cut}"
 
     @cached_property
     def _lemmatise(self) -> Lemmatise:
-        make: Callable[[Vocabulary], Lemmatise] = LEMMATISERS.get(self.lemmatiser)
-        return make(self.vocabulary)
+        make: Callable[[Vocabulary, str], Lemmatise] = LEMMATISERS.get(self.lemmatiser)
+        return make(self.vocabulary, self.nltk)
 
     def read(self, caption: str) -> Objects:
         """Return the objects that a caption mentions.

@@ -1,17 +1,19 @@
 """What is there: the objects of COCO's images; and captions and image lists in files of others."""
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clva_lens.benchmarks.base import Answer
 from clva_lens.benchmarks.chair_reading import Reader
-from clva_lens.benchmarks.files import read_rows
+from clva_lens.benchmarks.chair_vocabulary import Vocabulary
+from clva_lens.benchmarks.files import read_rows, read_text, read_values
+from clva_lens.benchmarks.foreign import answer_text
 from clva_lens.ground.errors import BenchmarkError
 
+IMAGE_KEYS = ("image_id", "image")
 # A number, alone or at the end of a file name of COCO: COCO_val2014_000000310196.jpg. Twelve digits
 # at most, so that a date with a time is no image.
 _NUMBER = re.compile(r"(?:[A-Za-z]\w*_)?(\d{1,12})(?:\.(?:jpe?g|png))?", re.ASCII)
@@ -39,32 +41,54 @@ def image_id(value: object) -> int:
 
 
 def read_captions(path: str | Path) -> list[Answer]:
-    """Return the captions of a file as answers, whose ids are the numbers of the images.
+    """Return the captions of a file as answers, see ``captions_of``."""
+    return captions_of(path, caption_rows(path))
 
-    JSON lines or one JSON array, with ``image_id`` (a number or a file name) and the caption as
-    ``caption`` (OPERA and what comes from it) or ``text`` (less-is-more).
+
+def captions_of(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
+    """Return the captions in the rows of a file as answers, whose ids are the images' numbers.
+
+    Rows have ``image_id`` or ``image`` (a number or a file name), and the caption under one of
+    ``foreign.ANSWER_KEYS``: ``caption`` (OPERA and what comes from it) or ``text`` (less-is-more).
+    The rows may stand under ``sentences``, as in what CHAIR's own script writes.
 
     Raises:
-        BenchmarkError: if the file is missing or broken, a row has no image or no caption, or an
-            image occurs twice.
+        BenchmarkError: if a row has no image or no caption, or an image occurs twice.
     """
-    rows: dict[int, int] = {}
+    seen: dict[int, int] = {}
     answers = []
-    for number, row in enumerate(read_rows(path, ("image_id",)), start=1):
-        key = image_id(row["image_id"])
-        text = row.get("caption", row.get("text"))
-        if not isinstance(text, str):
+    for number, row in enumerate(rows, start=1):
+        where = f"row {number} of {path}"
+        key = _image_of(row, where)
+        if seen.setdefault(key, number) != number:
             raise BenchmarkError(
-                f"row {number} of {path} has no caption; it has {', '.join(row)}. Captions are "
-                "looked for as caption or text."
-            )
-        if rows.setdefault(key, number) != number:
-            raise BenchmarkError(
-                f"rows {rows[key]} and {number} of {path} are both about image {key}. Keep one "
+                f"rows {seen[key]} and {number} of {path} are both about image {key}. Keep one "
                 "caption an image."
             )
-        answers.append(Answer(str(key), text))
+        answers.append(Answer(str(key), answer_text(row, where)))
     return answers
+
+
+def caption_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a file of captions, those under ``sentences`` where it has them there."""
+    rows = read_rows(path)
+    inner = rows[0].get("sentences") if len(rows) == 1 else None
+    return inner if isinstance(inner, list) and all(isinstance(x, dict) for x in inner) else rows
+
+
+def names_image(row: Mapping[str, Any]) -> bool:
+    """Return whether a row says which image it is about, as captions of others do."""
+    return any(key in row for key in IMAGE_KEYS)
+
+
+def _image_of(row: Mapping[str, Any], where: str) -> int:
+    """Return the number of the image that a row is about."""
+    key = next((key for key in IMAGE_KEYS if key in row), None)
+    if key is None:
+        raise BenchmarkError(
+            f"{where} has no {' or '.join(IMAGE_KEYS)}; it has {', '.join(row)}. Name the image."
+        )
+    return image_id(row[key])
 
 
 def read_image_ids(path: str | Path) -> list[int]:
@@ -75,30 +99,55 @@ def read_image_ids(path: str | Path) -> list[int]:
     Raises:
         BenchmarkError: if there is no such file, it has no images, or one twice or no image.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise BenchmarkError(f"there is no list of images '{file}'. Check the path.")
-    text = file.read_text(encoding="utf-8-sig").strip()
-    items: list[Any] = _json(text) if text.startswith("[") else text.splitlines()
-    found = [_listed(item) for item in items if item != ""]
+    text = read_text(path).strip()
+    items: list[Any] = text.splitlines()
+    if text.startswith(("[", "{")):
+        items = read_values(path)
+        if len(items) == 1 and isinstance(items[0], dict):
+            items = caption_rows(path)
+    found = [
+        _image_of(item, f"{path}, item {number},") if isinstance(item, dict) else image_id(item)
+        for number, item in enumerate(items, start=1)
+        if item != ""
+    ]
     twice = [key for key, times in Counter(found).items() if times > 1]
     if twice or not found:
         what = f"image {twice[0]} twice" if twice else "no images"
-        raise BenchmarkError(f"{file} has {what}. List each image once.")
+        raise BenchmarkError(f"{path} has {what}. List each image once.")
     return found
 
 
-def _json(text: str) -> Any:
+def read_objects(path: str | Path, vocabulary: Vocabulary) -> dict[int, set[str]]:
+    """Return the objects of images from a file that lists them, by node word.
+
+    ``{"categories": [names], "objects": {image: [places in categories]}}``, ``{image: [names]}``,
+    or rows with ``image`` and ``objects``. Images are numbers or file names of COCO.
+
+    Raises:
+        BenchmarkError: if the file is missing or of another shape, an image stands in it twice, or
+            a name is no word of the vocabulary.
+    """
+    rows = read_rows(path)
+    listed = rows[0] if len(rows) == 1 else {}
+    names = listed.get("categories")
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BenchmarkError(f"the list of images is no JSON: {error}. Repair it.") from error
-
-
-def _listed(item: Any) -> int:
-    if isinstance(item, str) and item.lstrip().startswith("{"):
-        item = _json(item)
-    return image_id(item.get("image_id") if isinstance(item, dict) else item)
+        if names_image((rows or [{}])[0]):
+            pairs = [(_image_of(row, f"{path}"), row["objects"]) for row in rows]
+        elif names is not None:
+            told = listed["objects"].items()
+            pairs = [(image_id(key), [names[place] for place in places]) for key, places in told]
+        else:
+            pairs = [(image_id(key), some) for key, some in listed.items()]
+        strange = sorted({name for _, some in pairs for name in some} - set(vocabulary.nodes))
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise BenchmarkError(
+            f"{path} does not list the objects of images: {error!r}. Pass categories and objects, "
+            "a list of names for each image, or rows with image and objects."
+        ) from error
+    if strange or not pairs or len(dict(pairs)) != len(pairs):
+        what = f"'{strange[0]}', no word of the synonyms" if strange else "no images, or one twice"
+        raise BenchmarkError(f"{path} has {what} ({vocabulary.name}). Pass a list that fits them.")
+    return {key: {vocabulary.nodes[name] for name in some} for key, some in pairs}
 
 
 def images_with_captions(

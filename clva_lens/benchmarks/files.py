@@ -1,19 +1,25 @@
 """Files of benchmarks: where they lie, rows of JSON, and pictures that must be there."""
 
+import gzip
 import json
 import os
-from collections.abc import Collection, Sequence
+import re
+import zlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from clva_lens.benchmarks.base import Benchmark, Sample
+from clva_lens.benchmarks.lines import value_of
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.picture import Picture, check_reading
 
 DATA = "CLVA_LENS_DATA"
 # COCO pictures are called by number in some releases and with this prefix in others.
 _COCO = "COCO_val2014_"
+_NOT_SPACE = re.compile(r"\S")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,43 +75,100 @@ def locate(given: str | Path | None, places: Sequence[str], what: str, source: s
 
 
 def read_rows(path: str | Path, keys: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Return the rows of a file: JSON lines, or one JSON array of objects.
+    """Return the rows of a file: objects a line each or over several lines, or a JSON array.
 
     Raises:
-        BenchmarkError: if the file is missing, is neither (naming the line, such as a half-written
-            last one), or a row lacks one of ``keys``.
+        BenchmarkError: if the file is missing, is none of these (naming the line, such as a
+            half-written last one), or a row lacks one of ``keys``.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise BenchmarkError(f"there is no file {file}. Check the path.")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BenchmarkError(
-            f"{file} is neither JSON lines nor a JSON array: {error}. Repair or remove that line."
-        ) from error
+    rows = read_values(path)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise BenchmarkError(f"row {number} of {file} is no object: {row!r}. Check the file.")
+            raise BenchmarkError(f"row {number} of {path} is no object: {row!r}. Check the file.")
         absent = set(keys) - set(row)
         if absent:
             raise BenchmarkError(
-                f"row {number} of {file} has no {', '.join(sorted(absent))}; it has "
+                f"row {number} of {path} has no {', '.join(sorted(absent))}; it has "
                 f"{', '.join(row)}. Pass a file of the right kind."
             )
     return rows
 
 
-def _lines(text: str) -> list[Any]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+def each_row(path: str | Path, keys: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yield what ``read_rows`` returns; a file of one object a line is never held whole.
+
+    Raises:
+        BenchmarkError: as ``read_rows`` does.
+    """
+    count = 0
+    if Path(path).is_file():
+        with Path(path).open("rb") as file:
+            for line in file:
+                if line.isspace():
+                    continue
+                row = _object(line)
+                if row is None or not row.keys() >= keys:  # another layout, or an error
+                    break
+                yield row
+                count += 1
+            else:
+                return
+    yield from islice(read_rows(path, keys), count, None)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """Return the object that a line is, None if it is anything else."""
+    try:
+        found = value_of(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_values(path: str | Path) -> list[Any]:
+    """Return the JSON values that follow each other in a file; of an array, its items.
+
+    Raises:
+        BenchmarkError: if the file is missing or is no JSON, naming the line.
+    """
+    try:
+        return _values(read_text(path))
+    except ValueError as error:
+        raise BenchmarkError(
+            f"{path} is neither JSON lines nor a JSON array: {error}. Repair or remove that line."
+        ) from error
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a file; one that ends in ``.gz`` is unpacked.
+
+    Raises:
+        BenchmarkError: if the file is missing, damaged or no text.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise BenchmarkError(f"there is no file {file}. Check the path.")
+    try:
+        content = file.read_bytes()
+        return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8-sig")
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+        raise BenchmarkError(f"{file} cannot be read: {error}. Get it again.") from error
+
+
+def _values(text: str) -> list[Any]:
+    decode = json.JSONDecoder().raw_decode
+    rows: list[Any] = []
+    place = 0
+    while begins := _NOT_SPACE.search(text, place):
+        start = begins.start()
         try:
-            rows.append(json.loads(line))
+            found, place = decode(text, start)
         except json.JSONDecodeError as error:
-            raise json.JSONDecodeError(f"line {number}: {error.msg}", line, error.pos) from error
+            # What follows a half-written object is where the decoder stumbles.
+            at = error.pos if text[start] == "[" else start
+            line = text.count("\n", 0, at) + 1
+            raise ValueError(f"line {line}: {error.msg}") from error
+        rows += found if isinstance(found, list) else [found]
     return rows
 
 
@@ -115,15 +178,12 @@ def read_object(path: str | Path) -> dict[str, Any]:
     Raises:
         BenchmarkError: if the file is missing or holds anything else.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise BenchmarkError(f"there is no file {file}. Check the path.")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except ValueError as error:
-        raise BenchmarkError(f"{file} is no JSON: {error}. Get it again.") from error
+        raise BenchmarkError(f"{path} is no JSON: {error}. Get it again.") from error
     if not isinstance(found, dict):
-        raise BenchmarkError(f"{file} holds no JSON object. Pass the right file.")
+        raise BenchmarkError(f"{path} holds no JSON object. Pass the right file.")
     return found
 
 

@@ -28,7 +28,7 @@ from clva_lens.benchmarks.chair import label, score_captions
 from clva_lens.benchmarks.chair_reading import Reader
 from clva_lens.benchmarks.chair_vocabulary import vocabulary
 from clva_lens.benchmarks.files import PictureBenchmark, find_images, locate, read_rows
-from clva_lens.benchmarks.foreign import named_answers
+from clva_lens.benchmarks.foreign import named_answers, numbered
 from clva_lens.benchmarks.protocols import PROTOCOLS
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.files import sha256
@@ -155,8 +155,7 @@ class LlavaBench(PictureBenchmark):
             BenchmarkError: if the file is corrupted, a row lacks an id or a text, or it carries
                 another question than the sample's.
         """
-        rows = read_rows(path)
-        return named_answers(path, rows, self.questions())
+        return named_answers(path, numbered(read_rows(path)), self.questions())
 
     def contexts(self) -> dict[str, str]:
         """Return what the judge is told about each picture, by file name.
@@ -228,15 +227,17 @@ def score_objects(
     *,
     lemmatiser: str = "builtin",
     synonyms: str | Path = "builtin",
+    nltk: str = "3.10",
 ) -> Score:
     """Return the CHAIR score of answers to the COCO part: objects named that are not there.
 
-    An object that the question itself names counts as any other; see ``score_captions``.
+    An object that the question itself names counts as any other; see ``score_captions``, and
+    ``ChairCoco`` for ``lemmatiser``, ``synonyms`` and ``nltk``.
 
     Raises:
         BenchmarkError: if ids differ, the part has no boxes, or a sample's picture no context.
     """
-    reader = Reader(vocabulary(synonyms), lemmatiser)
+    reader = Reader(vocabulary(synonyms), lemmatiser, nltk)
     objects = benchmark.objects(reader)
     unknown = [sample.id for sample in samples if sample.group not in objects]
     if unknown:

@@ -93,23 +93,40 @@ class Judgement(NamedTuple):
 
 
 def read_judgements(path: str | Path) -> list[Judgement]:
-    """Return the replies in a file of JSON lines: ``question_id``, and ``content`` or ``text``.
+    """Return the replies in a file: ``question_id`` with a reply, its scores, or both.
 
-    LLaVA's review files are such files.
+    The reply is ``content`` or ``text``, the scores are ``tuple`` or ``score``, as in LLaVA's
+    reviews; its scripts count the latter, where −1 twice is a reply that could not be read.
 
     Raises:
-        BenchmarkError: if the file is corrupted or a row has neither.
+        BenchmarkError: if the file is corrupted, a row has neither, or they say different scores.
     """
     found = []
     for number, row in enumerate(read_rows(path, ("question_id",)), start=1):
-        text = row.get("content", row.get("text"))
-        if not isinstance(text, str):
+        where = f"row {number} of {path}"
+        text, told = row.get("content", row.get("text")), row.get("tuple", row.get("score"))
+        if not isinstance(text, str) and told is None:
             raise BenchmarkError(
-                f"row {number} of {path} has no reply: neither content nor text. Add it."
+                f"{where} has no reply: neither content nor text, tuple nor score. Add it."
             )
-        scores = parse_judgement(text) or (None, None)
-        found.append(Judgement(str(row["question_id"]), *scores, text))
+        text = text if isinstance(text, str) else ""
+        read = parse_judgement(text)
+        scores = read if told is None else _told_scores(told, where)
+        if read is not None and scores != read:
+            raise BenchmarkError(
+                f"{where} has the scores {told}, but its reply begins with {read[0]:g} "
+                f"{read[1]:g}. Leave the right ones in the file."
+            )
+        found.append(Judgement(str(row["question_id"]), *(scores or (None, None)), text))
     return found
+
+
+def _told_scores(told: Any, where: str) -> tuple[float, float] | None:
+    """Return the two scores that a review has beside its text; None for twice −1."""
+    numbers = told if isinstance(told, list) else []
+    if len(numbers) != 2 or not all(isinstance(one, int | float) for one in numbers):
+        raise BenchmarkError(f"{where} has the scores {told!r}, but they are two. Mend them.")
+    return None if numbers == [-1, -1] else (float(numbers[0]), float(numbers[1]))
 
 
 def parse_judgement(text: str) -> tuple[float, float] | None:

@@ -7,6 +7,7 @@ and exactly 50 for a model that always says the same word.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +21,9 @@ from clva_lens.benchmarks.base import (
     choose,
     require_known,
 )
-from clva_lens.benchmarks.files import PictureBenchmark, find_images
-from clva_lens.benchmarks.foreign import require_same_question
+from clva_lens.benchmarks.files import DATA, PictureBenchmark, find_images
 from clva_lens.benchmarks.metrics import auc
+from clva_lens.benchmarks.mme_answers import read_mme_answers
 from clva_lens.benchmarks.mme_files import (
     find_questions,
     image_folder,
@@ -164,13 +165,12 @@ class Mme(PictureBenchmark):
         Raises:
             BenchmarkError: if the questions cannot be found or read.
         """
-        wanted = TOTALS.get(self.subset, (*PERCEPTION, *COGNITION))
         protocol = PROTOCOLS.get(self.protocol)
         everything = read_questions(find_questions(self.data), (*PERCEPTION, *COGNITION))
         return [
             replace(sample, question=protocol.ask(sample.question), system=protocol.system)
             for sample in everything
-            if sample.category in wanted
+            if sample.category in self._tasks
         ]
 
     def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
@@ -193,30 +193,33 @@ class Mme(PictureBenchmark):
         return score_mme(samples, answers, self.parser)
 
     def read_answers(self, path: Path) -> list[Answer]:
-        """Return the answers in a folder of ``<task>.txt`` results, for ``questions``.
-
-        They are matched by picture and right answer, so their order does not matter.
+        """Return the answers of others, see ``read_mme_answers``, for ``questions``.
 
         Raises:
-            BenchmarkError: if the folder has no results, one is malformed, or a result is about a
-                picture that MME does not have or answers another question about it.
+            BenchmarkError: if they are malformed, or do not fit the questions.
         """
-        known = {(sample.group, sample.label): sample for sample in self.questions()}
-        samples, answers = read_results(path)
-        strange = [s.group for s in samples if (s.group, s.label) not in known]
-        if strange:
-            raise BenchmarkError(
-                f"{len(strange)} results in {path} are about no question of {self.name}, the first "
-                f"is about {strange[0]}. Pass results of {self.name}, or score what read_results() "
-                "returns as it is."
-            )
-        found = []
-        for sample, answer in zip(samples, answers, strict=True):
-            asked = known[sample.group, sample.label]
-            where = f"the result of {sample.group} ({sample.label}) in {path}"
-            require_same_question(where, sample.question, asked.question)
-            found.append(replace(answer, id=asked.id))
-        return found
+        return read_mme_answers(path, self.questions(), (*PERCEPTION, *COGNITION))
+
+    def read_scored(self, path: Path) -> tuple[list[Sample], list[Answer]]:
+        """Return the questions and the answers of others to them.
+
+        A folder of results has the questions too, and is taken at its word where no ``data`` are.
+
+        Raises:
+            BenchmarkError: if they are malformed, or do not fit the questions.
+        """
+        if self.data is not None or os.environ.get(DATA) or not Path(path).is_dir():
+            return super().read_scored(path)
+        told = [
+            (sample, answer)
+            for sample, answer in zip(*read_results(path), strict=True)
+            if sample.category in self._tasks
+        ]
+        return [sample for sample, _ in told], [answer for _, answer in told]
+
+    @property
+    def _tasks(self) -> tuple[str, ...]:
+        return TOTALS.get(self.subset, (*PERCEPTION, *COGNITION))
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of each question file, by its path under the data folder."""

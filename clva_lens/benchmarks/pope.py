@@ -4,6 +4,7 @@
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,10 +38,9 @@ def pope_metrics(
             prediction is not yes, no or other.
     """
     _check(labels, predictions, margins)
-    pairs = list(zip(labels, predictions, strict=True))
-    n = len(pairs)
-    true_yes = pairs.count(("yes", "yes"))
-    false_yes = pairs.count(("no", "yes"))
+    pairs = Counter(zip(labels, predictions, strict=True))
+    n = len(labels)
+    true_yes, false_yes = pairs["yes", "yes"], pairs["no", "yes"]
     predicted_yes = true_yes + false_yes
     label_yes = list(labels).count("yes")
     precision = _ratio(true_yes, predicted_yes)
@@ -48,7 +48,7 @@ def pope_metrics(
     defined = not (math.isnan(precision) or math.isnan(recall))
     known = [] if margins is None else [margin for margin in margins if margin is not None]
     return {
-        "accuracy": _ratio(true_yes + pairs.count(("no", "no")), n),
+        "accuracy": _ratio(true_yes + pairs["no", "no"], n),
         "precision": precision,
         "recall": recall,
         "f1": _ratio(2 * true_yes, predicted_yes + label_yes) if defined else math.nan,
@@ -77,7 +77,7 @@ def _check(
             )
     allowed = {"label": ("yes", "no"), "prediction": ("yes", "no", "other")}
     for (kind, words), values in zip(allowed.items(), (labels, predictions), strict=True):
-        strange = sorted({value for value in values if value not in words})
+        strange = sorted(set(values) - set(words))
         if strange:
             raise BenchmarkError(
                 f"a {kind} must be one of {', '.join(words)}, but '{strange[0]}' was found. "

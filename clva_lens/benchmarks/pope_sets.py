@@ -24,15 +24,10 @@ from clva_lens.benchmarks.base import (
     choose,
     require_known,
 )
-from clva_lens.benchmarks.files import PictureBenchmark, find_images, locate, read_rows
-from clva_lens.benchmarks.foreign import (
-    answer_text,
-    id_key,
-    named_answers,
-    require_same_question,
-)
+from clva_lens.benchmarks.files import PictureBenchmark, each_row, find_images, locate
 from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.pope import score_pope
+from clva_lens.benchmarks.pope_answers import read_pope_answers, read_question_ids
 from clva_lens.benchmarks.protocols import PROTOCOLS
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.files import sha256
@@ -73,6 +68,8 @@ class Pope(PictureBenchmark):
         parser: what an answer means, see ``parsers.parse``.
         protocol: how it is asked, see ``protocols``.
         normalize_imange: mend the typo "imange"; otherwise questions are asked to the letter.
+        subset: a file whose rows name the questions that count by ``question_id``: a published file
+            of answers to some of them does. None: all.
     """
 
     version: ClassVar[str] = "2"
@@ -83,6 +80,7 @@ class Pope(PictureBenchmark):
     parser: str = "strict"
     protocol: str = "llava"
     normalize_imange: bool = False
+    subset: str | Path | None = None
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -108,24 +106,38 @@ class Pope(PictureBenchmark):
         That is enough to score answers of others.
 
         Raises:
-            BenchmarkError: if the questions cannot be found or read.
+            BenchmarkError: if the questions cannot be found or read, or lack one of the subset.
         """
         protocol = PROTOCOLS.get(self.protocol)
         found = []
+        shared = dict[str, str]().setdefault  # all but ids repeat
         for row in self._rows():
             text = row["text"].replace("imange", "image") if self.normalize_imange else row["text"]
+            name, question = row["image"], protocol.ask(text)
+            name, question = shared(name, name), shared(question, question)
             found.append(
                 Sample(
                     id=str(row["question_id"]),
-                    image=row["picture"],
-                    question=protocol.ask(text),
-                    label=row["label"],
-                    group=row["image"],
+                    image=name if isinstance(row["picture"], str) else row["picture"],
+                    question=question,
+                    label=shared(row["label"], row["label"]),
+                    group=name,
                     category=self.split,
                     system=protocol.system,
                 )
             )
-        return found
+        return found if self.subset is None else self._among(found, self.subset)
+
+    def _among(self, samples: list[Sample], subset: str | Path) -> list[Sample]:
+        """Return the samples that a subset's file names."""
+        wanted = read_question_ids(subset, self.split)
+        strange = sorted(wanted - {sample.id for sample in samples})
+        if strange:
+            raise BenchmarkError(
+                f"{len(strange)} of the {len(wanted)} questions in {subset} are not in "
+                f"{self.name}, such as {strange[0]}. Pass split= or data= that has them."
+            )
+        return [sample for sample in samples if sample.id in wanted]
 
     def samples(self, limit: int | None = None, seed: int = 0) -> list[Sample]:
         """Return all samples, or ``limit`` of them from images drawn with ``seed``.
@@ -149,13 +161,35 @@ class Pope(PictureBenchmark):
         """Return the POPE score, parsed by the benchmark's parser."""
         return score_pope(samples, answers, self.parser)
 
+    def read_scored(self, path: Path) -> tuple[list[Sample], list[Answer]]:
+        """Return the questions and the answers in a file, for which they are read once."""
+        samples = self.questions()
+        return samples, self._answers(path, samples)
+
     def read_answers(self, path: Path) -> list[Answer]:
-        """Return the answers in a file, see ``read_pope_answers``, for ``questions``."""
-        return read_pope_answers(path, self.questions())
+        """Return the answers in a file, see ``read_pope_answers``, for ``questions``.
+
+        Raises:
+            BenchmarkError: if the file is corrupted, does not fit the questions, or leaves some of
+                them unanswered.
+        """
+        return self._answers(path, self.questions())
+
+    def _answers(self, path: Path, samples: list[Sample]) -> list[Answer]:
+        answers = read_pope_answers(path, samples)
+        missing = {sample.id for sample in samples} - {answer.id for answer in answers}
+        if missing:
+            raise BenchmarkError(
+                f"{path} leaves {len(missing)} of the {len(samples)} questions of {self.name} "
+                f"unanswered, such as {min(missing)}. Pass data= the copy that was answered (an "
+                f"old COCO-random has 2,910), or subset='{path}' to score the others alone."
+            )
+        return answers
 
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of the question file, or of each parquet file."""
-        return {path.name: sha256(path) for path in self._files()}
+        """Return the SHA-256 of the question file or of each parquet file, and of the subset's."""
+        subset = [] if self.subset is None else [Path(self.subset)]
+        return {path.name: sha256(path) for path in [*self._files(), *subset]}
 
     def _files(self) -> list[Path]:
         """Return the question file, or the parquet files."""
@@ -188,8 +222,9 @@ class Pope(PictureBenchmark):
         """Yield question_id, image (the name), text, label, and picture: the name or itself."""
         files = self._files()
         if files[0].suffix != ".parquet":
-            for row in read_rows(files[0], _KEYS):
-                yield row | {"picture": row["image"]}
+            for row in each_row(files[0], set(_KEYS)):
+                row["picture"] = row["image"]
+                yield row
             return
         pictures: dict[str, Any] = {}
         for row in hub.read_parquet(files, _HUB_KEYS):
@@ -209,38 +244,3 @@ class Pope(PictureBenchmark):
 for _source in SOURCES:
     for _split in SPLITS:
         BENCHMARKS.register(f"pope/{_source}/{_split}", Pope(_source, _split))
-
-
-def read_pope_answers(path: str | Path, samples: Sequence[Sample]) -> list[Answer]:
-    """Return the answers in a file of POPE's own layout, of LLaVA's and VCD's, or of our own runs.
-
-    POPE's: ``{"question": …, "answer": …}`` in the order of the samples, which must be all of
-    the set's (``Pope.questions``). LLaVA's: ``{"question_id": …, "text": …}``, in any order. Our
-    own: ``{"id": …, "text": …, "margin": …, "error": …}``. The answer may be under any of
-    ``foreign.ANSWER_KEYS``; a question that a row carries is compared. Texts are kept to the
-    letter, since parsers mind white space.
-
-    Raises:
-        BenchmarkError: if the file is neither, is corrupted, or does not fit the samples.
-    """
-    rows = read_rows(path)
-    if not rows:
-        raise BenchmarkError(f"{path} has 0 answers. Pass a file with one answer a sample.")
-    if id_key(rows) is not None:
-        return named_answers(path, rows, samples)
-    told = []
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row.get("question"), str):
-            raise BenchmarkError(
-                f"row {number} of {path} lacks question_id or question; it has {', '.join(row)}. "
-                "Pass an answer file: POPE's (question, answer) or LLaVA's (question_id, text)."
-            )
-        told.append((row["question"], answer_text(row, f"row {number} of {path}")))
-    if len(rows) != len(samples):
-        raise BenchmarkError(
-            f"{path} has {len(rows)} answers in order, but there are {len(samples)} samples. Pass "
-            "the question set that was answered, whole: old copies of COCO-random have 2,910 rows."
-        )
-    for number, ((question, _), sample) in enumerate(zip(told, samples, strict=True), start=1):
-        require_same_question(f"row {number} of {path}", question, sample.question)
-    return [Answer(s.id, text) for s, (_, text) in zip(samples, told, strict=True)]

@@ -1,15 +1,18 @@
 """The answers of a run that is continued: which are kept, and which samples are asked (again)."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from clva_lens.benchmarks.base import Answer, Sample, read_answers
-from clva_lens.benchmarks.lines import broken_line, read_lines
+from clva_lens.benchmarks.lines import broken_line
 
 
 def whole_batches(path: Path, samples: Sequence[Sample], batch_size: int) -> list[Answer]:
-    """Cut the file after its last whole batch, and return the answers before."""
+    """Return the answers in a file up to its last whole batch.
+
+    Raises:
+        BenchmarkError: if a line is no answer, or not that to the sample of its place.
+    """
     if not path.is_file():
         return []
     answers = read_answers(path)
@@ -21,10 +24,6 @@ def whole_batches(path: Path, samples: Sequence[Sample], batch_size: int) -> lis
     keep = len(answers)
     if keep < len(samples):
         keep -= keep % batch_size
-    with path.open("r+b") as file:
-        file.truncate(read_lines(path).ends[keep - 1] if keep else 0)
-        file.flush()
-        os.fsync(file.fileno())
     return answers[:keep]
 
 

@@ -5,41 +5,30 @@
 ``samples.jsonl``       the samples, each with the SHA-256 of its picture instead of it: with the
                         answers, enough to score again
 ``answers.jsonl``       one line a sample, in the order of the samples, on disk after every batch
-``score.json``          the metrics; undefined ones are null
+``score.json``          the metrics (undefined ones are null), and the SHA-256 of their answers
 ``rows.jsonl``          one line a sample: label, answer, what was made of it
 ``log.jsonl``           when the run was started, continued and finished, and its seconds
 ``lock``                held by the process that writes; it means nothing once that is gone
 ======================  ==========================================================================
 """
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from clva_lens.benchmarks.base import Answer, Benchmark, Sample, Score, judge, read_answers
-from clva_lens.benchmarks.lines import as_lines, read_lines
-from clva_lens.benchmarks.run_answers import due, whole_batches
-from clva_lens.benchmarks.sample_rows import as_rows, as_samples, other_pictures
+from clva_lens.benchmarks.lines import each_line, sha256_of_lines
+from clva_lens.benchmarks.sample_rows import as_samples
 from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.files import sha256
 from clva_lens.ground.settings import restore_settings
 
 RUN, SAMPLES, ANSWERS = "run.json", "samples.jsonl", "answers.jsonl"
 SCORE, ROWS, LOG, LOCK = "score.json", "rows.jsonl", "log.jsonl", "lock"
-# What a run may leave behind that was killed before its first file was complete.
-_LEFTOVERS = {LOCK, SAMPLES, f"{SAMPLES}.part", f"{RUN}.part"}
-# In run.json, but free to change when a run is continued: where things lie is no matter, because
-# digests say what they are.
-ORIGIN = "origin"
-_FREE = (ORIGIN, "settings.data", "settings.images")
+SAMPLES_SHA256, ANSWERS_SHA256 = "samples_sha256", "answers_sha256"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,144 +58,6 @@ class Report:
         return f"{title}\n{self.score!r}"
 
 
-class OpenRun:
-    """A run folder that this process holds; ``answers`` are those on disk.
-
-    ``due`` are the stretches of samples that are to be asked, in their order, each from where a
-    batch begins.
-    """
-
-    def __init__(self, folder: Path, answers: list[Answer], due: list[range]) -> None:
-        """Take over the folder."""
-        self.folder = folder
-        self.answers = answers
-        self.due = due
-
-    def write(self, place: int, answers: Sequence[Answer]) -> None:
-        """Write the answers from ``place`` on to the disk; once this returns they survive a crash.
-
-        They are appended, or take the place of those that failed.
-        """
-        if place == len(self.answers):
-            _append(self.folder / ANSWERS, [asdict(answer) for answer in answers])
-            self.answers += answers
-        elif self.answers[place : place + len(answers)] != answers:
-            self.answers[place : place + len(answers)] = answers
-            _replace(self.folder / ANSWERS, as_lines([asdict(answer) for answer in self.answers]))
-
-    def finish(self, report: Report) -> None:
-        """Write the score and its rows."""
-        _replace(self.folder / ROWS, as_lines([plain(row) for row in report.rows]))
-        _replace(self.folder / SCORE, _document(report.document))
-        self.log("finished", report.record["seconds"])
-
-    def log(self, event: str, seconds: float | None = None) -> None:
-        """Note what happened, with the seconds that this process spent in the model."""
-        row = {"event": event, "time": now(), "answers": len(self.answers), "seconds": seconds}
-        _append(self.folder / LOG, [row])
-
-
-def check_folder(folder: Path, resume: bool) -> None:
-    """Raise unless a run may be started in ``folder``, or continued there with ``resume``.
-
-    Raises:
-        BenchmarkError: if it is a file, holds something else, or holds a run and ``resume`` is
-            False.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise BenchmarkError(f"'{folder}' is a file. Pass a folder for the run.")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if RUN not in names and names - _LEFTOVERS:
-        raise BenchmarkError(
-            f"'{folder}' holds '{min(names - _LEFTOVERS)}' and no {RUN}, so it is no run, and is "
-            "left alone. Pass another folder."
-        )
-    if RUN in names and not resume:
-        raise BenchmarkError(
-            f"'{folder}' holds a run. Pass resume=True (--resume) to continue it, or another "
-            "folder."
-        )
-
-
-@contextmanager
-def open_run(
-    folder: Path,
-    record: Mapping[str, Any],
-    samples: Sequence[Sample],
-    batch_size: int,
-    resume: bool = False,
-    keep_failed: bool = False,
-) -> Iterator[OpenRun]:
-    """Yield the folder of a run, started, or continued with ``resume`` if there is one.
-
-    A continued run keeps its answers up to the last whole batch, and drops the rest: batches begin
-    where they would have begun, so that the answers are those of a run that was never stopped. A
-    batch with failed samples is due again as a whole, unless ``keep_failed``: its answers are then
-    those of a run in which nothing failed.
-
-    Raises:
-        BenchmarkError: if the folder is refused (see ``check_folder``), another process is writing
-            to it, an input that decides the answers has changed, or its files are damaged.
-    """
-    check_folder(folder, resume)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise BenchmarkError(
-            f"another process is writing to '{folder}'. Wait for it, or pass another folder."
-        ) from None
-    try:
-        check_folder(folder, resume)  # again: another process may have been quicker
-        rows = as_rows(samples)
-        content = as_lines(rows)
-        wanted = {**plain(record), "samples_sha256": hashlib.sha256(content).hexdigest()}
-        if not (folder / RUN).is_file():
-            _replace(folder / SAMPLES, content)
-            _replace(folder / RUN, _document(wanted))
-            run = OpenRun(folder, [], [range(len(samples))])
-            run.log("started")
-        else:
-            _require_same(folder, wanted, rows)
-            kept = whole_batches(folder / ANSWERS, samples, batch_size)
-            run = OpenRun(folder, kept, due(kept, len(samples), batch_size, keep_failed))
-            run.log("continued")
-        yield run
-    finally:
-        lock.release()
-
-
-def _require_same(folder: Path, new: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
-    old = _read_record(folder)
-    stored = _read_samples(folder, old)
-    then, today, missing = _flat(old), _flat(new), "nothing"
-    changed = [
-        f"{key}: {then.get(key, missing)!r} then, {today.get(key, missing)!r} now"
-        for key in dict.fromkeys([*then, *today])
-        if not any(key == free or key.startswith(f"{free}.") for free in _FREE)
-        and then.get(key, missing) != today.get(key, missing)
-    ]
-    pictures = other_pictures(stored, rows)
-    changed += [pictures] if pictures else []
-    if changed:
-        raise BenchmarkError(
-            f"the run in '{folder}' cannot be continued, because its answers would be of two "
-            f"kinds:\n  " + "\n  ".join(changed) + "\nRun it as then, or into another folder."
-        )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value}
-    return {
-        key: leaf
-        for name, inner in value.items()
-        for key, leaf in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
-
-
 # ── reading a run back ──
 
 
@@ -226,14 +77,15 @@ def read_run(folder: str | Path) -> FinishedRun:
         BenchmarkError: if there is none, it is not finished, or its files are damaged or edited.
     """
     folder = Path(folder)
-    record = _read_record(folder)
-    samples = as_samples(_read_samples(folder, record))
+    record = read_record(folder)
+    samples = as_samples(each_sample(folder, record))
     answers = read_answers(folder / ANSWERS) if (folder / ANSWERS).is_file() else []
     if len(answers) < len(samples):
         raise BenchmarkError(
             f"the run in '{folder}' has {len(answers)} of its {len(samples)} answers. Continue it "
             "with resume=True (--resume)."
         )
+    require_as_scored(folder)
     return FinishedRun(record, samples, answers)
 
 
@@ -243,7 +95,8 @@ def score(folder: str | Path, **settings: Any) -> Report:
     ``settings`` change the benchmark's, for example ``parser="strict"``. Nothing is written.
 
     Raises:
-        BenchmarkError: if there is no finished run, or its benchmark is unknown here.
+        BenchmarkError: if there is no finished run, its files are damaged or edited, or its
+            benchmark is unknown here or of another version.
         ParameterError: if the benchmark has no such setting.
     """
     run = read_run(folder)
@@ -257,7 +110,8 @@ def score_answers(benchmark: Benchmark, path: Path) -> Report:
     Raises:
         BenchmarkError: if the benchmark cannot read the file, or it is not about its samples.
     """
-    return _report(benchmark, benchmark.questions(), benchmark.read_answers(path), {})
+    samples, answers = benchmark.read_scored(path)
+    return _report(benchmark, samples, answers, {})
 
 
 def _report(
@@ -279,7 +133,7 @@ def benchmark_of(record: Mapping[str, Any], settings: Mapping[str, Any]) -> Benc
     """Return the benchmark of a record, with some settings changed.
 
     Raises:
-        BenchmarkError: if its class has not been imported.
+        BenchmarkError: if its class has not been imported, or is of another version.
         ParameterError: if it has no such setting.
     """
     known = {class_name(one): one for one in _kinds(Benchmark)}
@@ -288,6 +142,13 @@ def benchmark_of(record: Mapping[str, Any], settings: Mapping[str, Any]) -> Benc
         raise BenchmarkError(
             f"the run is of a {record['benchmark_class']}, which is unknown here. Import the "
             "module that defines it, then score again from Python."
+        )
+    if record["benchmark_version"] != kind.version:
+        raise BenchmarkError(
+            f"the run is of version {record['benchmark_version']} of {record['benchmark']}, but "
+            f"version {kind.version} is installed, which counts otherwise. Install the clva-lens "
+            "of the run (see packages in its run.json), or score its answers by today's rules with "
+            "--answers answers.jsonl --benchmark NAME."
         )
     return kind(**restore_settings(kind, {**record["settings"], **settings}))
 
@@ -303,32 +164,73 @@ def _kinds(kind: type[Benchmark]) -> Iterator[type[Benchmark]]:
         yield from _kinds(one)
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what ``run.json`` says.
+
+    Raises:
+        BenchmarkError: if there is none, or it is damaged.
+    """
     path = folder / RUN
     if not path.is_file():
         raise BenchmarkError(f"'{folder}' holds no run: there is no {RUN} in it. Check the path.")
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
+    record = _read_object(path)
+    absent = {"benchmark", "benchmark_class", "benchmark_version", "settings"} - set(record)
+    if absent:
         raise BenchmarkError(
-            f"{path} is damaged ({error}). Restore it, or run again into another folder."
-        ) from None
+            f"{path} is no record of a run: it has no {', '.join(sorted(absent))}. Restore it, or "
+            "run again into another folder."
+        )
+    return record
 
 
-def _read_samples(folder: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of a run's samples, which must be those that its record was written with."""
+def each_sample(folder: Path, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a run's samples, which must be those that its record was written with.
+
+    Raises:
+        BenchmarkError: if they are not.
+    """
     path = folder / SAMPLES
-    rows = read_lines(path).rows
-    found, told = hashlib.sha256(path.read_bytes()).hexdigest(), record.get("samples_sha256")
+    if not path.is_file():
+        raise BenchmarkError(f"there is no file '{path}'. Restore it, or run again.")
+    found, told = sha256(path), record.get(SAMPLES_SHA256)
     if found != told:
         raise BenchmarkError(
             f"{path} was changed after the run began: its SHA-256 is {found}, and {RUN} says "
             f"{told}. Restore the file, or run again into another folder."
         )
-    return rows
+    yield from each_line(path)
 
 
-# ── writing ──
+def require_as_scored(folder: Path) -> None:
+    """Return silently if the answers of a run are those of its score; older scores do not tell.
+
+    Raises:
+        BenchmarkError: if they are others, or the score is damaged.
+    """
+    told = _read_object(folder / SCORE).get(ANSWERS_SHA256) if (folder / SCORE).is_file() else None
+    if told is None:
+        return
+    found = sha256_of_lines(folder / ANSWERS)
+    if found != told:
+        raise BenchmarkError(
+            f"{folder / ANSWERS} was changed after the run was finished: its SHA-256 is {found}, "
+            f"and {SCORE} says {told}. Restore the file, or run again into another folder."
+        )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(
+            f"{path} is damaged ({error}). Restore it, or run again into another folder."
+        ) from None
+    if not isinstance(found, dict):
+        raise BenchmarkError(
+            f"{path} is damaged (it is a {type(found).__name__}, not an object). Restore it, or "
+            "run again into another folder."
+        )
+    return found
 
 
 def plain(value: Any) -> Any:
@@ -342,29 +244,3 @@ def plain(value: Any) -> Any:
     if hasattr(value, "item"):  # a number of numpy or torch
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def now() -> str:
-    """Return the time, in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _document(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("ab") as file:
-        file.write(as_lines(rows))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is never half there."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -7,7 +7,7 @@ sample without a picture, and for one that cannot be read. Rows of older runs ha
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from io import BytesIO, IOBase
 from pathlib import Path
@@ -38,9 +38,14 @@ def as_rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     ]
 
 
-def as_samples(rows: Sequence[Mapping[str, Any]]) -> list[Sample]:
+def as_samples(rows: Iterable[Mapping[str, Any]]) -> list[Sample]:
     """Return the samples of rows, without their pictures."""
-    return [Sample(image=None, **{k: v for k, v in r.items() if k != PICTURE}) for r in rows]
+    shared: dict[Any, Any] = {}  # all but ids repeat
+    names = [f.name for f in fields(Sample) if f.name not in ("id", "image")]
+    return [
+        Sample(row["id"], None, *[shared.setdefault(told, told) for told in map(row.get, names)])
+        for row in rows
+    ]
 
 
 def other_pictures(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:

@@ -16,6 +16,7 @@ rows of a prompt, can be applied in three forms, which give the same attention u
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -37,7 +38,7 @@ SMALL, MANY_KEYS = 2**20, 3072
 # log-weight: exp(−1000) is 0 in float32 beside any score within 890 of it.
 WIDEST, COLUMNS, LOWEST = 256, 8, -1000.0
 
-_forced: list[BiasForm] = []
+_FORCED: ContextVar[BiasForm | None] = ContextVar("clva_lens_bias_form", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +138,9 @@ def choose_form(
         "split": 0 < bias.first < count,
         "folded": mask is None and query.shape[3] + COLUMNS <= WIDEST,
     }
-    if _forced:
-        return _forced[-1] if possible[_forced[-1]] else "masked"
+    wanted = _FORCED.get()
+    if wanted is not None:
+        return wanted if possible[wanted] else "masked"
     if query.shape[0] * count * keys <= SMALL:
         return "masked"
     if possible["split"] and 2 * bias.first >= count:
@@ -150,11 +152,11 @@ def choose_form(
 @contextmanager
 def forced(form: BiasForm) -> Iterator[None]:
     """Use a form wherever it is possible, for measurements and tests."""
-    _forced.append(form)
+    before = _FORCED.set(form)
     try:
         yield
     finally:
-        _forced.pop()
+        _FORCED.reset(before)
 
 
 def fold(

@@ -5,12 +5,14 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
+from clva_lens.experiments import inventory
 from clva_lens.experiments.record import (
     NOTEBOOK,
     RECORD,
@@ -86,8 +88,8 @@ class Archive:
             RecordError: if there is none.
         """
         known = self.records(slug)
-        wanted = None if version is None else int(str(version).removeprefix("v"))
-        found = [one for one in known if wanted in (None, one.version)]
+        wanted = None if version is None else str(version).removeprefix("v")
+        found = [one for one in known if wanted in (None, str(one.version))]
         if not found:
             listed = ", ".join(one.id for one in known) or "none"
             raise RecordError(
@@ -95,6 +97,25 @@ class Archive:
                 f"{listed}. Make one: clva-lens analyse {slug}."
             )
         return found[-1]
+
+    def problems(self) -> dict[str, list[str]]:
+        """Return what is wrong with each record, by its id; see ``inventory.problems``."""
+        return inventory.problems(self.folder, self.records())
+
+    def take_in(self, record: Record) -> None:
+        """List a record, show its notebook, and thin the versions before it."""
+        inventory.enlist(self.folder, record)
+        slug, shown = record.folder.parent.name, record.folder / NOTEBOOK
+        if record.version != self.records(slug)[-1].version or not shown.is_file():
+            return
+        place = self.notebook(slug)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_name(f".{place.name}.part")
+        shutil.copyfile(shown, part)
+        part.replace(place)
+        for older in self.records(slug)[:-1]:
+            with suppress(RecordError):  # a damaged one is left for verify to report
+                older.thin()
 
 
 def open_record(slug: str, version: int | str | None = None, root: Path | None = None) -> Record:
@@ -130,11 +151,13 @@ def analyse(
     """Run an analysis, and keep it as a new version unless its inputs are those of an old one.
 
     ``texts`` are parameters as ``name=value``; ``environment`` is added to the notebook's, such as
-    ``load``'s device and dtype, which the record tells of each model. The executed notebook goes to
-    ``notebooks/`` too.
+    ``load``'s device and dtype, which the record tells of each model. The executed notebook of a
+    new version goes to ``notebooks/`` too. However this is stopped, there is a whole record or
+    none, and running it again puts everything beside it right.
 
     Raises:
-        RecordError: if there is no such analysis, it fails, or another process is running it.
+        RecordError: if there is no such analysis, it fails, another process is running it, or
+            nothing can be written.
         ParameterError: if a parameter does not fit.
     """
     require("jupytext", "nbclient", "ipykernel", "pyarrow")
@@ -170,15 +193,18 @@ def analyse(
             "code": code_digest(),
             "packages": packages(),
         }
-        notebooks.write(made, staging / NOTEBOOK)
-        notebooks.write(made, archive.notebook(slug))
         versions = archive.records(slug)
-        same = [one for one in versions if one.inputs == inputs]
+        same = [one for one in versions if _inputs(one) == inputs]
         if same:
-            return Outcome(same[-1], False, _changed(same[-1], Record(staging)))
-        version = max((one.version for one in versions), default=0) + 1
-        document = _document(f"{slug}/v{version}", inputs, told, {**whence, "seconds": seconds})
-        return Outcome(_finish(staging, archive.folder / slug / f"v{version}", document), True)
+            outcome = Outcome(same[-1], False, _changed(same[-1], Record(staging)))
+        else:
+            notebooks.write(made, staging / NOTEBOOK)
+            version = max((one.version for one in versions), default=0) + 1
+            document = _document(f"{slug}/v{version}", inputs, told, {**whence, "seconds": seconds})
+            target = archive.folder / slug / f"v{version}"
+            outcome = Outcome(_finish(staging, target, document), True)
+        archive.take_in(outcome.record)
+        return outcome
 
 
 def _taken(draft: Path, slug: str) -> dict[str, Any]:
@@ -226,6 +252,14 @@ def _finish(staging: Path, target: Path, document: dict[str, Any]) -> Record:
     return Record(target)
 
 
+def _inputs(record: Record) -> dict[str, Any] | None:
+    """Return a record's inputs; None of a damaged one, which no run is the same as."""
+    try:
+        return record.inputs
+    except RecordError:
+        return None
+
+
 def _changed(old: Record, new: Record) -> tuple[str, ...]:
     names = sorted(old.metrics.keys() | new.metrics.keys())
     return tuple(name for name in names if old.metrics.get(name) != new.metrics.get(name))
@@ -236,19 +270,24 @@ def _alone(archive: Archive, slug: str) -> Iterator[Path]:
     """Yield an empty folder that this process alone writes to, and remove it afterwards."""
     from filelock import FileLock, Timeout
 
-    archive.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(archive.folder / f".{slug}.lock")
+    lock, staging = FileLock(archive.folder / f".{slug}.lock"), None
     try:
+        archive.folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+        for left in archive.folder.glob(f".{slug}.*.staging"):  # by a process that was killed,
+            shutil.rmtree(left, ignore_errors=True)  # whose kernel may still write there
+        staging = Path(mkdtemp(".staging", f".{slug}.", archive.folder))
+        yield staging
     except Timeout:
         raise RecordError(f"{slug} is being run by another process. Wait for it.") from None
-    staging = archive.folder / f".{slug}.staging"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)  # what a process left behind that was killed
-        staging.mkdir()
-        yield staging
+    except OSError as error:
+        raise RecordError(
+            f"the record of {slug} could not be written: {error}. Make room, or pass a folder that "
+            "can be written to with --root, and run it again."
+        ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
         lock.release()
 
 

@@ -83,19 +83,26 @@ def records(root: Root = None) -> None:
     """List all records."""
     from clva_lens.experiments.archive import Archive, find_root
 
+    console, damaged = Console(), []
     table = Table("record", "date", "models", "parameters given", "size", box=box.SIMPLE_HEAD)
     for record in Archive(find_root(root)).records():
-        inputs = record.inputs
-        given = ", ".join(f"{name}={value}" for name, value in inputs["given"].items())
-        size = sum(path.stat().st_size for path in record.folder.rglob("*") if path.is_file())
-        table.add_row(
-            record.id,
-            record.document["surroundings"]["date"][:10],
-            ", ".join(model["name"] for model in inputs["models"]) or "–",
-            given or "–",
-            f"{size / 2**10:.0f} KiB",
-        )
-    Console().print(table)
+        try:
+            table.add_row(*_summary(record))
+        except RecordError as error:
+            damaged.append(f"{record.id}: {error}")
+    console.print(table)
+    for problem in damaged:
+        console.print(problem, highlight=False, style="bold red")
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _summary(record: Any) -> tuple[str, ...]:
+    inputs, date = record.inputs, record.document["surroundings"]["date"][:10]
+    given = ", ".join(f"{name}={value}" for name, value in inputs["given"].items())
+    models = ", ".join(model["name"] for model in inputs["models"])
+    size = sum(path.stat().st_size for path in record.folder.rglob("*") if path.is_file())
+    return record.id, date, models or "–", given or "–", f"{size / 2**10:.0f} KiB"
 
 
 def diff(
@@ -127,17 +134,19 @@ def _short(value: Any) -> str:
 
 
 def verify(root: Root = None) -> None:
-    """Hash every file of every record again; fail if one was changed, added or removed."""
+    """Hash every file of every record again; fail if one was changed, added or removed.
+
+    A record that was removed, copied or renamed is found by the list of all, records.json.
+    """
     from clva_lens.experiments.archive import Archive, find_root
 
-    console, found = Console(), Archive(find_root(root)).records()
-    wrong = {one.id: one.problems() for one in found}
+    console, wrong = Console(), Archive(find_root(root)).problems()
     for name, problems in wrong.items():
         for problem in problems:
             console.print(f"{name}: {problem}", highlight=False)
     if any(wrong.values()):
         raise typer.Exit(1)
-    console.print(f"{len(found)} records are as they were written.")
+    console.print(f"{len(wrong)} records are as they were written.")
 
 
 def figures(
@@ -151,37 +160,49 @@ def figures(
     ] = False,
     root: Root = None,
 ) -> None:
-    """Draw the figures of records again, from what they keep; no model is loaded."""
+    """Draw the figures of records again, from what they keep; no model is loaded.
+
+    With --all only newest versions are drawn, which alone keep their figures; --check looks at all.
+    """
     from clva_lens.experiments.archive import Archive, find_root
     from clva_lens.experiments.drawing import check_figures, draw_figures
+    from clva_lens.experiments.inventory import enlist
 
     if (name is None) != every:
         raise RecordError("pass a record or a figure to draw, or --all for everything.")
     console = Console()
-    chosen = _chosen(Archive(find_root(root)), name)
+    archive = Archive(find_root(root))
+    chosen = _chosen(archive, name, check)
     wrong: list[str] = []
     for record in chosen:
-        if check:
-            how, found = check_figures(record)
-            wrong += found
-            console.print(f"{record.id}: {len(record.figures)} figures compared {how}")
-        else:
-            for path in draw_figures(record, record.folder / "figures"):
-                console.print(str(path), highlight=False)
+        try:
+            if check:
+                how, found = check_figures(record)
+                wrong += found
+                console.print(f"{record.id}: {len(record.figures)} figures compared {how}")
+            else:
+                for path in draw_figures(record, record.folder / "figures"):
+                    console.print(str(path), highlight=False)
+                enlist(archive.folder, record)
+        except RecordError as error:
+            wrong.append(f"{record.id}: {error}")
     for problem in wrong:
         console.print(f"[bold red]{problem}[/]", highlight=False)
     if wrong:
         raise typer.Exit(1)
 
 
-def _chosen(archive: Any, name: str | None) -> list[Any]:
-    """Return the records that a name means: all, one, or the newest ones with a figure."""
-    if name is None:
-        return archive.records()
-    slug, _, version = name.partition("/")
-    if slug in {record.folder.parent.name for record in archive.records()}:
-        return [archive.record(slug, version or None)]
+def _chosen(archive: Any, name: str | None, older: bool) -> list[Any]:
+    """Return the records that a name means: one, or the newest ones, all or those with a figure.
+
+    Without a name they may be ``older`` versions too.
+    """
     newest = {record.folder.parent.name: record for record in archive.records()}
+    if name is None:
+        return archive.records() if older else [*newest.values()]
+    slug, _, version = name.partition("/")
+    if slug in newest:
+        return [archive.record(slug, version or None)]
     found = [r for r in newest.values() if name in [one["name"] for one in r.figures]]
     if not found:
         drawn = sorted({one["name"] for record in newest.values() for one in record.figures})

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from clva_lens.benchmarks.run_folder import Report, plain
 from clva_lens.experiments.record import ARRAYS, METRICS, ROWS, Kept, dump_json
@@ -110,7 +111,7 @@ class Draft(Kept):
         parquet.write_table(arrow.Table.from_pylist(list(rows)), file)
         self._write()
 
-    def keep_arrays(self, name: str, **arrays: ArrayLike) -> None:
+    def keep_arrays(self, name: str, **arrays: ArrayLike | Tensor) -> None:
         """Keep arrays by their names.
 
         Raises:

@@ -10,6 +10,10 @@
 ``notebook.ipynb``          the notebook as it was executed
 ==========================  ======================================================================
 
+Only the newest version of an analysis keeps its figures and its notebook. Of an older one, figures
+are drawn again from what is kept, to the byte; its notebook is in the history of git, and
+``record.json`` has its SHA-256 (``Record.thin``).
+
 The *inputs* say which record it is: parameters, models by the SHA-256 of their weights, data files
 by theirs, the analysis' code cells, this package's sources, kernel, dtype, device, packages. The
 surroundings (commit, machine, time, memory) do not.
@@ -28,6 +32,14 @@ from clva_lens.ground.files import Row, sha256
 RECORD, METRICS, NOTEBOOK = "record.json", "metrics.json", "notebook.ipynb"
 ROWS, ARRAYS, FIGURES = "rows", "arrays", "figures"
 DRAWN = f"{FIGURES}/figures.json"
+_DOCUMENT = {
+    "id": str,
+    "digest": str,
+    "files": dict,
+    "figures": [{"name": str, "figure": str, "options": dict}],
+    "inputs": {"given": dict, "parameters": dict, "models": [{"name": str}]},
+    "surroundings": {"date": str},
+}
 
 
 class Kept:
@@ -67,7 +79,10 @@ class Kept:
     def metrics(self) -> dict[str, float]:
         """The numbers that were kept."""
         file = self.folder / METRICS
-        return read_json(file) if file.is_file() else {}
+        found = read_json(file) if file.is_file() else {}
+        if not isinstance(found, dict):
+            raise RecordError(f"'{file}' holds no metrics by name. Restore it from git.")
+        return found
 
     def _file(self, room: str, name: str, ending: str) -> Path:
         file = self.folder / room / f"{name}{ending}"
@@ -88,12 +103,15 @@ class Record(Kept):
         """What ``record.json`` says.
 
         Raises:
-            RecordError: if there is none, or it is no JSON.
+            RecordError: if there is none, or it is no JSON of this shape.
         """
         file = self.folder / RECORD
         if not file.is_file():
             raise RecordError(f"'{self.folder}' has no {RECORD}, so it is no record. Check it.")
-        return read_json(file)
+        document = read_json(file)
+        if not fits(document, _DOCUMENT):
+            raise RecordError(f"'{file}' does not say what a record says. Restore it from git.")
+        return document
 
     @property
     def version(self) -> int:
@@ -124,15 +142,24 @@ class Record(Kept):
 
         return drawing_of_record(found["figure"])(self, **found["options"])
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with the files: changed, missing, or not of the record."""
-        told = {**self.document["files"], **self._drawn()}
+    def thin(self) -> None:
+        """Remove what a version with a newer one beside it does not keep."""
+        for name in self._thinned():
+            (self.folder / name).unlink(missing_ok=True)
+
+    def problems(self, superseded: bool = False) -> list[str]:
+        """Return what is wrong with the files: changed, missing, or not of the record.
+
+        ``superseded``: there is a newer version, so that this one may be thin.
+        """
+        told = {**self.document["files"], **self.drawn()["files"]}
         here = {
             path.relative_to(self.folder).as_posix()
             for path in self.folder.rglob("*")
             if path.is_file()
         }
-        found = [f"{name} is missing" for name in sorted(set(told) - here)]
+        needed = set(told) - (self._thinned() if superseded else set())
+        found = [f"{name} is missing" for name in sorted(needed - here)]
         found += [
             f"{name} was changed"
             for name in sorted(set(told) & here)
@@ -146,9 +173,20 @@ class Record(Kept):
             found.insert(0, f"{RECORD} was changed")
         return found
 
-    def _drawn(self) -> dict[str, str]:
+    def drawn(self) -> dict[str, Any]:
+        """What was drawn: ``files``, the SHA-256 of each, and ``matplotlib``, the version.
+
+        Raises:
+            RecordError: if the list of figures is of another shape.
+        """
         file = self.folder / DRAWN
-        return read_json(file)["files"] if file.is_file() else {}
+        told = read_json(file) if file.is_file() else {"files": {}, "matplotlib": None}
+        if not fits(told, {"files": dict}) or "matplotlib" not in told:
+            raise RecordError(f"'{file}' is no list of figures. Restore it from git.")
+        return told
+
+    def _thinned(self) -> set[str]:
+        return {*self.drawn()["files"], NOTEBOOK}
 
     def __repr__(self) -> str:
         """Return its name and metrics."""
@@ -165,6 +203,17 @@ def digest_of(document: Mapping[str, Any]) -> str:
 def dump_json(value: Any) -> str:
     """Return JSON with sorted keys; the same value gives the same text."""
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Return whether JSON has a shape: a type, a mapping of keys to shapes, or a list of one."""
+    if isinstance(shape, Mapping):
+        return isinstance(value, Mapping) and all(
+            name in value and fits(value[name], inner) for name, inner in shape.items()
+        )
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(one, shape[0]) for one in value)
+    return isinstance(value, shape)
 
 
 def read_json(path: Path) -> Any:

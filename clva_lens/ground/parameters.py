@@ -85,6 +85,8 @@ def check_arguments(function: Any, **given: Any) -> None:
 def _checked(owner: Any, name: str, value: Any, usual: Any) -> Any:
     """Return a value as its parameter holds it; ``usual`` is what the error advises."""
     hint = _hints(owner).get(name, Any)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ParameterError(f"{name} must fit into 64 bits, but is {value}. Pass a smaller one.")
     try:
         return _fitted(value, hint)
     except TypeError:

@@ -14,8 +14,10 @@ T = TypeVar("T")
 def known_as(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that ``name`` is, whatever its case; None if there is no single one."""
     known = tuple(known)
+    if name in known:
+        return name
     alike = [one for one in known if one.casefold() == name.casefold()]
-    return name if name in known else alike[0] if len(alike) == 1 else None
+    return alike[0] if len(alike) == 1 else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

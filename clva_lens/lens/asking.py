@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.errors import ModelLoadError, ParameterError
+from clva_lens.ground.parameters import Parameters
 from clva_lens.lens.decoding import Decoding, Greedy, check_decoding
+from clva_lens.lens.load import LensModel
 from clva_lens.methods.base import Method
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
+class Asking(Parameters):
     """A method, a decoding, how many prompts at a time, and which samples of a benchmark.
 
     Without a decoding it is greedy; a benchmark gives it its own length. ``limit`` takes that many
@@ -33,6 +35,22 @@ class Asking:
     def how(self) -> Decoding:
         """The decoding; greedy without one."""
         return self.decoding or Greedy()
+
+    def fitted(self, model: LensModel, max_new_tokens: int = 32) -> "Asking":
+        """Return it for a model: without a decoding, with a greedy one of this length.
+
+        Raises:
+            ModelLoadError: if the model is a bare one, without its processor.
+            ParameterError: if the method does not work with the decoding.
+        """
+        if not isinstance(model, LensModel):
+            raise ModelLoadError(
+                "questions can only be asked with the model's processor, but got a bare "
+                f"{type(model).__name__}. Pass cl.load((hf_model, processor))."
+            )
+        how = self.decoding or Greedy(max_new_tokens=max_new_tokens)
+        check_decoding(self.method, how, model.hf_model)
+        return replace(self, decoding=how)
 
     def each(
         self,

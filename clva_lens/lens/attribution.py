@@ -22,7 +22,14 @@ from clva_lens.lens.observers import Observer
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.target import shape_of
 from clva_lens.models.family import find_family, transformers_model
-from clva_lens.models.prompt import Asked, Prompt, VisualTokens, as_prompt, visual_tokens
+from clva_lens.models.prompt import (
+    Asked,
+    Prompt,
+    VisualTokens,
+    as_prompt,
+    readable,
+    visual_tokens,
+)
 from clva_lens.models.readout import CacheModel, token_ids
 from clva_lens.science.heads import HeadClasses
 
@@ -199,7 +206,7 @@ def direct_logit_attribution(
     found, prompt = transformers_model(model), as_prompt(model, prompt)
     with undisturbed(), intervening(model, method):
         reading = _Reading(found, getattr(model, "words", None), tokens)
-        with running(found, reading.sessions):
+        with running(found, reading.sessions), readable(prompt):
             found(**prompt.inputs, logits_to_keep=1)
         return reading.attribution(prompt)
 

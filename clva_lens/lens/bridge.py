@@ -7,7 +7,6 @@ downloaded or read from disk.
 """
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +14,9 @@ from transformers import PreTrainedModel
 
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError, ModelLoadError
-from clva_lens.methods.bridge_hooks import image_token_id, prompt_spans
+from clva_lens.methods.bridge_hooks import asked_tensors, image_token_id, prompt_spans
 from clva_lens.models.family import matching_family, transformers_model
+from clva_lens.models.prompt import Asked
 from clva_lens.models.transformerlens import transformer_lens
 
 
@@ -31,8 +31,8 @@ def to_transformer_lens(model: Any, *, processor: Any = None) -> Any:
     Three things are added to the bridge: ``bridge.prompt(image, question)`` is that of the model
     (if it was loaded with ``cl.load``); ``bridge.inputs(prompt)`` are the arguments to call it
     with, ``bridge(**bridge.inputs(prompt))``, also for ``run_with_hooks``, ``run_with_cache`` and
-    ``generate``; and ``bridge.spans(prompt)`` are the ``TokenSpans`` of a prompt or of a
-    processor's output.
+    ``generate``; and ``bridge.spans(prompt)`` are its ``TokenSpans``. Both take a processor's
+    output or (image, question) too.
 
     Raises:
         ModelLoadError: if TransformerLens has no adapter for the model, or lacks torchvision for
@@ -109,13 +109,14 @@ def _double(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _attach(bridge: Any, model: PreTrainedModel, prompt: Any) -> None:
-    def inputs(prompt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def inputs(prompt: Asked) -> dict[str, Tensor]:
         """Return a prompt as the arguments of the bridge, whose first one is called ``input``."""
-        return {"input" if name == "input_ids" else name: prompt[name] for name in prompt}
+        given = asked_tensors(bridge, prompt)
+        return {"input" if name == "input_ids" else name: given[name] for name in given}
 
-    def spans(prompt: Mapping[str, Tensor]) -> TokenSpans:
+    def spans(prompt: Asked) -> TokenSpans:
         """Return which positions of a prompt are image, text and so on."""
-        return prompt_spans(model, prompt)
+        return prompt_spans(model, asked_tensors(bridge, prompt))
 
     bridge.inputs, bridge.spans = inputs, spans
     if prompt is not None:

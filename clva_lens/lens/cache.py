@@ -26,7 +26,7 @@ from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.methods.base import MethodLike
 from clva_lens.models.activations import Place
 from clva_lens.models.family import find_family, transformers_model
-from clva_lens.models.prompt import Asked, as_prompt
+from clva_lens.models.prompt import Asked, as_prompt, readable
 from clva_lens.models.readout import CacheModel, normalise, per_head
 from clva_lens.models.transformerlens import transformer_lens
 
@@ -74,7 +74,7 @@ def run_with_cache(
         edited = edited_streams(model)
         late = [place for place in chosen if place.name in edited and place.tap.side == "output"]
         sessions += [_Stream(place) for place in late]
-        with running(model, sessions), handle.trace(**prompt.inputs):
+        with running(model, sessions), readable(prompt), handle.trace(**prompt.inputs):
             reader.read()
             logits = handle.output.logits.save()
     found = reader.found

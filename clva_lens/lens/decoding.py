@@ -5,7 +5,6 @@ open (penalties, suppressed tokens, shortest lengths, nuclei), unseen and in no 
 fills none: only ``FromCheckpoint`` takes them, and writes them out.
 """
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.errors import LogitsError, ParameterError
 from clva_lens.ground.parameters import Parameters
 from clva_lens.ground.registry import Registry
 from clva_lens.methods.base import Method
+from clva_lens.models.belonging import Owned, hook_after, opening
 from clva_lens.models.family import find_site
 
 # What no answer is read from, or what ``max_new_tokens`` and one answer a prompt take the place of.
@@ -273,6 +273,12 @@ class _Draw(LogitsProcessor):
         self.numbers = self.numbers.to(scores.device)
         number, self.step = self.numbers[:, self.step, None], self.step + 1
         sums = scores.double().softmax(dim=-1).cumsum(dim=-1)
+        if not sums.isfinite().all():
+            raise LogitsError(
+                "what tokens are drawn from is not finite: the model's logits are not, or a tiny "
+                "temperature divides them. Load it with dtype='bfloat16' or 'float32', and use "
+                "cl.Greedy() for a temperature of 0."
+            )
         token = (sums > number * sums[:, -1:]).int().argmax(dim=-1, keepdim=True)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
@@ -282,7 +288,8 @@ def drawing(seed: int, places: Sequence[int], steps: int) -> Any:
 
     ``places`` are the prompts' among all: with the seed, they decide each row's random numbers.
     """
-    streams = [np.random.Philox(key=[seed % 2**64, place]) for place in places]
+    keys = [np.array([seed % 2**64, place], dtype=np.uint64) for place in places]
+    streams = [np.random.Philox(key=key) for key in keys]
     numbers = np.stack([np.random.Generator(stream).random(steps) for stream in streams])
 
     def search(
@@ -304,7 +311,7 @@ def drawing(seed: int, places: Sequence[int], steps: int) -> Any:
     return search
 
 
-class Watch:
+class Watch(Owned):
     """Looks at the last row of logits in each pass of the answering module, as ``generate`` does.
 
     ``first`` are the first pass's, float32; ``finite`` is whether no pass had NaN or ∞ in them.
@@ -312,24 +319,25 @@ class Watch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Name the model; nothing is watched outside of a ``with`` block."""
-        self.module: nn.Module = answering_module(model)
+        self.module = answering_module(model)
+        super().__init__([self.module])
         self.first: Float[Tensor, "row vocabulary"] | None = None
         self._top: Tensor | None = None
-        self._thread = threading.get_ident()
 
     def __enter__(self) -> "Watch":
         """Begin to watch."""
-        self._handle = self.module.register_forward_hook(self._see)
+        self.enter()
+        with opening(self):
+            self._handle = hook_after(self.module, self._see)
         return self
 
     def __exit__(self, *_: Any) -> None:
         """Stop."""
         self._handle.remove()
+        self.leave()
 
-    def _see(self, module: nn.Module, args: Any, out: Any) -> None:
-        if threading.get_ident() != self._thread:
-            return
-        last = out.logits[:, -1].detach().float()
+    def _see(self, *call: Any) -> None:
+        last = call[-1].logits[:, -1].detach().float()
         if self.first is None:
             self.first = last
         top = last.amax()  # −∞ is what methods cut off; NaN and ∞ stay in a maximum

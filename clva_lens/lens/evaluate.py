@@ -2,24 +2,38 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Score, judge
-from clva_lens.benchmarks.run_folder import ORIGIN, Report, class_name, open_run
+from clva_lens.benchmarks.run_folder import Report, class_name
+from clva_lens.benchmarks.run_writing import ORIGIN, open_run
 from clva_lens.ground.checkout import origin
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.parameters import check_arguments
 from clva_lens.lens.asking import Asking
-from clva_lens.lens.decoding import Decoding, Greedy, check_decoding, told
+from clva_lens.lens.decoding import Decoding, told
+from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.generate import generate_batches
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.provenance import describe, identity, machine
 from clva_lens.methods.base import MethodLike, as_method
 from clva_lens.methods.target import Target
+
+MAX_FAILED = 0.1
+FEW = 10
+"""Fewer than that may fail whatever their share."""
+
+# What ended a run, and what helps; the first sample of the batch and its size are filled in.
+_FAULTS = {
+    "memory": "memory ran out at sample {place} with batch_size={size}. Run again with a smaller "
+    "batch_size, into another folder: batches decide the last digits of the margins.",
+    "device": "the device was lost at sample {place} ({error}). Every batch before is kept: "
+    "continue in a new process with resume=True (--resume).",
+    "file": "a file could not be read at sample {place} ({error}). Every batch before is kept: see "
+    "that the folder of the pictures is there, then continue with resume=True (--resume).",
+}
 
 
 def evaluate(
@@ -35,6 +49,7 @@ def evaluate(
     out: str | Path | None = None,
     resume: bool = False,
     keep_failed: bool = False,
+    max_failed: float = MAX_FAILED,
 ) -> Report:
     """Return the report of ``model`` on a benchmark, under ``method`` if one is given.
 
@@ -48,18 +63,19 @@ def evaluate(
 
     A sample that fails (a broken picture, a prompt that is too long, an exception in the model) is
     asked again alone, and is then recorded with its error, scored as wrong, and counted as
-    ``failed``. A method that does not fit, or too little memory, ends the run; so does Ctrl-C. All
-    whole batches before are kept.
+    ``failed``. A method that does not fit ends the run; so do too little memory, a lost device, a
+    picture whose file is gone, and failures of more than ``max_failed`` of all samples (and more
+    than nine). So does Ctrl-C. All whole batches before are kept.
 
     Raises:
         UnknownName: if there is no such benchmark, or no method of that name.
-        BenchmarkError: if the limit does not fit, pictures are missing, memory runs out, or the
-            folder cannot be used (see ``run_folder.open_run``).
-        ParameterError: if the method or the batch size does not fit, ``resume`` has no ``out``, or
-            ``keep_failed`` no ``resume``.
+        BenchmarkError: if the limit does not fit, pictures are missing, the run is ended, or the
+            folder cannot be used (see ``run_writing.open_run``).
+        ParameterError: if the method, the batch size or ``max_failed`` does not fit, ``resume`` has
+            no ``out``, or ``keep_failed`` no ``resume``.
     """
     chosen = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
-    check_arguments(evaluate, limit=limit, seed=seed, batch_size=batch_size)
+    check_arguments(evaluate, max_failed=max_failed)
     asking = Asking(
         method=as_method(method),
         decoding=decoding,
@@ -68,7 +84,7 @@ def evaluate(
         seed=seed,
     )
     options = {"progress": progress, "out": out, "resume": resume, "keep_failed": keep_failed}
-    return run_benchmark(model, chosen, asking, **options)
+    return run_benchmark(model, chosen, asking, max_failed=max_failed, **options)
 
 
 def run_benchmark(
@@ -80,11 +96,10 @@ def run_benchmark(
     out: str | Path | None = None,
     resume: bool = False,
     keep_failed: bool = False,
+    max_failed: float = MAX_FAILED,
 ) -> Report:
     """Return the report of ``model`` on a benchmark; this is ``evaluate`` with one ``Asking``."""
-    if asking.decoding is None:
-        asking = replace(asking, decoding=Greedy(max_new_tokens=benchmark.max_new_tokens))
-    check_decoding(asking.method, asking.how, model.hf_model)
+    asking = asking.fitted(model, benchmark.max_new_tokens)
     if asking.method is not None:  # an error of the settings is no sample's error
         asking.method.sessions(Target(model.hf_model, model.processor))
     if resume and out is None:
@@ -94,12 +109,17 @@ def run_benchmark(
             "keep_failed=True was passed without resume=True, so there are no failed samples to "
             "keep. Pass both, or neither."
         )
+    if not 0 <= max_failed <= 1:
+        raise ParameterError(
+            f"max_failed must be a share from 0 to 1, but is {max_failed}. Pass {MAX_FAILED}, or 1 "
+            "to let every sample fail."
+        )
     samples = benchmark.samples(asking.limit, asking.seed)
     check_images(samples)
     # A setting that cannot be scored should not be found out after hours of answers.
     judge(benchmark, samples, [Answer(sample.id, "") for sample in samples])
     record = _record(model, benchmark, asking, len(samples))
-    answering = _Answering(model, benchmark, samples, asking, progress)
+    answering = _Answering(model, benchmark, samples, asking, progress, max_failed)
     if out is None:
         everything = answering.batches(range(len(samples)))
         answers = [answer for _, batch in everything for answer in batch]
@@ -163,7 +183,9 @@ class _Answering:
     samples: Sequence[Sample]
     asking: Asking
     progress: bool
+    max_failed: float
     seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
 
     def batches(self, due: range) -> Iterator[tuple[int, list[Answer]]]:
         """Yield the answers to a stretch of the samples batch by batch, with each one's place.
@@ -172,7 +194,7 @@ class _Answering:
         its place among all.
 
         Raises:
-            BenchmarkError: if memory runs out.
+            BenchmarkError: if the machine is at fault, or too many samples failed.
         """
         chats = self.model.family.chats
         asked = [
@@ -189,9 +211,22 @@ class _Answering:
                     ids = [sample.id for sample in self.samples[done : done + len(batch.texts)]]
                     yield done, [Answer(i, *one) for i, one in zip(ids, answered, strict=True)]
                     done += len(ids)
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                raise BenchmarkError(
-                    f"memory ran out at sample {done + 1} with batch_size={self.asking.batch_size}."
-                    " Run again with a smaller batch_size, into another folder: batches decide the "
-                    "last digits of the margins."
-                ) from error
+                    self._require_few_failures(batch.errors)
+            except Exception as error:
+                said = _FAULTS.get(machine_fault(error) or "")
+                if said is None:
+                    raise
+                size = self.asking.batch_size
+                raise BenchmarkError(said.format(place=done + 1, size=size, error=error)) from error
+
+    def _require_few_failures(self, errors: Sequence[str | None]) -> None:
+        """Raise if more of all samples failed than may, whatever their order, with these."""
+        self.failures += [error for error in errors if error is not None]
+        failed, count = len(self.failures), len(self.samples)
+        if failed >= FEW and failed > self.max_failed * count:
+            raise BenchmarkError(
+                f"{failed} of {count} samples failed, more than max_failed={self.max_failed} of "
+                f"them, so the run was ended. The last failed with: {self.failures[-1]} Mend what "
+                "is wrong and run again (a run in a folder has kept its answers, and goes on with "
+                "resume=True, --resume), or allow more with max_failed=1 (--max-failed 1)."
+            )

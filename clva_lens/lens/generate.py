@@ -1,7 +1,7 @@
 """Text from prompts, with or without a method: batches, greedy, beams, sampling, progress."""
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,16 +18,16 @@ from clva_lens.ground.errors import (
     ParameterError,
     PromptError,
 )
-from clva_lens.ground.parameters import check_arguments
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.asking import Asking
-from clva_lens.lens.decoding import Decoding, Watch, check_decoding, drawing, settled
+from clva_lens.lens.decoding import Decoding, Watch, drawing, settled
+from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import yes_margins
 from clva_lens.methods.base import MethodLike, as_method
 from clva_lens.models.pictures import ImageLike
-from clva_lens.models.prompt import Prompt, as_prompt
+from clva_lens.models.prompt import Prompt, as_prompt, readable
 
 Asked = tuple[ImageLike, str] | tuple[ImageLike, str, str | None]
 """Image, question and, perhaps, the system message of a prompt."""
@@ -35,16 +35,8 @@ Asked = tuple[ImageLike, str] | tuple[ImageLike, str, str | None]
 Unit = Prompt | list[tuple[Any, str, str | None]]
 """What is run at once: a prompt as it is, or pictures and questions to make one of."""
 
-# Faults of the settings or of the machine: another sample would not fare better. After an
-# AcceleratorError (torch 2.8 and later) every call on the device fails.
-_FATAL: tuple[type[Exception], ...] = (
-    ParameterError,
-    InterventionError,
-    ModelLoadError,
-    MemoryError,
-    torch.OutOfMemoryError,
-    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
-)
+# Faults of the settings: another sample would not fare better.
+_OF_SETTINGS = (ParameterError, InterventionError, ModelLoadError)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,8 +85,9 @@ def generate(
         LogitsError: if the model's logits are not finite.
         InterventionError: inside a trace; ``with model.generate(prompt):`` is one.
     """
-    check_arguments(generate, batch_size=batch_size)
+    refuse_in_trace("generate", ", or trace with model.generate(prompt)")
     asking = Asking(method=as_method(method), decoding=decoding, batch_size=batch_size)
+    asking = asking.fitted(model)
     with closing(generate_batches(model, prompts, asking, progress=progress)) as batches:
         return _joined(list(batches))
 
@@ -110,21 +103,15 @@ def generate_batches(
 ) -> Generator[Generation, None, None]:
     """Yield what ``generate`` returns, batch by batch, as it comes; images are read as needed.
 
-    The first ``done`` prompts are passed over. With ``record_errors`` a batch that fails is asked
-    again one by one, and a prompt that fails alone is answered by "" and its error. A method that
-    does not fit, memory that runs out and a broken device are no fault of a prompt, and are raised.
+    ``asking`` fits the model (``Asking.fitted``). The first ``done`` prompts are passed over. With
+    ``record_errors`` a batch that fails is asked again one by one, and a prompt that fails alone is
+    answered by "" and its error. A method that does not fit and faults of the machine (see
+    ``faults``) are no prompt's own, and are raised.
 
     Raises:
         PromptError: if there are no prompts, or one is malformed.
         ParameterError: if the method does not fit.
     """
-    refuse_in_trace("generate", ", or trace with model.generate(prompt)")
-    if not isinstance(model, LensModel):
-        raise ModelLoadError(
-            f"generate() needs the processor too, but got a bare {type(model).__name__}. Pass "
-            "cl.load((hf_model, processor))."
-        )
-    check_decoding(asking.method, asking.how, model.hf_model)
     each = _each(model, prompts)
     count = sum(_rows(one) for one in each)
     if not count:
@@ -143,20 +130,23 @@ def generate_batches(
 
 def _each(model: LensModel, prompts: Any) -> list[Unit]:
     """Return every prompt by itself: as it is, or as a list of one picture and question."""
-    single = isinstance(prompts, tuple) and len(prompts) in (2, 3) and isinstance(prompts[1], str)
-    alone = isinstance(prompts, Mapping) or single
-    return [_one(model, one) for one in ([prompts] if alone else prompts)]
+    one = isinstance(prompts, Mapping | str | Tensor) or not isinstance(prompts, Iterable)
+    alone = one or _is_question(prompts)
+    return [_one(model, asked) for asked in ([prompts] if alone else prompts)]
 
 
 def _one(model: LensModel, asked: Any) -> Unit:
-    if isinstance(asked, Mapping):
-        return as_prompt(model, asked)
-    if isinstance(asked, tuple) and len(asked) in (2, 3):
+    if _is_question(asked) and isinstance(asked[1], str) and not isinstance(asked[0], list | tuple):
         return [(asked[0], asked[1], asked[2] if len(asked) == 3 else None)]
-    raise PromptError(
-        f"a prompt must be a Prompt or an (image, question) pair, but got "
-        f"{type(asked).__name__}. Make it with model.prompt(image, question)."
-    )
+    return as_prompt(model, asked)
+
+
+def _is_question(asked: Any) -> bool:
+    """Whether it is an (image, question), or one of lists, and not a few prompts."""
+    if not isinstance(asked, tuple) or len(asked) not in (2, 3):
+        return False
+    questions = asked[1] if isinstance(asked[1], list) else [asked[1]]
+    return all(isinstance(question, str) for question in questions)
 
 
 def _rows(unit: Unit) -> int:
@@ -214,11 +204,11 @@ def _answer_or_error(model: LensModel, unit: Unit, place: int, asking: Asking) -
     """Return the answers to one batch, and errors for the prompts that have none."""
     try:
         return _answer(model, unit, place, asking)
-    except _FATAL:
+    except _OF_SETTINGS:
         raise
     except Exception as error:
-        if "DefaultCPUAllocator" in str(error):  # out of memory, as a bare RuntimeError
-            raise MemoryError(str(error)) from error
+        if machine_fault(error) is not None:
+            raise
         if _rows(unit) > 1:
             return _one_by_one(model, unit, place, asking, _answer_or_error)
         said = " ".join(f"{type(error).__name__}: {error}".split())
@@ -241,7 +231,7 @@ def _generate_batch(
     """Return ids and margins, or None if the method searches for one prompt at a time."""
     hf_model, decoding, count = model.hf_model, asking.how, len(prompt["input_ids"])
     config = settled(decoding, hf_model, model.words)
-    with intervening(model, asking.method) as run, Watch(hf_model) as seen:
+    with intervening(model, asking.method) as run, Watch(hf_model) as seen, readable(prompt):
         searches = [session.decode for session in run.sessions if session.decode is not None]
         if searches and count > 1:
             return None

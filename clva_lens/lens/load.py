@@ -96,6 +96,7 @@ class LensModel(TransformersModel):
         system: str | None = None,
         turns: Sequence[Any] = (),
         answer: str | None = None,
+        background: str | None = "white",
     ) -> Prompt:
         """Return the prompt that asks ``question`` about ``image``; lists make a batch.
 
@@ -103,14 +104,16 @@ class LensModel(TransformersModel):
         own, "" leaves it out. ``turns`` were said before, in each prompt of a batch: (question,
         answer) pairs, (picture, question, answer) where the model takes several pictures, or chat
         messages. Without pictures in the turns, the picture comes first of all. ``answer`` is the
-        beginning of the answer, which the model continues.
+        beginning of the answer, which the model continues. ``background`` is the colour behind what
+        is transparent; None takes the one that is stored with transparent pixels.
 
         Raises:
             PromptError: if an image cannot be read, a text is empty, has a control token or no
                 image, the lists differ in length, it is longer than the model's positions, or the
                 model has no place for the turns.
+            ParameterError: if the background is no opaque colour.
         """
-        images, questions, batched = as_lists(image, question)
+        images, questions, batched = as_lists(image, question, background)
         processor: Any = self.processor
         placeholder = str(getattr(processor, "image_token", "<image>"))
         for text in questions:
@@ -121,16 +124,15 @@ class LensModel(TransformersModel):
                 )
         model, family = self.hf_model, self.family
         shown: list[Any] = list(images)
-        said = list(questions)
+        made = [conversation(turns, text) for text in questions] if turns else []
+        said = [text for messages, _ in made for text in texts_of(messages)] or questions
+        check_words(processor, said if answer is None else [*said, answer], system)
         if turns:
-            made = [conversation(turns, text) for text in questions]
             texts = [family.converse(processor, messages, system) for messages, _ in made]
-            said = [text for messages, _ in made for text in texts_of(messages)]
-            before = [read_image(one) for one in made[0][1]]
+            before = [read_image(one, background) for one in made[0][1]]
             shown = [[*before, image] for image in images] if before else shown
         else:
             texts = [family.ask(processor, text, system) for text in questions]
-        check_words(processor, said if answer is None else [*said, answer], system)
         if answer is not None:
             texts = [family.begin(text, answer) for text in texts]
         return prompt_of(
@@ -222,7 +224,7 @@ def load(
         name = str(model)
         if not Path(name).is_dir():
             name = known_as(name, pretrained.names()) or name
-        check_device(device_map)
+        check_device(device_map, options.get("device"))
         with _in_words(f"the model '{name}' could not be loaded", ModelLoadError):
             hf_model, processor, revision = read_named(name, given)
     with _in_words(f"'{name}' is no model to look inside", ModelLoadError):
@@ -251,12 +253,17 @@ def _in_words(what: str, kind: type[ClvaLensError]) -> Iterator[None]:
         ) from error
 
 
-def check_device(device_map: Any) -> None:
+def check_device(device_map: Any, device: Any = None) -> None:
     """Refuse a device that this machine does not have, before anything is read.
 
     Raises:
-        ParameterError: naming it.
+        ParameterError: naming it; or if it has the name that ``from_pretrained`` does not know.
     """
+    if device is not None:
+        raise ParameterError(
+            f"device={device!r} was passed, but load() takes it as from_pretrained does. Pass "
+            f"device_map={device!r}."
+        )
     named = device_map.values() if isinstance(device_map, dict) else [device_map]
     for device in named:
         if device is None or device in ("auto", "balanced", "balanced_low_0", "sequential", "disk"):

@@ -25,7 +25,14 @@ from clva_lens.lens.observers import chosen_layers
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.target import shape_of
 from clva_lens.models.family import find_family, transformers_model
-from clva_lens.models.prompt import Asked, Prompt, VisualTokens, as_prompt, visual_tokens
+from clva_lens.models.prompt import (
+    Asked,
+    Prompt,
+    VisualTokens,
+    as_prompt,
+    readable,
+    visual_tokens,
+)
 from clva_lens.models.readout import CacheModel, read_out, token_ids
 from clva_lens.models.step import Step
 
@@ -262,7 +269,7 @@ def logit_lens(
     prompt.spans.places(span)  # a span that is not there is said before the model runs
     with undisturbed(), intervening(model, method):
         reading = _Reading(found, getattr(model, "words", None), span, layers, tokens, k)
-        with running(found, [reading]):
+        with running(found, [reading]), readable(prompt):
             found(**prompt.inputs, logits_to_keep=1)
         return reading.lens(prompt)
 

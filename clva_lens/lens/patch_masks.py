@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.lens.load import LensModel
+from clva_lens.models.prompt import Prompt
 
 COVERED = 0.25
 """The share of a patch that an object has to cover."""
@@ -25,13 +26,14 @@ def pixel_mask(
     *,
     polygons: Sequence[Sequence[float | int]] = (),
     box: Sequence[float | int] | None = None,
-    counts: Sequence[int] | None = None,
+    counts: Sequence[int] | str | bytes | None = None,
 ) -> Bool[np.ndarray, "height width"]:
     """Return an object's pixels in a picture of ``size`` (height, width).
 
     One of: ``polygons`` [x, y, x, y, …] in pixels, which are joined, or a ``box`` (x, y, width,
     height), both with the pixels that COCO's own tool (pycocotools) gives them; or ``counts``,
-    COCO's uncompressed run lengths: of pixels outside, inside, outside and so on, column by column.
+    COCO's run lengths: of pixels outside, inside, outside and so on, column by column; as numbers,
+    or compressed into a text.
 
     Raises:
         BenchmarkError: if none or several are given, or one does not fit the picture.
@@ -42,7 +44,8 @@ def pixel_mask(
             "an object is given by polygons=, box= or counts=, one of them. Pass one."
         )
     if counts is not None:
-        if sum(counts) != height * width or min(counts) < 0:
+        counts = _unpacked(counts) if isinstance(counts, str | bytes) else counts
+        if sum(counts) != height * width or min(counts, default=0) < 0:
             raise BenchmarkError(
                 f"the run lengths add up to {sum(counts)} pixels, but the picture has "
                 f"{height} × {width}. Pass size as (height, width) of the annotated picture."
@@ -61,6 +64,32 @@ def pixel_mask(
             )
         found |= _filled(np.array(polygon, dtype=np.float64).reshape(-1, 2), size)
     return found
+
+
+def _unpacked(text: str | bytes) -> list[int]:
+    """Return the run lengths in COCO's compressed text.
+
+    A number is written in fives of bits, the lowest first, each with a sixth bit if more follow, in
+    the characters from "0" on; its last five have the sign. From the fourth number on, it is the
+    difference to the number two before.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for code in text.encode() if isinstance(text, str) else text:
+        if not 0 <= code - 48 < 64:
+            raise BenchmarkError(
+                f"the run lengths have the character {chr(code)!r}, which compressed ones never "
+                "do. Pass the counts of an annotation as they are."
+            )
+        value |= (code - 48 & 31) << shift
+        shift += 5
+        if code - 48 & 32:
+            continue
+        if code - 48 & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    return counts
 
 
 def _filled(
@@ -118,36 +147,55 @@ def coco_mask(
 ) -> Bool[np.ndarray, "height width"]:
     """Return the pixels of one of COCO's instances, in a picture of ``size`` (height, width).
 
+    Its ``segmentation`` is polygons, or run lengths (of a crowd, for example), compressed or not.
+
     Raises:
-        BenchmarkError: if its run lengths are compressed, or do not fit the picture.
+        BenchmarkError: if it has no segmentation, or one that does not fit the picture.
     """
-    shape = annotation["segmentation"]
+    shape = annotation.get("segmentation")
+    if not shape:
+        raise BenchmarkError(
+            "the annotation has no segmentation, so its pixels are not known. Pass another one, or "
+            "take pixel_mask(size, box=annotation['bbox'])."
+        )
     if not isinstance(shape, Mapping):
         return pixel_mask(size, polygons=shape)
-    if not isinstance(shape["counts"], Sequence) or isinstance(shape["counts"], str | bytes):
+    if tuple(shape.get("size", size)) != tuple(size):
         raise BenchmarkError(
-            "the run lengths are compressed, which is not read here. Decode them with pycocotools."
+            f"the run lengths are of a picture of {shape['size']}, but size is {list(size)}. Pass "
+            "size as (height, width) of the annotated picture."
         )
     return pixel_mask(size, counts=shape["counts"])
 
 
 def patch_mask(
-    model: LensModel, mask: Bool[np.ndarray, "height width"], site: str | None = None
+    model: LensModel,
+    mask: Bool[np.ndarray, "height width"],
+    site: str | None = None,
+    *,
+    prompt: Prompt | None = None,
 ) -> Bool[Tensor, " visual"]:
     """Return the image tokens of which an object covers a quarter or more.
 
     ``mask`` has the object's pixels in the picture as it is before the processor; ``site`` is the
-    attention site whose image tokens are meant, None the family's own. What the processor crops
-    away is on no patch; what it pads, in whatever colour, is no object.
+    attention site whose image tokens are meant, None the family's own. ``prompt`` is one about the
+    picture: the mask must have its size, and the grid is the prompt's, which is needed where it
+    depends on the picture. What the processor crops away is on no patch; what it pads, in whatever
+    colour, is no object.
 
     Raises:
         PromptError: if the site's image tokens lie on no grid.
-        BenchmarkError: if the processor does not make one picture of one picture, changes its
-            colours although asked for raw ones, or does more than scale, crop, turn and pad it
-            with a colour (repeats its edge, for example).
+        BenchmarkError: if the mask has another size than the prompt's picture, or the processor
+            does not make one picture of one picture, changes its colours although asked for raw
+            ones, or does more than scale, crop, turn and pad it with a colour (repeats its edge,
+            for example).
     """
     site = model.site.name if site is None else site
-    rows, columns = model.family.grid(model.hf_model, site)
+    if prompt is None:
+        rows, columns = model.family.grid(model.hf_model, site)
+    else:
+        _check_size(mask, prompt)
+        rows, columns = prompt.grid_at(site)
     x, y = (np.linspace(0, 1, size, dtype=np.float32) for size in mask.shape[::-1])
     painted = [mask.astype(np.float32), (x[None] + y[:, None]) / 2, np.ones_like(mask, np.float32)]
     thing, ramp, picture = _followed(model, np.stack(painted, axis=2))
@@ -161,6 +209,17 @@ def patch_mask(
     high, wide = share.shape[0] // rows, share.shape[1] // columns
     share = share[: rows * high, : columns * wide].reshape(rows, high, columns, wide)
     return (share.mean(dim=(1, 3)) >= COVERED).flatten()
+
+
+def _check_size(mask: Bool[np.ndarray, "height width"], prompt: Prompt) -> None:
+    """Raise BenchmarkError unless a mask has the size of a prompt's pictures, where it has them."""
+    other = next((one.size for one in prompt.images if one.size != mask.shape[::-1]), None)
+    if other is not None:
+        raise BenchmarkError(
+            f"the mask has {mask.shape[0]} × {mask.shape[1]} pixels (height × width), but the "
+            f"prompt's picture has {other[1]} × {other[0]}. Make the mask in the size of the "
+            "picture as it is before the processor, upright; of a batch, pass prompt.row(index)."
+        )
 
 
 def _followed(

@@ -25,7 +25,7 @@ from clva_lens.methods.base import Method, MethodLike
 from clva_lens.methods.patching import PatchActivations, PatchedPart
 from clva_lens.methods.target import Shape, shape_of
 from clva_lens.models.family import transformers_model
-from clva_lens.models.prompt import Asked, Prompt, as_prompt
+from clva_lens.models.prompt import Asked, Prompt, as_prompt, readable
 
 LogitMetric = Callable[[Float[Tensor, "batch 1 vocabulary"]], Any]
 """From the logits of the last position to a number for each sample, as TransformerLens' metrics."""
@@ -317,7 +317,7 @@ def _runner(
         )
 
     def run(prompt: Prompt, *patch: Method) -> Float[Tensor, " batch"]:
-        with intervening(model, method, *patch):
+        with intervening(model, method, *patch), readable(prompt):
             logits = found(**prompt.inputs, logits_to_keep=1).logits[:, -1:]
         made: Any = yes_margins(logits[:, -1], words) if metric is None else metric(logits)
         if metric is None and None in made:

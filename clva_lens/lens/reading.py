@@ -45,7 +45,9 @@ def read_named(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **{**hub, **options, "ignore_mismatched_sizes": True},  # refused below, by their names
+            # An adapter is looked for where ``check_files`` found none, not at the root. Sizes that
+            # do not match are refused below, by their names.
+            **{**hub, **options, "adapter_kwargs": hub, "ignore_mismatched_sizes": True},
         )
         model, info = made
         check_weights(model, info, folder)

@@ -16,7 +16,7 @@ from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.target import Target, shape_of
 from clva_lens.models.family import transformers_model
-from clva_lens.models.prompt import Asked, Prompt, as_prompt
+from clva_lens.models.prompt import Asked, Prompt, as_prompt, readable
 from clva_lens.science.heads import SomeHeads
 
 
@@ -123,4 +123,5 @@ def head_means(
 def _last_logits(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "batch vocabulary"]:
     # An encoder-decoder's decoder has read one token only.
     keep = {} if "decoder_input_ids" in prompt else {"logits_to_keep": 1}
-    return model(**prompt.inputs, **keep).logits[:, -1]
+    with readable(prompt):
+        return model(**prompt.inputs, **keep).logits[:, -1]

@@ -24,7 +24,7 @@ from clva_lens.models.activations import Readout
 from clva_lens.models.family import matching_family
 from clva_lens.models.kv_cache import CACHE
 from clva_lens.models.passes import DecoderPasses
-from clva_lens.models.prompt import Asked, as_prompt
+from clva_lens.models.prompt import Asked, Prompt, as_prompt, model_inputs
 from clva_lens.models.transformerlens import transformer_lens
 
 Hook = tuple[str, Callable[[Tensor, Any], Tensor | None]]
@@ -59,6 +59,18 @@ def image_token_id(model: Any) -> int:
             "the prompt."
         )
     return image
+
+
+def asked_tensors(bridge: Any, asked: Asked) -> Mapping[str, Tensor]:
+    """Return what a bridge is asked as its inputs, for models of no known family too.
+
+    Raises:
+        PromptError: if it is no prompt, no processor's output and no (image, question), or the
+            bridge has no processor to make one of that.
+    """
+    if isinstance(asked, Mapping) and not isinstance(asked, Prompt):
+        return model_inputs(bridge.original_model, asked)
+    return asked if isinstance(asked, Prompt) else as_prompt(bridge, asked)
 
 
 def prompt_spans(model: Any, inputs: Mapping[str, Tensor]) -> TokenSpans:
@@ -103,9 +115,7 @@ def method_hooks(
             "the method edits logits, for which it may run the model a second time, and hooks of "
             "one TransformerLens pass cannot do that. Use cl.intervening(model, method)."
         )
-    if isinstance(prompt, tuple):
-        prompt = as_prompt(bridge, prompt)
-    watch = _Watch(bridge.original_model, prompt)
+    watch = _Watch(bridge.original_model, asked_tensors(bridge, prompt))
     hooks: list[Hook] = [("embed.hook_in", watch.begin)]
     for layer in sorted({layer for session in sessions for layer in session.layers}):
         edit = _ScoresHook(layer, watch, tuple(s for s in sessions if layer in s.layers))

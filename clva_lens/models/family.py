@@ -62,16 +62,18 @@ class ModelFamily(ABC):
     ``chats``: its prompts are conversations with a place for a system message. Benchmarks give
     theirs to such models only. ``fallback``: it takes models that no other family matches.
     ``flat_pictures``: its processor takes the pictures of all texts as one list.
+    ``architectures``: the model classes that it takes, by name, those derived from them included.
     """
 
     name: str
+    architectures: tuple[str, ...] = ()
     chats: bool = True
     fallback: bool = False
     flat_pictures: bool = True
 
-    @abstractmethod
     def matches(self, model: nn.Module) -> bool:
         """Return whether ``model`` belongs to this family."""
+        return any(kind.__name__ in self.architectures for kind in type(model).__mro__)
 
     @abstractmethod
     def sites(self, model: PreTrainedModel) -> tuple[Site, ...]:
@@ -281,6 +283,11 @@ def _check_family(name: str, family: Any) -> None:
         raise ParameterError(
             f"{type(family).__name__} is to be registered as '{name}', but the name it has is "
             f'{found!r}. Write name = "{name}" in the class itself.'
+        )
+    if not family.architectures and type(family).matches is ModelFamily.matches:
+        raise ParameterError(
+            f"{type(family).__name__} takes no model. Write the names of its model classes as "
+            "architectures, or say in matches() which models it takes."
         )
 
 

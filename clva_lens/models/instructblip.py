@@ -15,10 +15,9 @@ from traceback import walk_tb
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import (
-    Blip2ForConditionalGeneration,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     LlamaConfig,
@@ -57,13 +56,8 @@ class InstructBlip(ModelFamily):
     """``InstructBlipForConditionalGeneration`` and ``Blip2ForConditionalGeneration``."""
 
     name = "instructblip"
+    architectures = ("InstructBlipForConditionalGeneration", "Blip2ForConditionalGeneration")
     chats = False
-
-    def matches(self, model: nn.Module) -> bool:
-        """Return whether ``model`` is transformers' InstructBLIP or BLIP-2."""
-        return isinstance(
-            model, InstructBlipForConditionalGeneration | Blip2ForConditionalGeneration
-        )
 
     def sites(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """Return the Q-Former's cross-attention and the language model's attention."""

@@ -36,13 +36,12 @@ class Llava(ModelFamily):
     """``LlavaForConditionalGeneration``: image tokens lie in the decoder's own sequence."""
 
     name = "llava"
+    architectures = ("LlavaForConditionalGeneration",)
 
     def matches(self, model: nn.Module) -> bool:
         """Return whether ``model`` is transformers' LLaVA (not LLaVA-NeXT, OneVision, Pixtral)."""
-        if not isinstance(model, LlavaForConditionalGeneration):
-            return False
-        vision: Any = model.config.vision_config
-        return vision.model_type != PIXTRAL
+        vision: Any = model.config.vision_config if super().matches(model) else None
+        return vision is not None and vision.model_type != PIXTRAL
 
     def sites(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """Return the decoder's self-attention."""

@@ -6,6 +6,7 @@ image processors do. (``load_image`` itself drops the transparency, so that ther
 opened picture differ.)
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO, IOBase
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -29,19 +31,20 @@ _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _CLEAR = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
-def read_image(image: ImageLike) -> Image.Image:
+def read_image(image: ImageLike, background: str | None = "white") -> Image.Image:
     """Return a picture as RGB: from a path, a file, its bytes, a PIL image, an array or a tensor.
 
     Arrays are [height, width] or [height, width, channels], with grey, grey and alpha, RGB or RGBA
     as channels; booleans, uint8, uint16 (of which the upper byte is taken, as Pillow does in
     files) or floats in [0, 1]. Files are held to the same ranges. A ``Picture`` says how it is
-    read; without one it is upright and on white.
+    read; without one it is upright and on ``background`` (see there).
 
     Raises:
         PromptError: if there is no readable picture, it is too large, or its pixels are out of
             range.
+        ParameterError: if the background is no opaque colour.
     """
-    asked = image if isinstance(image, Picture) else Picture(image)
+    asked = image if isinstance(image, Picture) else Picture(image, background=background)
     source = asked.source
     name = _name(source)
     try:
@@ -78,7 +81,8 @@ def _opened(source: Any) -> Iterator[Image.Image]:
     """Yield the picture, which is not decoded yet where it is a file."""
     if isinstance(source, str | Path):
         if not Path(source).is_file():
-            raise PromptError(f"there is no image file '{source}'. Check the path.")
+            gone = FileNotFoundError(errno.ENOENT, "no such file", str(source))
+            raise PromptError(f"there is no image file '{source}'. Check the path.") from gone
         # Not by its name: Pillow 13 maps some TIFF files into memory and forgets to turn them.
         with Path(source).open("rb") as file:
             yield Image.open(file)
@@ -94,7 +98,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
 def _array(source: Any) -> np.ndarray:
     if isinstance(source, Tensor):
         source = source.detach().cpu()
-        source = (source.float() if source.is_floating_point() else source).numpy()
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     if not isinstance(source, np.ndarray):
         raise PromptError(
             f"an image must be a path, a PIL image or an array, but got {type(source).__name__}. "
@@ -154,7 +158,8 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
             f"float pixels must be in [0, 1], but range from {pixels.min():g} to "
             f"{pixels.max():g}. Divide by 255, or pass uint8."
         )
-    return (pixels * 255).round().astype(np.uint8)
+    finer = pixels.astype(np.result_type(pixels.dtype, np.float32), copy=False)
+    return (finer * 255).round().astype(np.uint8)
 
 
 def _rgb(opened: Image.Image, background: str | None) -> Image.Image:

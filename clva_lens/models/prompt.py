@@ -1,16 +1,19 @@
 """Images and questions become a prompt: model inputs, token spans, and the image's grid."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from clva_lens.ground.axes import TokenSpans
-from clva_lens.ground.errors import PromptError
+from clva_lens.ground.errors import ClvaLensError, PromptError
+from clva_lens.ground.registry import did_you_mean
 from clva_lens.models.family import find_family, transformers_model
 from clva_lens.models.pictures import ImageLike, read_image
 
@@ -256,7 +259,12 @@ def as_prompt(model: Any, asked: Asked) -> Prompt:
         return asked
     if isinstance(asked, Mapping):
         found = transformers_model(model)
-        inputs = _tensors(found, asked)
+        inputs = model_inputs(found, asked)
+        if not any(one.is_floating_point() for one in inputs.values()):
+            raise PromptError(
+                f"none of {', '.join(inputs)} is a picture (in floating point), so the model would "
+                "read its places as words. Pass pixel_values as the processor made them."
+            )
         batched = len(inputs["input_ids"]) > 1
         return prompt_of(found, inputs, batched=batched, images=(), questions=(), system=None)
     if isinstance(asked, tuple) and len(asked) in (2, 3):
@@ -274,9 +282,15 @@ def as_prompt(model: Any, asked: Asked) -> Prompt:
     )
 
 
-def _tensors(model: PreTrainedModel, asked: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return a processor's output without what the model does not take."""
-    ids = asked.get("input_ids")
+def model_inputs(model: PreTrainedModel, asked: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a processor's output; labels, which decide no answer, are left out.
+
+    Raises:
+        PromptError: if the token ids are no tensor [batch, sequence], another input is no tensor
+            or none that the model takes, one that it needs is missing, the mask is another than 0
+            and 1, or a pixel not finite.
+    """
+    ids, mask = asked.get("input_ids"), asked.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         found = f"of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise PromptError(
@@ -284,14 +298,50 @@ def _tensors(model: PreTrainedModel, asked: Mapping[str, Any]) -> dict[str, Tens
             f"{found}. Call the processor with return_tensors='pt'."
         )
     taken = inspect.signature(type(model).forward).parameters
+    for name, one in list(taken.items())[1:]:  # without self
+        named = one.kind is one.POSITIONAL_OR_KEYWORD
+        if named and one.default is one.empty and asked.get(name) is None:
+            raise PromptError(
+                f"the processor's output has no '{name}', which the model needs. Pass what the "
+                "model's own processor made."
+            )
     for name, value in asked.items():
-        if name in taken and not isinstance(value, Tensor | None):
+        if value is not None and name not in taken:
+            raise PromptError(
+                f"the model takes no input '{name}'.{did_you_mean(name, taken)} Take it out of the "
+                "processor's output."
+            )
+        if not isinstance(value, Tensor | None):
             raise PromptError(
                 f"'{name}' is a {type(value).__name__}, but the model's inputs must be tensors. "
                 "Call the processor with return_tensors='pt', for one prompt at a time if its "
                 "pictures differ in size."
             )
-    return {name: value for name, value in asked.items() if isinstance(value, Tensor)}
+        if value is not None and value.is_floating_point() and not value.isfinite().all():
+            raise PromptError(f"'{name}' has values that are NaN or infinite. Replace them.")
+    if mask is not None and (mask.shape != ids.shape or not ((mask == 0) | (mask == 1)).all()):
+        raise PromptError(
+            f"the attention_mask must be {list(ids.shape)}, as input_ids, of 0 and 1, but is "
+            f"{list(mask.shape)} or has other values. Pass the processor's own."
+        )
+    return {name: one for name, one in asked.items() if one is not None and name != "labels"}
+
+
+@contextmanager
+def readable(prompt: Prompt) -> Iterator[None]:
+    """Raise what a model says of inputs that were made elsewhere as a PromptError."""
+    try:
+        yield
+    except (ClvaLensError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if prompt.questions or "DefaultCPUAllocator" in str(error):  # out of memory
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise PromptError(
+            f"the model cannot run this processor's output: {said[:300]} Pass what the model's own "
+            "processor made, with as many pictures as its text has places for."
+        ) from error
 
 
 def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
@@ -310,11 +360,14 @@ def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
 
 
 def as_lists(
-    image: ImageLike | Sequence[ImageLike] | None, question: str | Sequence[str]
+    image: ImageLike | Sequence[ImageLike] | None,
+    question: str | Sequence[str],
+    background: str | None = "white",
 ) -> tuple[list[Image.Image], list[str], bool]:
     """Return images and questions as lists of one length, and whether lists were given.
 
     One image with several questions is asked all of them; one question is asked of all images.
+    ``background`` is behind what is transparent (``read_image``).
 
     Raises:
         PromptError: if an image is missing, a question is empty, or the lists differ in length.
@@ -324,8 +377,9 @@ def as_lists(
             "there is a question but no image. Pass a picture: model.prompt(image, question)."
         )
     images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
-    questions = [question] if isinstance(question, str) else list(question)
-    batched = isinstance(image, list | tuple) or not isinstance(question, str)
+    alone = isinstance(question, str) or not isinstance(question, Iterable)
+    questions: list[Any] = [question] if alone else list(question)
+    batched = isinstance(image, list | tuple) or not alone
     if not images or not questions:
         raise PromptError(
             f"got {len(images)} images and {len(questions)} questions. Pass at least one of each."
@@ -339,5 +393,5 @@ def as_lists(
         if not isinstance(text, str) or not text.strip():
             raise PromptError(f"question {index} is {text!r}. Pass a question that is not empty.")
     count = max(len(images), len(questions))
-    read = [read_image(one) for one in images]
+    read = [read_image(one, background) for one in images]
     return read * (count // len(read)), questions * (count // len(questions)), batched

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -37,11 +37,8 @@ class QwenVL(ModelFamily):
     """
 
     name = "qwen-vl"
+    architectures = ("QwenVLForConditionalGeneration",)
     chats = False
-
-    def matches(self, model: nn.Module) -> bool:
-        """Return whether ``model`` is this package's Qwen-VL (not Qwen2-VL or later)."""
-        return isinstance(model, QwenVLForConditionalGeneration)
 
     def sites(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """Return the decoder's self-attention."""

@@ -17,8 +17,10 @@ def check_words(processor: Any, texts: Sequence[str], system: str | None = None)
     the system message, unknown words are let pass: it is a protocol's, not about the picture.
 
     Raises:
-        PromptError: naming the control token.
+        PromptError: naming the control token, or what is no text.
     """
+    for text in (*texts, "" if system is None else system):
+        _refuse_no_text(text)
     readers = (getattr(processor, "tokenizer", processor), _second(processor))
     for tokenizer in readers:
         if tokenizer is None:
@@ -39,6 +41,18 @@ def check_words(processor: Any, texts: Sequence[str], system: str | None = None)
 def _second(processor: Any) -> Any:
     """Return the tokenizer of a Q-Former, if there is one."""
     return getattr(processor, "qformer_tokenizer", None)
+
+
+def _refuse_no_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise PromptError(f"a text is {text!r}. Pass a string as question, system and answer.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the text {text!r} has half of a character (a lone surrogate) at position "
+            f"{error.start}, which no tokenizer reads. Take it out."
+        ) from None
 
 
 def _refuse_control(tokenizer: Any, text: str) -> None:
@@ -76,6 +90,8 @@ def conversation(turns: Sequence[Any], question: str) -> tuple[list[Message], li
     """
     messages: list[Message] = []
     pictures: list[Any] = []
+    if not isinstance(turns, Sequence):
+        raise _no_turn(turns)
     for turn in turns:
         if isinstance(turn, Mapping):
             messages.append(_message(turn, pictures))

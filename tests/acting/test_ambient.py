@@ -21,6 +21,7 @@ import clva_lens as cl
 from clva_lens.ground.errors import ClvaLensError
 from clva_lens.methods.base import METHODS
 
+pytestmark = pytest.mark.usefixtures("no_process")  # TransformerLens would start an installer
 ACTING = [name for name in METHODS.names() if name != "opera"]  # it decodes by itself
 
 
@@ -68,8 +69,33 @@ def answered(method=None):
     return found.texts, found.ids, found.margins
 
 
+def evaluated():
+    found = cl.evaluate(
+        lens(),
+        "pope/toy/adversarial",
+        cl.CLVA(tau=1.0),
+        cl.Greedy(max_new_tokens=2),
+        limit=2,
+        progress=False,
+    )
+    return found.metrics, found.rows
+
+
+def pointed():
+    covered = torch.zeros(16, dtype=torch.bool)
+    covered[5:9] = True
+    return cl.pointing_game(
+        RIGHT.saliency("all").double().expand(3, -1, -1), covered.expand(3, -1), resamples=20
+    )
+
+
+def bridged():
+    bridge = cl.to_transformer_lens(lens())
+    return bridge(**bridge.inputs(asked()))
+
+
 # What the caller runs himself is in the caller's autocast; the rest is not.
-OWN_RUN = {"intervening", "observing", "trace"}
+OWN_RUN = {"intervening", "observing", "trace", "to_transformer_lens, run"}
 CALLS = {
     "intervening": intervened,
     "observing": observed,
@@ -94,6 +120,10 @@ CALLS = {
     "attention_drift": lambda: cl.attention_drift(RIGHT),
     "saliency": lambda: [RIGHT.saliency(one) for one in ("all", "sensitive", "insensitive")],
     "patch_mask": lambda: cl.patch_mask(lens(), np.ones((32, 32), dtype=bool)),
+    "evaluate": evaluated,
+    "pointing_game": pointed,
+    "to_transformer_lens": lambda: list(cl.to_transformer_lens(lens()).parameters()),
+    "to_transformer_lens, run": bridged,
     "load": lambda: cl.load((lens().hf_model, make_processor())).num_layers,
 }
 RIGHT = traced()
@@ -144,7 +174,7 @@ def same(found, wanted, within=0.0):
                 one.float(), other.float(), rtol=0, atol=within, equal_nan=True
             )
         else:
-            assert one == other
+            assert one == other or (one != one and other != other)  # NaN
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +200,7 @@ def test_ambient_state(name, around):
     if around == "inference_mode" and name not in OWN_RUN and CALLS[name] is not CALLS["saliency"]:
         # Made of the caller's tensors, or when the caller reads a property.
         made = {"classify_heads", "attention_drift", "patch_mask", "trace_statistics"}
+        made.add("pointing_game")
         tensors = [one for one in numbers(found) if isinstance(one, Tensor)]
         assert name in made or not any(one.is_inference() for one in tensors)
 

@@ -194,6 +194,25 @@ def test_a_prompt_is_run_as_it_is():
     assert blank.margins[1] == plain.margins[0]
 
 
+def test_every_seed_has_numbers_of_its_own():
+    """Negative ones and those of 64 bits too, without a warning."""
+    lens = lens_of("full", "sdpa")
+    seeds = (0, 1, -1, -2, -(2**63), 2**63 - 1, 2**63 - 2)
+    texts = [
+        cl.generate(lens, PAIRS[0], None, Sampling(seed=seed, temperature=9.0)).texts[0]
+        for seed in seeds
+    ]
+    assert len(set(texts)) == len(seeds)
+
+
+def test_a_temperature_that_divides_by_nothing_is_said():
+    lens = lens_of("full", "sdpa")
+    with pytest.raises(LogitsError, match=r"tiny temperature divides them.*cl\.Greedy"):
+        cl.generate(lens, PAIRS[0], None, Sampling(temperature=1e-45))
+    cold = Sampling(temperature=1e-30, max_new_tokens=STEPS)
+    assert answer(lens, cold)[0] == answer(lens, HOW["greedy"])[0]
+
+
 def test_a_batch_is_taken_apart_for_a_search():
     lens, five = lens_of("full", "sdpa"), Beam(num_beams=5, max_new_tokens=3)
     batch = lens.prompt([image for image, _ in PAIRS[:2]], [asked for _, asked in PAIRS[:2]])

@@ -43,6 +43,18 @@ def test_a_parameter_of_the_wrong_kind_is_named(untyped, owner, name):
             owner(**{**needed, name: "a word"})
 
 
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 2**70])
+def test_a_number_that_no_tensor_holds(untyped, value):
+    for make in (
+        lambda: cl.CLVA(alpha=value),
+        lambda: cl.Sampling(seed=value),
+        lambda: cl.Beam(num_beams=value),
+    ):
+        with pytest.raises(ParameterError, match=rf"must fit into 64 bits, but is {value}"):
+            make()
+    assert cl.Sampling(seed=2**63 - 1).seed == 2**63 - 1
+
+
 @pytest.mark.parametrize("size", ["8", 2.5, None, True])
 def test_a_batch_size_of_the_wrong_kind(one, ask, untyped, size):
     for call in (

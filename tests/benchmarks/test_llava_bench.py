@@ -161,12 +161,69 @@ def test_failed_judgements_are_counted_and_kept_out(bench, tmp_path):
         score_judgements(samples, [Judgement("9", 1.0, 1.0, "1 1")])
 
 
+# As LLaVA's eval_gpt_review_bench.py writes them, and as FastChat did before.
+REVIEWS = {
+    "tuple and content": {"content": "9 7\nBoth are good.", "tuple": [9.0, 7.0]},
+    "tuple alone": {"tuple": [9, 7]},
+    "text and score": {"text": "9,7\nBoth.", "score": [9.0, 7.0]},
+    "text alone": {"text": "9 7"},
+    "mended by hand": {"content": "Assistant 1: 9, assistant 2: 7", "tuple": [9.0, 7.0]},
+    "failed": {"content": "I cannot judge.", "tuple": [-1, -1]},
+    "failed, scores alone": {"tuple": [-1, -1]},
+}
+
+
+@pytest.mark.parametrize("layout", REVIEWS)
+def test_llavas_reviews_are_read_and_scored(bench, layout, tmp_path):
+    row = {"id": 1, "question_id": 0, "answer1_id": "Mh6", "answer2_id": "bf8"}
+    path = tmp_path / "reviews.jsonl"
+    write_lines(path, [{**row, "category": "llava_bench_conv", **REVIEWS[layout]}])
+    metrics = score_judgements(bench.questions(), read_judgements(path)).metrics
+    failed = layout.startswith("failed")
+    assert (metrics["failed"], metrics["missing"]) == (failed, 2)
+    # What LLaVA's summarize_gpt_review.py prints of it: 7 / 9, or −1 / −1.
+    assert metrics["conv/official"] == (100.0 if failed else 77.8)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"content": "9 7", "tuple": [9, 8]}, r"row 1 .* scores \[9, 8\], but .* begins with 9 7"),
+        ({"content": "9 7", "tuple": [-1, -1]}, r"row 1 .* scores \[-1, -1\], but"),
+        ({"tuple": [9]}, r"row 1 .* scores \[9\], but they are two"),
+        ({"tuple": "9 7"}, r"row 1 .* scores '9 7'"),
+        ({"content": 9}, r"row 1 .* no reply"),
+    ],
+)
+def test_reviews_that_contradict_themselves_are_refused(more, message, tmp_path):
+    write_lines(tmp_path / "reviews.jsonl", [{"question_id": 0, **more}])
+    with pytest.raises(BenchmarkError, match=message):
+        read_judgements(tmp_path / "reviews.jsonl")
+
+
+def test_llavas_own_answers_are_read(bench, tmp_path):
+    rows = [
+        {
+            "question_id": n,
+            "prompt": f"What {n}?",
+            "text": "A b c.",
+            "answer_id": "X",
+            "model_id": "llava-v1.5-7b",
+            "metadata": {},
+        }
+        for n in range(3)
+    ]
+    write_lines(tmp_path / "answers.jsonl", rows)
+    score = bench.score(bench.questions(), bench.read_answers(tmp_path / "answers.jsonl"))
+    assert (score.metrics["words"], score.metrics["n"]) == (3, 3)
+
+
 def test_corrupted_replies_and_missing_files_are_named(bench, tmp_path):
     path = tmp_path / "reviews.jsonl"
     path.write_text('{"question_id": 0, "content": "8 6"}\n{"question_id": 1, "cont')
     with pytest.raises(BenchmarkError, match="line 2"):
         read_judgements(path)
-    path.write_text('{"question_id": 0, "tuple": [8, 6]}\n')
+    path.write_text('{"question_id": 0, "category": "conv"}\n')
     with pytest.raises(BenchmarkError, match=r"row 1 .* has no reply"):
         read_judgements(path)
     write_lines(tmp_path / "qa90_gpt4_answer.jsonl", [{"question_id": 0, "text": "reference"}])

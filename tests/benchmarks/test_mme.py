@@ -1,7 +1,7 @@
 import json
 import math
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from typer.testing import CliRunner
 
+from clva_lens.__main__ import app
 from clva_lens.benchmarks.base import BENCHMARKS, Answer, Sample
 from clva_lens.benchmarks.comparison import compare
 from clva_lens.benchmarks.mme import COGNITION, HALLUCINATION, PERCEPTION, Mme, score_mme
+from clva_lens.benchmarks.mme_answers import read_mme_answers
 from clva_lens.benchmarks.mme_files import read_results, write_results
 from clva_lens.benchmarks.toy_mme import ToyMme
 from clva_lens.ground.errors import BenchmarkError, ParameterError
@@ -223,8 +226,151 @@ def test_results_of_others_are_matched_to_the_questions(layouts, tmp_path_factor
     ):
         mme.read_answers(folder)
     (folder / "count.txt").write_text(lines.replace("7.png", "8.png"))
-    with pytest.raises(BenchmarkError, match=r"2 results .* no question of mme, .* count/8\.png"):
+    with pytest.raises(BenchmarkError, match=r"2 results .* no question .* count/8\.png"):
         mme.read_answers(folder)
+
+
+@pytest.fixture
+def mme(layouts):
+    return Mme(data=layouts / "MME_Benchmark_release_version")
+
+
+# As MME's authors, LLaVA's convert_answer_to_mme.py and others name a picture.
+@pytest.mark.parametrize("name", ["7.png", "7.jpg", "7.txt", "7", "images/7.png"])
+def test_pictures_are_matched_by_their_stem(mme, name, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    for task in ("count", "artwork"):
+        lines = [
+            f"{name}\t{QUESTION.format(w)}\t{a}\t{a}\n" for w, a in (("one", "Yes"), ("two", "No"))
+        ]
+        (folder / f"{task}.txt").write_text("".join(lines))
+    read = mme.score(mme.questions(), mme.read_answers(folder)).metrics
+    assert read["count"] == read["artwork"] == 200
+    told = score_mme(*read_results(folder)).metrics
+    assert told == pytest.approx(read, nan_ok=True)
+    # A part of MME takes its tasks from a folder of all.
+    part = replace(mme, subset="hallucination")
+    assert [answer.text for answer in part.read_answers(folder)] == ["Yes", "No"]
+    assert part.score(part.questions(), part.read_answers(folder)).metrics["count"] == 200
+
+
+def test_the_command_line_scores_what_read_results_reads(mme, monkeypatch, tmp_path_factory):
+    """With MME's data, and without: a folder of results has the questions too."""
+    monkeypatch.delenv("CLVA_LENS_DATA", raising=False)
+    folder, out = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("out")
+    for task, said_no in (("count", "no"), ("artwork", "yes")):
+        lines = f"7.txt\tIs it one?\tYes\tYes\n7.txt\tIs it two?\tNo\t{said_no}\n"
+        (folder / f"{task}.txt").write_text(lines)
+    wanted = score_mme(*read_results(folder)).metrics
+    assert (wanted["count"], wanted["artwork"]) == (200, 50)
+    for name, settings in (("mme", []), ("mme", [f"data={mme.data}"]), ("mme/perception", [])):
+        file = out / "score.json"
+        options = [one for setting in settings for one in ("-s", setting)]
+        asked = ["score", "--answers", str(folder), "--benchmark", name, "--out", str(file)]
+        found = CliRunner().invoke(app, [*asked, *options])
+        assert found.exit_code == 0, found.output
+        told = json.loads(file.read_text())["metrics"]
+        assert {key: told[key] for key in ("count", "artwork", "accuracy")} == pytest.approx(
+            {key: wanted[key] for key in ("count", "artwork", "accuracy")}
+        )
+    only = CliRunner().invoke(
+        app, ["score", "--answers", str(folder), "--benchmark", "mme/cognition"]
+    )
+    assert only.exit_code == 1 and "0 samples" in only.output
+
+
+ONE_WORD = "\nAnswer the question using a single word or phrase."
+
+
+@pytest.mark.parametrize("inner", ["", "images/"])
+@pytest.mark.parametrize("asked", ["{}" + ONE_WORD, "<image>\n{} Please answer yes or no.", "{}"])
+def test_llavas_rows_are_matched_by_picture_and_question(mme, inner, asked, tmp_path):
+    rows = [
+        {
+            "question_id": f"{task}/{inner}7.jpg",
+            "prompt": asked.format(f"Is it {word}?"),
+            "text": word,
+        }
+        for task in ("count", "artwork")
+        for word in ("two", "one")
+    ]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    found = {answer.id: answer.text for answer in mme.read_answers(path)}
+    assert found == {
+        f"{t}/7.png/{n}": w for t in ("count", "artwork") for n, w in ((1, "one"), (2, "two"))
+    }
+    assert len(replace(mme, subset="perception").read_answers(path)) == 4
+    assert len(replace(mme, subset="hallucination").read_answers(path)) == 2
+    rows[1]["prompt"] = asked.format("Is it three?")
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(
+        BenchmarkError, match=r"(?s)row 2 of .*three.* about count/\S*7\.jpg, of which"
+    ):
+        mme.read_answers(path)
+    rows[1] |= {"prompt": asked.format("Is it one?"), "question_id": "count/8.jpg"}
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(
+        BenchmarkError, match=r"(?s)row 2 .* count/8\.jpg, of which is asked nothing"
+    ):
+        mme.read_answers(path)
+    path.write_text("")
+    with pytest.raises(BenchmarkError, match="has 0 answers"):
+        mme.read_answers(path)
+
+
+def test_a_question_within_another_is_told_apart(tmp_path):
+    asked = ("Is it a cat?", "Is it a cat or a dog?")
+    samples = [
+        replace(sample, question=question)
+        for sample, question in zip(pair("count", "a.jpg"), asked, strict=True)
+    ]
+    path = tmp_path / "answers.jsonl"
+    rows = [{"question_id": "count/a.jpg", "prompt": text, "text": text} for text in asked]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    found = read_mme_answers(path, samples, ("count",))
+    assert {answer.id: answer.text for answer in found} == {
+        sample.id: sample.question for sample in samples
+    }
+    # With more around it, which of the two was asked is not known.
+    rows[1]["prompt"] = f"Look: {asked[1]}"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(BenchmarkError, match=r"row 2 .* asked 'Is it a cat\?' or 'Is it a cat or"):
+        read_mme_answers(path, samples, ("count",))
+
+
+def test_answers_of_our_own_runs(mme, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(
+        "\n".join(json.dumps(asdict(Answer(s.id, s.label, 1.0))) for s in mme.questions())
+    )
+    answers = mme.read_answers(path)
+    assert mme.score(mme.questions(), answers).metrics["accuracy"] == 1
+    assert answers[0].margin == 1.0
+
+
+@needs_data
+def test_all_questions_of_mme_are_told_apart(tmp_path):
+    """In LLaVA's rows and by stem; some of MME's questions end in two spaces."""
+    mme = Mme(data=DATA)
+    samples = mme.questions()
+    rows = [
+        {
+            "question_id": s.group,
+            "prompt": plain.question.split("Please")[0].strip() + ONE_WORD,
+            "text": s.label,
+        }
+        for s, plain in zip(samples, replace(mme, protocol="bare").questions(), strict=True)
+    ]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    metrics = mme.score(samples, mme.read_answers(path)).metrics
+    assert (metrics["perception"], metrics["cognition"]) == (2000, 800)
+    write_results(tmp_path / "results", samples, [Answer(s.id, s.label) for s in samples])
+    for file in (tmp_path / "results").glob("*.txt"):
+        file.write_text(file.read_text().replace(".jpg\t", ".txt\t").replace(".png\t", "\t"))
+    metrics = mme.score(samples, mme.read_answers(tmp_path / "results")).metrics
+    assert (metrics["perception"], metrics["cognition"]) == (2000, 800)
 
 
 def test_missing_and_strange_data(layouts, monkeypatch, tmp_path_factory):

@@ -14,8 +14,9 @@ from PIL import Image
 from clva_lens.benchmarks import hub
 from clva_lens.benchmarks.base import BENCHMARKS, Answer
 from clva_lens.benchmarks.parsers import PARSERS
+from clva_lens.benchmarks.pope_answers import LLAVA_NUMBERS, read_pope_answers
 from clva_lens.benchmarks.pope_sampling import choose_pictures, pope_set
-from clva_lens.benchmarks.pope_sets import Pope, read_pope_answers
+from clva_lens.benchmarks.pope_sets import SPLITS, Pope
 from clva_lens.benchmarks.protocols import PROTOCOLS, VICUNA_V1
 from clva_lens.ground.errors import BenchmarkError, ParameterError, UnknownName
 
@@ -216,6 +217,149 @@ def test_question_id_wins_and_a_question_carried_is_compared(folder, key, asked)
     rows[2][asked] = "Is there an oran in the image?"
     with pytest.raises(
         BenchmarkError, match=r"row 3 .* an oran .* sample asks .*an orange(.|\n)*split="
+    ):
+        pope.read_answers(answer_file(folder, rows))
+
+
+LAYOUTS = {
+    "lines": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+    "array": lambda rows: json.dumps(rows, indent=1),
+    "over several lines": lambda rows: "\n".join(json.dumps(row, indent=4) for row in rows),
+    "without line breaks": lambda rows: "".join(json.dumps(row) for row in rows),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keys", [("question_id", "prompt", "text"), ("question", "answer")])
+def test_answers_in_every_form_of_json(folder, layout, keys):
+    known = {"question_id": "question_id", "prompt": "text", "question": "text"}
+    rows = [{key: row[known.get(key, "label")] for key in keys} for row in ROWS]
+    path = folder / "answers.json"
+    path.write_text(LAYOUTS[layout](rows))
+    pope = Pope("coco", "random", data=folder)
+    assert pope.score(pope.questions(), pope.read_answers(path)).metrics["accuracy"] == 1
+    path.write_text(LAYOUTS[layout](rows)[:-30])
+    with pytest.raises(BenchmarkError, match=r"neither JSON lines nor a JSON array: line \d+:"):
+        pope.read_answers(path)
+
+
+def test_a_half_written_object_is_named_by_its_first_line(folder):
+    text = LAYOUTS["over several lines"]([{"question_id": n, "text": "Yes"} for n in (1, 2)])
+    (folder / "answers.json").write_text(text[:-3])
+    with pytest.raises(BenchmarkError, match="JSON array: line 5:"):
+        Pope("coco", "random", data=folder).read_answers(folder / "answers.json")
+
+
+@pytest.fixture
+def splits(folder):
+    """The three splits: the same pictures, other objects that are absent."""
+    for split, word in {"popular": "car", "adversarial": "hat"}.items():
+        rows = [
+            dict(row, text=f"Is there a {word}?") if n == 3 else row for n, row in enumerate(ROWS)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"coco_pope_{split}.json").write_text(lines)
+    return {split: Pope("coco", split, data=folder) for split in SPLITS}
+
+
+def llavas(splits, **more):
+    """LLaVA's file of all splits, its questions with what it adds to them."""
+    return [
+        {"question_id": first + int(s.id), "prompt": s.question, "text": s.label.title(), **more}
+        for split, first in LLAVA_NUMBERS.items()
+        for s in splits[split].questions()
+    ]
+
+
+def test_llavas_file_of_three_splits_is_read_for_each(splits, folder):
+    rows = llavas(splits)
+    assert sorted(row["question_id"] for row in rows)[4:9:4] == [10000001, 20000001]
+    rows[-1]["text"] = "Yes"
+    path = answer_file(folder, rows)
+    for split, pope in splits.items():
+        accuracy = pope.score(pope.questions(), pope.read_answers(path)).metrics["accuracy"]
+        assert accuracy == (0.75 if split == "popular" else 1)
+    # A split alone keeps its numbers; the others have no answers then.
+    path = answer_file(folder, rows[8:])
+    assert len(splits["popular"].read_answers(path)) == 4
+    with pytest.raises(BenchmarkError, match="4 answers, none of them to the split random"):
+        splits["random"].read_answers(path)
+    # Numbers of one split with the questions of another.
+    shifted = [{**row, "question_id": row["question_id"] - 10_000_000} for row in rows[8:]]
+    with pytest.raises(BenchmarkError, match=r"row 4 of .* a car(.|\n)*asks 'Is there a dog"):
+        splits["random"].read_answers(answer_file(folder, shifted))
+
+
+def test_rows_that_name_their_split_are_taken_by_it(splits, folder):
+    rows = [
+        {"question_id": int(s.id), "category": split, "question": s.question, "response": s.label}
+        for split, pope in splits.items()
+        for s in pope.questions()
+    ]
+    path = answer_file(folder, rows)
+    for pope in splits.values():
+        assert pope.score(pope.questions(), pope.read_answers(path)).metrics["accuracy"] == 1
+    rows[11]["question"] = "Is there a bus?"
+    with pytest.raises(BenchmarkError, match=r"row 12 of .* a bus"):
+        splits["adversarial"].read_answers(answer_file(folder, rows))
+
+
+def test_a_subset_counts_only_where_it_is_asked_for(splits, folder):
+    for numbers in LLAVA_NUMBERS, dict.fromkeys(LLAVA_NUMBERS, 0):
+        pope = splits["popular"]
+        first = numbers["popular"]
+        rows = [
+            {"question_id": first + n, "text": text}
+            for n, text in ((1, "Yes"), (2, "No"), (4, "Yes"))
+        ]
+        path = answer_file(folder, rows)
+        with pytest.raises(
+            BenchmarkError, match=r"leaves 1 of the 4 .* as 3\. .* subset='.*answers"
+        ):
+            pope.read_answers(path)
+        some = replace(pope, subset=str(path))
+        assert [s.id for s in some.questions()] == ["1", "2", "4"]
+        metrics = some.score(some.questions(), some.read_answers(path)).metrics
+        assert (metrics["accuracy"], metrics["n"]) == (pytest.approx(2 / 3), 3)
+        assert some.settings["subset"] == str(path)
+        assert set(some.digests()) == {"coco_pope_popular.json", "answers.jsonl"}
+        path.write_text(path.read_text() + json.dumps({"question_id": first + 9, "text": "a"}))
+        with pytest.raises(BenchmarkError, match=r"1 of the 4 questions in .* such as 9\."):
+            some.questions()
+
+
+@pytest.mark.parametrize("key", ["answer", "response", "caption", "output"])
+def test_a_text_that_repeats_the_question_is_no_answer(folder, key):
+    rows = [{**row, key: row["label"]} for row in ROWS]
+    pope = Pope("coco", "random", data=folder)
+    answers = pope.read_answers(answer_file(folder, rows))
+    assert [answer.text for answer in answers] == [row["label"] for row in ROWS]
+    # A model may repeat it, too.
+    rows = [{**row, key: row["text"]} for row in ROWS]
+    assert pope.read_answers(answer_file(folder, rows))[0].text == ROWS[0]["text"]
+    # Alone it is what the model said.
+    rows = [{"question_id": row["question_id"], "text": row["text"]} for row in ROWS]
+    assert pope.read_answers(answer_file(folder, rows))[0].text == ROWS[0]["text"]
+    # Another question beside the answer might be anything.
+    rows = [{**row, "text": "Is there a hat?", key: row["label"]} for row in ROWS]
+    with pytest.raises(BenchmarkError, match=f"row 1 .* different texts in .*{key}"):
+        pope.read_answers(answer_file(folder, rows))
+
+
+def test_a_picture_that_a_row_carries_is_compared(folder):
+    pope = Pope("coco", "random", data=folder)
+    rows = [
+        {"question_id": row["question_id"], "text": row["label"], "image": f"val2014/{image}"}
+        for row, image in zip(
+            ROWS, ("a.jpg", "a", "COCO_val2014_000000000007.jpg", "7"), strict=True
+        )
+    ]
+    assert pope.score(pope.questions(), pope.read_answers(answer_file(folder, rows))).rows[2][
+        "right"
+    ]
+    rows[2]["image"] = "8.jpg"
+    with pytest.raises(
+        BenchmarkError, match=r"row 3 .* picture '8\.jpg', .* about 'COCO_val2014_7"
     ):
         pope.read_answers(answer_file(folder, rows))
 

@@ -1,8 +1,10 @@
 """What a run is of: its samples and pictures as they were; and what failed is asked again."""
 
 import io
+import json
 import shutil
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,13 @@ from test_runs import COUNT, Small, files, go, same_but_origin
 from tiny_models import picture
 
 import clva_lens as cl
-from clva_lens.benchmarks import run_folder
+from clva_lens.benchmarks import run_writing
 from clva_lens.benchmarks.base import Answer, Sample
 from clva_lens.benchmarks.run_answers import due
 from clva_lens.benchmarks.sample_rows import as_rows
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.picture import Picture
+from clva_lens.lens import evaluate
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,122 @@ def test_a_file_is_read_once_whatever_the_number_of_questions(bench, monkeypatch
         told("gone.png")
 
 
+# ── answers ──
+
+
+def edits(path):
+    """Every way to change the answers of a finished run that leaves as many lines."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    first = json.loads(lines[0])
+    for change in ({"text": "no"}, {"margin": 9.0}, {"error": "away"}):
+        yield b"".join([json.dumps(first | change).encode() + b"\n", *lines[1:]])
+    yield b"".join([lines[1].replace(b"q1", b"q0"), lines[0].replace(b"q0", b"q1"), *lines[2:]])
+    yield b"".join(lines).replace(b", ", b",  ", 1)
+    yield b"".join([*lines, lines[0]])
+
+
+def test_answers_that_were_edited_are_neither_scored_nor_continued(one, tmp_path):
+    first = go(one, tmp_path / "run")
+    path = tmp_path / "run" / "answers.jsonl"
+    whole = path.read_bytes()
+    for edited in edits(path):
+        path.write_bytes(edited)
+        said = (
+            r"answers\.jsonl was changed after the run was finished: .* Restore the file|one more"
+        )
+        with pytest.raises(BenchmarkError, match=said):
+            cl.score(tmp_path / "run")
+        with pytest.raises(BenchmarkError, match=said):
+            go(one, tmp_path / "run", resume=True)
+        assert path.read_bytes() == edited
+    path.write_bytes(whole + b"\0\0")  # a machine that lost power; no line is another
+    assert cl.score(tmp_path / "run").rows == first.rows
+    assert go(one, tmp_path / "run", resume=True).rows == first.rows
+    assert path.read_bytes() == whole
+
+
+def test_another_version_of_the_benchmark_is_named_and_refused(one, tmp_path, monkeypatch):
+    go(one, tmp_path / "run")
+    monkeypatch.setattr(Small, "version", "2")
+    with pytest.raises(BenchmarkError, match=r"of version 1 of small, but version 2 is installed"):
+        cl.score(tmp_path / "run")
+    with pytest.raises(BenchmarkError, match="benchmark_version: '1' then, '2' now"):
+        go(one, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("name", ["run.json", "score.json"])
+@pytest.mark.parametrize("content", ["[1]", "3", "{", "", '"a"', "null", "{}"])
+def test_files_of_another_shape_are_said_to_be_damaged(one, tmp_path, name, content):
+    go(one, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    if (name, content) == ("score.json", "{}"):  # of before scores told their answers
+        assert cl.score(tmp_path / "run").metrics["n"] == COUNT
+        return
+    for again in (
+        lambda: cl.score(tmp_path / "run"),
+        lambda: go(one, tmp_path / "run", resume=True),
+    ):
+        with pytest.raises(BenchmarkError, match=rf"{name} is (damaged|no record of a run)"):
+            again()
+
+
+# ── the model ──
+
+
+@pytest.fixture
+def saved(one, tmp_path):
+    """The tiny model in a folder."""
+    one.hf_model.save_pretrained(tmp_path / "here")
+    one.processor.save_pretrained(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def cut(run):
+    """Leave one batch of the answers of a run."""
+    lines = (run / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "answers.jsonl").write_bytes(b"".join(lines[:4]))
+
+
+def test_the_same_weights_elsewhere_go_on_and_other_settings_do_not(saved, tmp_path):
+    go(cl.load(saved), tmp_path / "run")
+    whole = files(tmp_path / "run")
+    there = Path(shutil.copytree(saved, tmp_path / "there"))
+    moved = cl.load(there)
+    moved.revision = "another commit with the same files"
+    cut(tmp_path / "run")
+    go(moved, tmp_path / "run", resume=True)
+    assert files(tmp_path / "run") == whole
+    config = json.loads((there / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] *= 10  # no weight, and no input, knows it
+    (there / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BenchmarkError, match=r"continued.*\n  configuration: .*\nRun it as then"):
+        go(cl.load(there), tmp_path / "run", resume=True)
+
+
+def test_a_path_decides_where_the_weights_cannot_be_read(one, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "identity", lambda model: {"weights": None})
+    go(one, tmp_path / "run")
+    monkeypatch.setattr(one, "name", "elsewhere")
+    with pytest.raises(BenchmarkError, match=r"\n  model: .* then, 'elsewhere' now\n"):
+        go(one, tmp_path / "run", resume=True)
+
+
+def test_the_record_names_what_prepares_the_pictures(one, tmp_path, monkeypatch):
+    go(one, tmp_path / "run")
+    packages = json.loads((tmp_path / "run" / "run.json").read_text())["packages"]
+    assert packages["image_processor"] == "CLIPImageProcessorPil"
+    assert packages["image_backend"] == "pil"
+    try:
+        installed = version("torchvision")
+    except PackageNotFoundError:
+        installed = None
+    assert packages["torchvision"] == installed
+    monkeypatch.setattr(one.images, "__class__", type("Fast", (type(one.images),), {}))
+    said = "packages.image_processor: 'CLIPImageProcessorPil' then, 'Fast' now"
+    with pytest.raises(BenchmarkError, match=said):
+        go(one, tmp_path / "run", resume=True)
+
+
 # ── what failed ──
 
 
@@ -160,14 +279,14 @@ def test_a_kill_between_two_batches_that_are_asked_again_loses_nothing(one, tmp_
     bench, run = Small(long=(1, 9)), tmp_path / "run"
     go(one, run, bench)
     before = files(run)
-    write = run_folder.OpenRun.write
+    write = run_writing.OpenRun.write
 
     def stop(self, place, answers):
         write(self, place, answers)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_folder.OpenRun, "write", stop)
+        patched.setattr(run_writing.OpenRun, "write", stop)
         with pytest.raises(KeyboardInterrupt):
             go(one, run, bench, resume=True)
     assert files(run) == before

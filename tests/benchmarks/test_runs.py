@@ -78,17 +78,18 @@ def same_but_origin(a, b):
 CHILD = """
 import sys, torch
 import clva_lens as cl
-from clva_lens.benchmarks import run_folder as runs
+from clva_lens.benchmarks.run_files import RunFiles, as_lines
 torch.set_num_threads(1)
-append = runs._append
-def half(path, rows):
-    if path.name == "answers.jsonl" and path.exists() and path.read_bytes().count(b"\\n") == 16:
+append = RunFiles.append
+def half(self, name, rows):
+    path = self.folder / name
+    if name == "answers.jsonl" and path.exists() and path.read_bytes().count(b"\\n") == 16:
         with path.open("ab") as file:
-            file.write(runs.as_lines(rows)[:-30])
+            file.write(as_lines(rows)[:-30])
         print("half", flush=True)
         sys.stdin.read()
-    append(path, rows)
-runs._append = half
+    append(self, name, rows)
+RunFiles.append = half
 cl.evaluate(cl.load("toy-llava"), "pope/toy/adversarial", cl.CLVA(), limit=40, batch_size=8,
             progress=False, out=sys.argv[1])
 """
@@ -329,7 +330,7 @@ def test_too_little_memory_ends_the_run_and_keeps_the_answers(one, tmp_path, mon
 
 
 def test_ctrl_c_keeps_the_whole_batches(one, tmp_path, monkeypatch):
-    from clva_lens.benchmarks import run_folder as runs
+    from clva_lens.benchmarks import run_writing as runs
 
     write = runs.OpenRun.write
 

@@ -137,6 +137,9 @@ def test_failed_samples_are_asked_again_unless_they_are_kept(pair, tmp_path):
     failed = {**json.loads(first), "text": "", "margin": None, "error": "OSError: away"}
     path.write_bytes(json.dumps(failed).encode() + b"\n" + rest)
     asked = (*ASKED, "--out", tmp_path / "run", "--resume")
+    for command in (("score", tmp_path / "run"), asked):
+        assert "answers.jsonl was changed after the run was finished" in run(*command, code=1)
+    (tmp_path / "run" / "score.json").unlink()  # as before the run was finished
     assert "failed 1" in run(*asked, "--keep-failed")
     assert "failed 0" in run(*asked)
     assert path.read_bytes() == whole

@@ -10,7 +10,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES,
 )
 
-OWN = {"blip-2": "instructblip", "instructblip": "instructblip", "llava": "llava"}
+from clva_lens.models.family import FAMILIES
+
+OWN = {
+    kind: family.name
+    for kind, architecture in sorted(NAMES.items())
+    for _, family in FAMILIES.items()
+    if architecture in family.architectures
+}
 """Model types that a family of their own takes."""
 
 Kind = Literal["refused", "does not build", "unproven"]

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import clva_lens as cl
+from clva_lens.__main__ import app
 from clva_lens.ground.errors import ClvaLensError, ModelCheckError, ModelLoadError, ParameterError
 from clva_lens.lens.provenance import identity
 from clva_lens.toy import pretrained
@@ -107,6 +109,9 @@ def test_a_snapshot_is_read_whole_and_recorded(folder, tmp_path, subfolder):
         shutil.copytree(folder, repo / "snapshots" / commit / subfolder)
     for name in ("config.json", "processor_config.json", "tokenizer.json"):
         (repo / "snapshots" / ("f" * 40) / subfolder / name).unlink(missing_ok=True)
+    if subfolder:  # what is not in the folder that is meant decides nothing
+        elsewhere = repo / "snapshots" / COMMIT / "adapter_config.json"
+        elsewhere.write_text('{"base_model_name_or_path": "someone/else"}')
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("f" * 40)
     (repo / "refs" / "v1").write_text(COMMIT)
@@ -116,6 +121,33 @@ def test_a_snapshot_is_read_whole_and_recorded(folder, tmp_path, subfolder):
     assert identity(lens)["probe"] == identity(cl.load("toy-llava"))["probe"]
     with pytest.raises(ModelLoadError, match="someone/toy"):
         cl.load("someone/toy", **where)
+
+
+HUB = {"revision": "v1", "cache_dir": "here", "token": "hf_x", "subfolder": "inner"}
+
+
+def test_what_is_meant_reaches_every_reader(folder, monkeypatch):
+    """Whatever is fetched: weights, configuration, adapter, processor, tokenizer and template."""
+    asked: dict[str, list[dict]] = {}
+
+    def fetch(path_or_repo_id, filenames, **given):
+        for file in filenames:
+            asked.setdefault(file, []).append(given)
+        return [str(folder / file) for file in filenames if (folder / file).is_file()] or None
+
+    def listed(repository, **given):
+        asked.setdefault("templates", []).append({**given, "subfolder": "inner"})
+        return []
+
+    monkeypatch.setattr("transformers.utils.hub.cached_files", fetch)
+    for room in ("processing_utils", "tokenization_utils_base"):
+        monkeypatch.setattr(f"transformers.{room}.list_repo_templates", listed)
+    cl.load("someone/toy", **HUB, check=False)
+    read = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"}
+    assert asked.keys() >= read | {"adapter_config.json", "chat_template.jinja", "templates"}
+    for file, calls in asked.items():
+        for given in calls:
+            assert {name: given.get(name) for name in HUB} == HUB, file
 
 
 def test_a_folder_has_no_commit(folder):
@@ -191,11 +223,25 @@ def test_whatever_the_check_raises_is_said(folder, monkeypatch):
         cl.load(folder)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "nowhere", {"": "cuda:99"}])
+def absent(*shape, device):
+    """Stands for ``torch.empty`` where there is no GPU, with the kinds of errors that it raises."""
+    if isinstance(device, int) or str(device).startswith("cuda"):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+    raise RuntimeError(f"Expected one of cpu, cuda, ... device type, but got {device}")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "nowhere", 7, {"": "cuda:3"}])
 def test_a_device_that_is_not_there(monkeypatch, device):
     monkeypatch.setattr("clva_lens.lens.load.read_named", lambda *given: 1 / 0)
+    monkeypatch.setattr("torch.empty", absent)
     with pytest.raises(ParameterError, match=r"cannot be used here.*device_map='cpu'"):
         cl.load("toy-llava", device_map=device)
+    with pytest.raises(ParameterError, match=r"takes it as from_pretrained does.*device_map="):
+        cl.load("toy-llava", device=device)
+    if isinstance(device, str):
+        said = CliRunner().invoke(app, ["check-model", "toy-llava", "--device", device])
+        assert said.exit_code == 1
+        assert f"the device '{device}' cannot be used here" in " ".join(said.stderr.split())
 
 
 def test_a_toy_in_another_case_is_the_toy():

@@ -215,6 +215,36 @@ def test_backgrounds():
         assert read_image(Picture(clear, background=background)).getpixel((0, 0)) == colour
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_floats_of_every_width(kind):
+    """What each value is, times 255, rounded once; the same as a tensor and as an array."""
+    tensor = torch.arange(0, 1, 1 / 4096, dtype=torch.float64).reshape(64, 64).to(kind)
+    wanted = (tensor.double() * 255).round().to(torch.uint8).numpy()
+    assert np.array_equal(read_image(tensor).convert("L"), wanted)
+    if kind != torch.bfloat16:
+        assert np.array_equal(read_image(tensor.numpy()).convert("L"), wanted)
+
+
+def test_the_background_of_a_prompt(one):
+    """In every place of a prompt; a Picture has its own."""
+    clear = Image.new("RGBA", (32, 32), (10, 20, 30, 0))
+    for background in ("white", "black", None):
+        wanted = one.prompt(Picture(clear, background=background), QUESTIONS[0])
+        found = one.prompt(clear, QUESTIONS[0], background=background)
+        assert torch.equal(found["pixel_values"], wanted["pixel_values"])
+        several = one.prompt([clear, clear], QUESTIONS[:2], background=background)
+        assert torch.equal(several["pixel_values"][1:], wanted["pixel_values"])
+        turns = [(clear, QUESTIONS[1], "no")]
+        later = one.prompt(clear, QUESTIONS[0], turns=turns, background=background)
+        assert torch.equal(later["pixel_values"], wanted["pixel_values"].expand(2, -1, -1, -1))
+        own = one.prompt(Picture(clear, background="red"), QUESTIONS[0], background=background)
+        assert not torch.equal(own["pixel_values"], wanted["pixel_values"])
+    plain = one.prompt(clear, QUESTIONS[0])["pixel_values"]
+    assert torch.equal(plain, one.prompt(clear, QUESTIONS[0], background="white")["pixel_values"])
+    with pytest.raises(ParameterError, match="background must be an opaque colour or None"):
+        one.prompt(clear, QUESTIONS[0], background="no colour")
+
+
 def test_readings_that_there_are_not(untyped):
     with pytest.raises(ParameterError, match="orientation must be 'upright' or 'as stored'"):
         Picture("x.png", orientation="sideways")

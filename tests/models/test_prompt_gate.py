@@ -68,6 +68,65 @@ def test_every_function_takes_every_prompt_and_every_model(one, door):
                 assert torch.equal(DOORS[door](model, asked), wanted), (name, type(asked))
 
 
+@pytest.mark.filterwarnings("ignore:.*TransformerLens:UserWarning")
+def test_a_bridge_takes_every_prompt(one, untyped):
+    bridge, pair = cl.to_transformer_lens(one), (picture(0), QUESTIONS[0])
+    prompt = one.prompt(*pair)
+    for asked in (prompt, BatchFeature(dict(prompt.inputs)), dict(prompt), pair, (*pair, None)):
+        found = bridge.inputs(asked)
+        assert found.keys() == {"input", "attention_mask", "pixel_values"}
+        for name, value in found.items():
+            assert torch.equal(value, prompt["input_ids" if name == "input" else name])
+        assert torch.equal(bridge.spans(asked).image, prompt.spans.image)
+        assert len(cl.CLVA().as_hooks(bridge, asked)) == len(cl.CLVA().as_hooks(bridge, prompt))
+    bare = cl.to_transformer_lens(one.hf_model)
+    assert torch.equal(bare.inputs(dict(prompt))["input"], prompt["input_ids"])
+    for door in (bridge.inputs, bridge.spans, lambda asked: cl.CLVA().as_hooks(bridge, asked)):
+        with pytest.raises(PromptError, match="pair, but got str"):
+            door("is there a cup ?")
+        with pytest.raises(PromptError, match=r"they are list.*return_tensors='pt'"):
+            door({"input_ids": [[1, 2]]})
+    for door in (bare.inputs, bare.spans):
+        with pytest.raises(PromptError, match="has no processor"):
+            door(pair)
+
+
+def test_generate_takes_every_prompt(one):
+    """Alone, several in a list, a tuple or as they come, and lists of pictures and questions."""
+    pairs = [(picture(i), QUESTIONS[i]) for i in range(3)]
+    how = cl.Greedy(max_new_tokens=3)
+
+    def ids(asked):
+        found = cl.generate(one, asked, None, how, progress=False).ids
+        return [row.tolist() for row in found]
+
+    wanted = [*ids(pairs[0]), *ids(pairs[1]), *ids(pairs[2])]
+    pictures = [image for image, _ in pairs]
+    made = BatchFeature(dict(one.prompt(*pairs[1]).inputs))
+    for asked in (
+        pairs,
+        tuple(pairs),
+        iter(pairs),
+        (pictures, QUESTIONS),
+        (pictures, QUESTIONS, None),
+        one.prompt(pictures, QUESTIONS),
+        [one.prompt(*pairs[0]), made, (*pairs[2], None)],
+        [pairs[0], (pictures[1:], QUESTIONS[1:])],
+    ):
+        assert ids(asked) == wanted
+    assert ids((pictures[0], QUESTIONS)) == ids([(pictures[0], one) for one in QUESTIONS])
+    assert ids((pictures, QUESTIONS[0])) == ids([(one, QUESTIONS[0]) for one in pictures])
+    assert ids((pairs[0], pairs[1])) == wanted[:2]
+
+
+@pytest.mark.parametrize(
+    "asked", ["is it ?", None, 3, picture(0), torch.zeros(()), [3], ["a", "b"]]
+)
+def test_generate_of_what_is_no_prompt(one, untyped, asked):
+    with pytest.raises(PromptError, match=r"must be a Prompt, a processor's output or an"):
+        cl.generate(one, asked)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_a_prompt_is_run_as_it_is(one, door):
     """What is in its tensors decides, not what they were made of."""
@@ -136,6 +195,76 @@ def test_what_is_no_prompt(one, untyped):
     ):
         with pytest.raises(PromptError, match=message):
             as_prompt(one, inputs | change)
+
+
+def say(model, asked):
+    how = cl.Greedy(max_new_tokens=1)
+    return cl.generate(model, asked, None, how, progress=False).ids[0].float()
+
+
+def edited(inputs, **changes):
+    """A processor's output with other inputs; those that are None are left out."""
+    return {name: one for name, one in {**inputs, **changes}.items() if one is not None}
+
+
+@pytest.mark.parametrize("door", [*DOORS, "generate"])
+def test_an_edited_output_is_run_as_it_is_or_refused(one, untyped, door):
+    ask = {**DOORS, "generate": say}[door]
+    inputs = one.prompt(picture(0), QUESTIONS[0]).inputs
+    ids, pixels, mask = (inputs[name] for name in ("input_ids", "pixel_values", "attention_mask"))
+    wanted = ask(one, inputs)
+    for same in ({"labels": ids}, {"labels": ids[:, :3]}, {"inputs_embeds": None}):
+        assert torch.equal(ask(one, {**inputs, **same}), wanted)
+    hole = pixels.clone()
+    hole[0, 0, 3, 3] = float("nan")
+    for changes, message in (
+        ({"pixel_value": pixels}, r"takes no input 'pixel_value'\. Did you mean 'pixel_values'"),
+        ({"token_type_ids": ids}, r"takes no input 'token_type_ids'.*Take it out"),
+        ({"pixel_values": None}, "none of input_ids, attention_mask is a picture"),
+        ({"pixel_values": pixels.int()}, "is a picture .in floating point."),
+        ({"pixel_values": hole}, "'pixel_values' has values that are NaN"),
+        ({"attention_mask": mask[:, :-1]}, r"must be \[1, \d+\], as input_ids, of 0 and 1"),
+        ({"attention_mask": mask * 2}, "of 0 and 1"),
+        ({"attention_mask": mask - 0.5}, "of 0 and 1"),
+        # What only the model itself knows
+        ({"pixel_values": torch.cat([pixels, pixels])}, "cannot run this processor's output: "),
+        ({"pixel_values": pixels[..., :-1]}, "cannot run this processor's output: "),
+        ({"pixel_values": pixels[0]}, "cannot run this processor's output: |as many pictures"),
+        ({"input_ids": ids.index_fill(1, torch.tensor([3]), 10**6)}, "cannot run this"),
+        ({"input_ids": ids.double()}, "cannot run this processor's output: "),
+        ({"position_ids": ids[:, :0]}, "cannot run this processor's output: "),
+    ):
+        with pytest.raises(PromptError, match=message) as caught:
+            ask(one, edited(inputs, **changes))
+        if "cannot run" in str(caught.value):
+            assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("door", ["trace_attention", "run_with_cache", "generate"])
+def test_what_a_model_needs_is_asked_for(door):
+    """InstructBLIP's generate would answer without what the Q-Former reads."""
+    lens = blip_of("sdpa")
+    inputs = lens.prompt(picture(0), QUESTIONS[0]).inputs
+    with pytest.raises(PromptError, match=r"has no 'qformer_input_ids', which the model needs"):
+        {**DOORS, "generate": say}[door](lens, edited(inputs, qformer_input_ids=None))
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, ZeroDivisionError])
+def test_what_is_no_fault_of_the_inputs_is_raised(one, error):
+    """Memory that runs out; and anything that comes of a prompt that was made here."""
+    prompt = one.prompt(picture(0), QUESTIONS[0])
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    handle = one.hf_model.get_input_embeddings().register_forward_pre_hook(fail)
+    try:
+        for asked in (prompt, dict(prompt)):
+            foreign = error is ZeroDivisionError and asked is not prompt
+            with pytest.raises(PromptError if foreign else error):
+                cl.trace_attention(one, asked)
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -87,8 +87,33 @@ def test_turns_in_a_batch(one):
 def test_turns_that_are_none(one, turns, message):
     with pytest.raises(PromptError, match=message):
         one.prompt(picture(0), QUESTIONS[0], turns=turns)
-    with pytest.raises(PromptError, match="one question about one picture"):
-        blip_of("sdpa").prompt(picture(0), QUESTIONS[0], turns=[TURN])
+
+
+NO_TEXTS = (3, b"x", float("nan"), ["is it ?"], {}, object(), "is \ud800 it ?", "\udc80")
+
+
+@pytest.mark.parametrize("value", NO_TEXTS, ids=repr)
+@pytest.mark.parametrize("where", ["question", "system", "answer", "turn", "said", "turns"])
+def test_what_is_no_text(one, untyped, where, value):
+    """In every place of a prompt; half of a character is none either."""
+    asked = {"question": QUESTIONS[0]}
+    if where in ("turn", "said"):
+        asked["turns"] = [(value, "no") if where == "turn" else (QUESTIONS[1], value)]
+    elif (where, value) in (("question", ["is it ?"]), ("turns", {})):
+        return  # a list of one; and nothing said before
+    else:
+        asked[where] = value
+    for lens in (one, blip_of("sdpa")):
+        with pytest.raises(PromptError, match=r"[^ ]\."):
+            lens.prompt(picture(0), **asked)
+
+
+@pytest.mark.parametrize("language", ["llama", "opt", "t5", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("turns", [[TURN], [(picture(0), *TURN)]])
+def test_turns_of_a_model_that_has_no_place_for_them(language, turns):
+    said = r"one question about one picture.*Leave turns= out, or write them into the question\.$"
+    with pytest.raises(PromptError, match=said):
+        blip_of("sdpa", language).prompt(picture(0), QUESTIONS[0], turns=turns)
 
 
 def test_a_begun_answer_is_continued(one):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from transformers import BlipImageProcessorPil, CLIPImageProcessorPil, LlavaImag
 
 import clva_lens as cl
 from clva_lens.experiments.toy_measures import object_patches, trace_questions
-from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError, PromptError
 from clva_lens.lens.patch_masks import coco_mask, pixel_mask
+from clva_lens.models.prompt import as_prompt
 from clva_lens.science.pointing import pointing
 from clva_lens.toy.questions import exist_question
 from clva_lens.toy.scenes import sample_scenes
@@ -108,8 +110,43 @@ def test_run_lengths_by_hand():
         pixel_mask((2, 3), counts=[2, 3])
     with pytest.raises(BenchmarkError, match="one of them"):
         pixel_mask((2, 3))
-    with pytest.raises(BenchmarkError, match="compressed"):
-        coco_mask({"segmentation": {"counts": "x1", "size": [2, 3]}}, (2, 3))
+    with pytest.raises(BenchmarkError, match=r"of a picture of \[3, 2\], but size is \[2, 3\]"):
+        coco_mask({"segmentation": {"counts": [2, 4], "size": [3, 2]}}, (2, 3))
+    for nothing in ({}, {"segmentation": []}):
+        with pytest.raises(BenchmarkError, match="no segmentation"):
+            coco_mask(nothing, (2, 3))
+
+
+# Run lengths, the picture's size, and the text that pycocotools 2.0.11 makes of them.
+COMPRESSED = [
+    ([2, 3, 1], (2, 3), "231"),
+    ([0, 6], (2, 3), "06"),
+    ([6], (2, 3), "6"),
+    ([100, 5, 200, 3, 1692], (40, 50), "T35X6Nd^1"),
+    ([3000, 120, 30, 7, 4000, 2, 2841], (100, 100), "hm2h3n0_LRl3KikN"),
+    ([0, 1, 1, 1, 95, 1, 1], (10, 10), "0110n20RM"),
+    ([1, 1, 1, 1, 1, 1, 1, 1], (2, 4), "11100000"),
+    ([5, 20, 75], (10, 10), "5d0[2"),
+]
+
+
+@pytest.mark.parametrize("kind", [str, str.encode])
+@pytest.mark.parametrize(("counts", "size", "text"), COMPRESSED)
+def test_compressed_run_lengths_are_the_same_pixels(counts, size, text, kind):
+    wanted = pixel_mask(size, counts=counts)
+    packed = {"segmentation": {"counts": kind(text), "size": list(size)}, "iscrowd": 1}
+    assert np.array_equal(coco_mask(packed, size), wanted)
+    assert np.array_equal(pixel_mask(size, counts=kind(text)), wanted)
+    with pytest.raises(BenchmarkError, match=r"add up to .* pixels, but the picture has"):
+        pixel_mask((size[0] + 1, size[1]), counts=kind(text))
+
+
+def test_what_are_no_compressed_run_lengths():
+    for text in ("2 3", "23\n1", "é"):
+        with pytest.raises(BenchmarkError, match="have the character"):
+            pixel_mask((2, 3), counts=text)
+    with pytest.raises(BenchmarkError, match="add up to 0 pixels"):
+        pixel_mask((2, 3), counts="")
 
 
 def test_boxes_and_polygons():
@@ -234,6 +271,30 @@ def test_other_colours_are_refused():
 
     with pytest.raises(BenchmarkError, match="changes colours although do_normalize"):
         cl.patch_mask(with_images(Normalising(**SQUARE)), np.ones((64, 64), dtype=bool))
+
+
+def test_a_prompt_gives_the_size_and_the_grid(one):
+    """A picture of 40 × 64: its left half is the left half of the patches."""
+    picture = Image.fromarray(np.zeros((40, 64, 3), np.uint8))
+    prompt = one.prompt(picture, "is there a cup ?")
+    half = pixel_mask((40, 64), box=(0, 0, 32, 40))
+    found = cl.patch_mask(one, half, prompt=prompt)
+    assert torch.equal(found, cl.patch_mask(one, half))
+    assert found.reshape(prompt.grid)[:, : prompt.grid[1] // 2].all() and not found.all()
+    for size in ((64, 40), (40, 63), (1, 1)):
+        with pytest.raises(BenchmarkError, match=rf"has {size[0]} × {size[1]} .* has 40 × 64\."):
+            cl.patch_mask(one, np.ones(size, dtype=bool), prompt=prompt)
+    batch = one.prompt([picture, picture.rotate(90, expand=True)], "is there a cup ?")
+    with pytest.raises(BenchmarkError, match=r"prompt\.row\(index\)"):
+        cl.patch_mask(one, half, prompt=batch)
+    assert torch.equal(cl.patch_mask(one, half, prompt=batch.row(0)), found)
+    # A processor's output has no picture to compare with.
+    assert torch.equal(cl.patch_mask(one, half, prompt=as_prompt(one, dict(prompt))), found)
+    # The grid is the prompt's own: where it is another, its patches are others.
+    narrow = replace(prompt, sites={n: t._replace(grid=(2, 2)) for n, t in prompt.sites.items()})
+    assert cl.patch_mask(one, half, prompt=narrow).tolist() == [True, False, True, False]
+    with pytest.raises(PromptError, match="no attention site 'eye'"):
+        cl.patch_mask(one, half, "eye", prompt=prompt)
 
 
 def test_what_is_cropped_away_is_on_no_patch(one):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clva_lens.lens.patch_masks import pixel_mask
+from clva_lens.lens.patch_masks import coco_mask, pixel_mask
 
 
 def polygon(seed):
@@ -84,3 +84,12 @@ def test_the_tool_itself_agrees():
         size, polygons = shapes(seed)
         wanted = tool.decode(tool.merge(tool.frPyObjects(polygons, *size))).astype(bool)
         assert np.array_equal(pixel_mask(size, polygons=polygons), wanted), seed
+
+
+def test_the_tool_agrees_on_run_lengths():
+    tool = pytest.importorskip("pycocotools.mask", reason="un-skip with pip install pycocotools")
+    for seed in range(200):
+        size, polygons = shapes(seed)
+        wanted = pixel_mask(size, polygons=polygons)
+        packed = tool.encode(np.asfortranarray(wanted.astype(np.uint8)))
+        assert np.array_equal(coco_mask({"segmentation": packed}, size), wanted), seed
