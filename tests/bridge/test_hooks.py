@@ -187,7 +187,7 @@ def test_steps(heads, refresh, bridge_of, ask):
         return bridge(
             ids,
             attention_mask=mask,
-            **{CACHE: cache},
+            past_key_values=cache,
             return_type="logits_and_cache",
             use_cache=True,
             **given,

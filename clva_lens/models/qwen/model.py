@@ -24,12 +24,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llava.modeling_llava import (
-    LlavaCausalLMOutputWithPast,
-    LlavaModelOutputWithPast,
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Attention,
     Qwen2DecoderLayer,
@@ -279,7 +279,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         inputs_embeds: Float[Tensor, "batch row width"] | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
-    ) -> LlavaModelOutputWithPast:
+    ) -> BaseModelOutputWithPast:
         """Put each picture's tokens where the prompt has ``<imgpad>``, and run the language model.
 
         Raises:
@@ -291,7 +291,6 @@ class QwenVLModel(QwenVLPreTrainedModel):
         seen: Any = (mm_encoder_outputs or {}).get("image")
         if seen is None and pixel_values is not None:
             seen = self.get_image_features(pixel_values, return_dict=True)
-        features = None
         if seen is not None:
             features = torch.cat(list(seen.pooler_output)).to(
                 inputs_embeds.device, inputs_embeds.dtype
@@ -299,11 +298,10 @@ class QwenVLModel(QwenVLPreTrainedModel):
             where = self._places(input_ids, inputs_embeds, len(features))
             inputs_embeds = inputs_embeds.masked_scatter(where, features)
         out = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
-        return LlavaModelOutputWithPast(
+        return BaseModelOutputWithPast(
             last_hidden_state=out.last_hidden_state,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
-            image_hidden_states=features,
             **{CACHE: cache_of(out)},
         )
 
@@ -363,7 +361,7 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
-    ) -> LlavaCausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast:
         """Return the logits of the last ``logits_to_keep`` positions; of all for 0."""
         out = self.model(
             input_ids=input_ids,
@@ -380,11 +378,10 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         if labels is not None:
             size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
-        return LlavaCausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
-            image_hidden_states=out.image_hidden_states,
             **{CACHE: cache_of(out)},
         )
