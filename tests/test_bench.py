@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from rich.console import Console
+from transformers import Cache
 
 from clva_lens.experiments.speed.bench import (
     BenchReport,
@@ -290,15 +291,22 @@ def test_views_share_their_storage_and_keep_it_alive():
     assert memory.peak == 4 * 1024
 
 
+def tensors_within(found):
+    """Every tensor of a model's output, its cache and the outputs in it."""
+    if isinstance(found, torch.Tensor):
+        return [found]
+    if isinstance(found, Cache):
+        return [one for layer in found.layers for one in (layer.keys, layer.values)]
+    parts = found.values() if isinstance(found, dict) else found or ()
+    return [tensor for part in parts for tensor in tensors_within(part)]
+
+
 def test_after_a_pass_the_live_storages_are_those_of_its_outputs():
     model = random_llava(layers=4, width=16, heads=2, image_tokens=36)
     inputs = random_prompt(model).inputs
     with torch.inference_mode(), PeakMemory() as memory:
         out = model(**inputs)
         live = memory.live
-    kept = [out.logits, out.image_hidden_states]
-    for layer in out.past_key_values.layers:
-        kept += [layer.keys, layer.values]
-    storages = [tensor.untyped_storage() for tensor in kept]
+    storages = [tensor.untyped_storage() for tensor in tensors_within(out)]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     assert live == sum(sizes.values())

@@ -42,6 +42,21 @@ def test_importing_the_package_loads_nothing_heavy():
     assert set(cl.__all__) <= set(names)
 
 
+NOT_FOR_A_LLAVA = ("transformer_lens", "wandb", "datasets", "clva_lens.models.qwen")
+
+
+def test_loading_and_generating_import_no_more_than_they_use():
+    code = f"""
+import json, sys
+from PIL import Image
+import clva_lens as cl
+lens = cl.load("toy-llava")
+cl.generate(lens, (Image.new("RGB", (48, 48)), "is there a cup ?"), cl.CLVA(), progress=False)
+print(json.dumps(sorted(set({NOT_FOR_A_LLAVA!r}) & set(sys.modules))))
+"""
+    assert fresh(code) == []
+
+
 INNER = {"benchmarks": "parsers", "methods": "clva", "figures": "heads", "models": "llava"}
 
 

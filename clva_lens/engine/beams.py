@@ -3,7 +3,7 @@
 transformers tells nobody but the key-value cache, whose rows it reorders between two passes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from clva_lens.ground.errors import InterventionError
 from clva_lens.models.belonging import hook_after
+from clva_lens.models.kv_cache import cache_of
 from clva_lens.models.step import Step
 
 Told = Callable[[Int[Tensor, " row"]], None]
@@ -106,7 +107,7 @@ class Reordering:
         self._release()
 
     def _follow(self, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        cache = getattr(out, "past_key_values", None)
+        cache = cache_of(out) if isinstance(out, Mapping) else None
         if cache is None or cache is self._cache:
             return
         self._release()

@@ -16,6 +16,7 @@ from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError, ModelLoadError
 from clva_lens.methods.bridge_hooks import asked_tensors, image_token_id, prompt_spans
 from clva_lens.models.family import matching_family, transformers_model
+from clva_lens.models.kv_cache import CACHE, OLD
 from clva_lens.models.prompt import Asked
 from clva_lens.models.transformerlens import transformer_lens
 
@@ -55,6 +56,7 @@ def to_transformer_lens(model: Any, *, processor: Any = None) -> Any:
     image_token_id(found)
     processor = getattr(model, "processor", None) if processor is None else processor
     bridge = _build(lens.build, found, architecture)
+    _name_the_cache(bridge, lens.editable)
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is not None:
         # TransformerLens would read it from its folder or the Hub again to have it write a BOS.
@@ -84,6 +86,26 @@ def _build(build: Any, model: PreTrainedModel, architecture: str) -> Any:
             f"({str(error).split('. ')[0]}). Install the version of it that was made for your "
             "torch, from the index that torch came from; another one would replace torch."
         ) from error
+
+
+def _name_the_cache(bridge: Any, editable: tuple[type, ...]) -> None:
+    """Give the cache to transformers and to TransformerLens' attention under the name each knows.
+
+    Attention that does not find it would read the newest tokens alone, without an error.
+    """
+    if CACHE == OLD:
+        return
+
+    def rename(old: str, new: str) -> Any:
+        def hook(_: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+            return args, {new if name == old else name: one for name, one in given.items()}
+
+        return hook
+
+    bridge.original_model.register_forward_pre_hook(rename(OLD, CACHE), with_kwargs=True)
+    for part in bridge.modules():
+        if isinstance(part, editable):
+            part.register_forward_pre_hook(rename(CACHE, OLD), with_kwargs=True)
 
 
 def _double(model: PreTrainedModel) -> PreTrainedModel:

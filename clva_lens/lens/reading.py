@@ -14,7 +14,7 @@ from transformers.utils.hub import extract_commit_hash
 from clva_lens.ground.errors import ModelLoadError
 from clva_lens.ground.registry import did_you_mean
 from clva_lens.lens.checkpoint import HUB, check_files, check_size, check_weights
-from clva_lens.models.qwen.convert import published_folder, read_published
+from clva_lens.models.qwen_files import published_folder, register_classes
 from clva_lens.toy import pretrained
 
 
@@ -26,6 +26,8 @@ def read_named(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any
     options = {"dtype": torch.float32 if toy else "auto"} | options
     with _quiet(toy):
         if published is not None:
+            from clva_lens.models.qwen.convert import read_published
+
             commit = extract_commit_hash(str(published / "config.json"), None)
             rest = {key: value for key, value in options.items() if key not in HUB}
             return *read_published(published, **rest), commit
@@ -34,6 +36,7 @@ def read_named(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any
         where = str(source) if source.is_dir() else name
         hub = {key: options.pop(key) for key in HUB if key in options}
         folder = check_files(where, hub)
+        register_classes(folder)
         commit = extract_commit_hash(str(folder / "config.json"), None)
         if commit is not None:
             hub["revision"] = commit  # everything from one snapshot, whatever is pushed meanwhile

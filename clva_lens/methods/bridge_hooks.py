@@ -22,6 +22,7 @@ from clva_lens.ground.errors import InterventionError, ModelLoadError, Parameter
 from clva_lens.methods.target import Shape, Target
 from clva_lens.models.activations import Readout
 from clva_lens.models.family import matching_family
+from clva_lens.models.kv_cache import CACHE
 from clva_lens.models.passes import DecoderPasses
 from clva_lens.models.prompt import Asked, Prompt, as_prompt, model_inputs
 from clva_lens.models.transformerlens import transformer_lens
@@ -180,7 +181,7 @@ class _Watch:
                 "generate with use_past_kv_cache=True."
             )
         cache = SimpleNamespace(get_seq_length=lambda: cached)
-        told = {"input_ids": self.ids if cached == 0 else ids, "past_key_values": cache}
+        told = {"input_ids": self.ids if cached == 0 else ids, CACHE: cache}
         self.passes.watch((), told | {"attention_mask": self.mask})
         self.seen = set()
 

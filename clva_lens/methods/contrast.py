@@ -32,6 +32,7 @@ from clva_lens.engine.run import add_sessions, open_sessions
 from clva_lens.engine.session import Session
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.models.family import Inputs, find_family, find_site
+from clva_lens.models.kv_cache import CACHE
 from clva_lens.models.passes import DecoderPasses
 from clva_lens.models.readout import wide
 from clva_lens.models.step import Step
@@ -255,11 +256,11 @@ class _Branch:
         how: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
         if self.cache is None:
             self.cache = DynamicCache()
-            out = self.reader(**self.inputs, past_key_values=self.cache, **how)
+            out = self.reader(**self.inputs, **{CACHE: self.cache}, **how)
             return out.logits[:, -1]
         self.generated += ids.shape[1]
         self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
-        given = {"input_ids": ids, "attention_mask": self.mask, "past_key_values": self.cache}
+        given = {"input_ids": ids, "attention_mask": self.mask, CACHE: self.cache}
         return self.entry(**given, **how).logits[:, -1]
 
     def reread(self, ids: Int[Tensor, "batch generated"]) -> Logits:

@@ -44,6 +44,7 @@ from clva_lens.methods.base import Kernel, Method, MethodHooks, register_method
 from clva_lens.methods.beams import Beams
 from clva_lens.methods.target import Target
 from clva_lens.models.family import find_site
+from clva_lens.models.kv_cache import cache_of
 from clva_lens.models.passes import DecoderPasses
 
 FLOOR = 1e-7
@@ -331,14 +332,14 @@ class _Reader:
         assert self._next is not None
         self._run(ids, self._next)
         if self._next["use_cache"]:
-            self._next["past_key_values"].crop(-1)
+            cache_of(self._next).crop(-1)
 
     def reread(self, steps: list[_Past], place: int) -> Logits:
         """Go back to a step, whose answer so far is read again; return its logits."""
         ids, options = steps[place].beams.ids, steps[place].options
         self._next = None
         if options["use_cache"]:
-            cache = options["past_key_values"]
+            cache = cache_of(options)
             cache.crop(self.prompt_rows - cache.get_seq_length())
             for step in range(1, place):
                 self._run(ids[:, : self.prompt_rows + step], steps[step].options)
@@ -349,7 +350,7 @@ class _Reader:
         """Have the cache follow the beams."""
         assert self._next is not None
         if self._next["use_cache"]:
-            self._next["past_key_values"].reorder_cache(parents)
+            cache_of(self._next).reorder_cache(parents)
 
 
 def _check(
@@ -363,7 +364,7 @@ def _check(
             f"OPERA searches for one prompt at a time, but got {len(ids)} rows for "
             f"{config.num_beams} beams. Use cl.generate(), which asks a batch one by one."
         )
-    cache = options.get("past_key_values")
+    cache = cache_of(options)
     if options["use_cache"] and not isinstance(cache, DynamicCache):
         raise ParameterError(
             f"OPERA takes tokens off the key-value cache again, which a {type(cache).__name__} "

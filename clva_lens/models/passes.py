@@ -21,6 +21,7 @@ from transformers import Cache
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError
 from clva_lens.models.belonging import hook_before
+from clva_lens.models.kv_cache import cache_of
 from clva_lens.models.step import Step
 
 NO_IMAGE = (
@@ -164,7 +165,7 @@ class DecoderPasses(_TokenPasses):
             embeds = kwargs.get("inputs_embeds")
             batch, length = (1, None) if embeds is None else embeds.shape[:2]
             ids = self._embedded_ids(batch, length)
-        offset, cache = self._position(ids.shape[1], kwargs), kwargs.get("past_key_values")
+        offset, cache = self._position(ids.shape[1], kwargs), cache_of(kwargs)
         self._end = offset + ids.shape[1]
         self._cache = weakref.ref(cache) if isinstance(cache, Cache) else None
         if offset == 0 and not self._is_rerun(ids, offset, kwargs):
@@ -214,7 +215,7 @@ class DecoderPasses(_TokenPasses):
         A static cache holds its length on the device. To read it at every token would have the CPU
         wait each time, so single rows onto the cache of the last pass are counted instead.
         """
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         last = None if self._cache is None else self._cache()
         known = rows == 1 and self.step is not None and cache is last
         if known and last is not None and isinstance(last.get_seq_length(), Tensor):
@@ -336,7 +337,7 @@ def picture_spans(
 
 def _cached(kwargs: dict[str, Any]) -> int:
     """Return the number of positions in the key-value cache."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     return 0 if cache is None else int(cache.get_seq_length())
 
 

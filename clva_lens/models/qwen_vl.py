@@ -20,8 +20,6 @@ from clva_lens.models.family import (
     replace_lead,
 )
 from clva_lens.models.passes import DecoderPasses
-from clva_lens.models.qwen import QwenVLConfig, QwenVLForConditionalGeneration
-from clva_lens.models.qwen.configuration import QwenVLTextConfig, QwenVLVisionConfig
 
 NO_SYSTEM = (
     "Qwen-VL's base model answers '<img>…</img>question Answer:', which has no place for a system "
@@ -107,8 +105,11 @@ class QwenVL(ModelFamily):
         starts = (int(row.nonzero()[0]) - 1 for row in images)  # from <img> on
         return replace_lead(inputs, head, starts, processor.tokenizer.pad_token_id)
 
-    def tiny(self, **text_config: Any) -> QwenVLForConditionalGeneration:
+    def tiny(self, **text_config: Any) -> PreTrainedModel:
         """Return a 12-layer, 4-head Qwen-VL of width 32 with 16 image tokens (token id 5)."""
+        from clva_lens.models.qwen import QwenVLConfig, QwenVLForConditionalGeneration
+        from clva_lens.models.qwen.configuration import QwenVLTextConfig, QwenVLVisionConfig
+
         vision = QwenVLVisionConfig(
             hidden_size=24,
             intermediate_size=48,

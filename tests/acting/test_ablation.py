@@ -9,6 +9,7 @@ from tiny_models import QUESTIONS, blip_of, lens_of, picture
 
 import clva_lens as cl
 from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.models.kv_cache import CACHE, cache_of
 
 HEADS = {3: [0, 2], 6: [1], 9: [0, 1, 2, 3]}
 MASK = torch.zeros(12, 4, dtype=torch.bool)
@@ -261,9 +262,9 @@ def test_a_class_that_joins_after_the_prompt(ask):
     lens = lens_of("full", "sdpa")
     inputs = ask(lens).inputs
     with torch.inference_mode(), cl.intervening(lens.hf_model, cl.KnockOut(layers=[9])):
-        cache = lens.hf_model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(lens.hf_model(**inputs, use_cache=True))
         with (
             cl.intervening(lens.hf_model, cl.AblateHeads()),
             pytest.raises(InterventionError, match=r"read already.*pass a mask"),
         ):
-            lens.hf_model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+            lens.hf_model(input_ids=inputs["input_ids"][:, -1:], **{CACHE: cache})

@@ -11,6 +11,7 @@ import torch
 from tiny_models import QUESTIONS, lens_of, picture
 
 import clva_lens as cl
+from clva_lens.models.kv_cache import CACHE, cache_of
 
 STEPS = 6
 ATOL = 1e-4
@@ -140,7 +141,7 @@ def test_several_tokens_onto_a_cache_are_refused(one, ask):
         with pytest.raises(
             cl.ClvaLensError, match=r"reads \d+ tokens onto a filled key-value cache"
         ):
-            model(input_ids=ids, past_key_values=first.past_key_values)
+            model(input_ids=ids, **{CACHE: cache_of(first)})
     with pytest.raises(
         cl.ClvaLensError, match=r"leave prefill_chunk_size and assistant_model unset"
     ):

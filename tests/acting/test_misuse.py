@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import clva_lens as cl
 from clva_lens.ground.errors import InterventionError, ModelLoadError, ParameterError, SpanError
+from clva_lens.models.kv_cache import CACHE, cache_of
 
 METHOD = cl.CLVA(tau=1.0)
 
@@ -62,20 +63,20 @@ def test_started_after_the_prompt_was_read(one, ask):
     """A filled cache, whose image tokens nobody saw."""
     inputs = ask(one).inputs
     with torch.inference_mode():
-        cache = one.hf_model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(one.hf_model(**inputs, use_cache=True))
         with (
             cl.intervening(one.hf_model, METHOD),
             pytest.raises(InterventionError, match=r"already had a filled key-value cache"),
         ):
-            one.hf_model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+            one.hf_model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
 
 
 def test_another_batch_on_the_same_cache(one, ask):
     with torch.inference_mode(), cl.intervening(one.hf_model, METHOD):
-        cache = one.hf_model(**ask(one).inputs, use_cache=True).past_key_values
+        cache = cache_of(one.hf_model(**ask(one).inputs, use_cache=True))
         cache.batch_repeat_interleave(2)
         with pytest.raises(InterventionError, match=r"another batch"):
-            one.hf_model(input_ids=torch.tensor([[7], [8]]), past_key_values=cache)
+            one.hf_model(input_ids=torch.tensor([[7], [8]]), **{CACHE: cache})
 
 
 def test_results_before_the_run(one):
@@ -254,13 +255,13 @@ def test_a_method_that_joins_after_the_prompt(lens, ask):
     """The run knows the prompt, but CLVA did not see its rows: it says so, and the run goes on."""
     model, inputs = lens.hf_model, ask(lens).inputs
     with torch.inference_mode(), cl.intervening(model, cl.KnockOut(layers=[9])):
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
         token = inputs["input_ids"][:, -1:]
         with (
             cl.intervening(model, METHOD),
             pytest.raises(cl.ClvaLensError, match=r"read already.* Start it before the prompt"),
         ):
-            model(input_ids=token, past_key_values=cache)
+            model(input_ids=token, **{CACHE: cache})
 
 
 # ── counted no-ops ──

@@ -21,6 +21,7 @@ import clva_lens as cl
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.beams import Beams
 from clva_lens.methods.target import Target
+from clva_lens.models.kv_cache import CACHE
 
 BEAMS, STEPS = 3, 16
 ERROR = 1e-4
@@ -192,7 +193,7 @@ def test_search_is_the_reference(heads, kernel, name):
 
 def plain_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **kw):
     """Search with ``Beams`` and nothing else: all is read again at each step."""
-    beams, kw = Beams.start(input_ids), kw | {"use_cache": False, "past_key_values": None}
+    beams, kw = Beams.start(input_ids), kw | {"use_cache": False, CACHE: None}
     while not beams.over:
         inputs = model.prepare_inputs_for_generation(beams.ids, is_first_iteration=True, **kw)
         scores = model(**inputs).logits[:, -1].log_softmax(dim=1)

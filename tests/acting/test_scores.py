@@ -11,6 +11,7 @@ from tiny_models import lens_of
 import clva_lens as cl
 from clva_lens.methods.scores import released_layer
 from clva_lens.methods.target import Shape, Target
+from clva_lens.models.kv_cache import CACHE, cache_of
 
 CLVA = cl.CLVA(tau=1.0)
 
@@ -99,7 +100,7 @@ def test_joining_after_the_prompt_is_refused(one, ask, method):
             cl.intervening(model, method),
             pytest.raises(cl.ClvaLensError, match=r"prompt had been read already"),
         ):
-            model(input_ids=inputs["input_ids"][:, -1:], past_key_values=first.past_key_values)
+            model(input_ids=inputs["input_ids"][:, -1:], **{CACHE: cache_of(first)})
 
 
 def test_small_pieces_of_rows_change_nothing(one, ask, monkeypatch):

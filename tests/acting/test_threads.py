@@ -22,6 +22,7 @@ from clva_lens.lens.asking import Asking
 from clva_lens.lens.generate import generate_batches
 from clva_lens.methods.base import METHODS
 from clva_lens.models.belonging import HERE
+from clva_lens.models.kv_cache import CACHE, cache_of
 
 SOON = 60
 OTHERS = (cl.KnockOut(), cl.VCD(), cl.DeCo())
@@ -244,7 +245,7 @@ def decode(lens, which, steps=3):
     yield out.logits
     for _ in range(steps):
         token = out.logits[:, -1:].argmax(dim=-1)
-        out = read(input_ids=token, past_key_values=out.past_key_values)
+        out = read(input_ids=token, **{CACHE: cache_of(out)})
         yield out.logits
 
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 import clva_lens as cl
 from clva_lens.engine.kernels import Merging
 from clva_lens.methods.clva import ClvaSession
+from clva_lens.models.kv_cache import CACHE
 
 WAITS = (
     "_local_scalar_dense",
@@ -57,11 +58,11 @@ def decode(model, inputs, kind, *methods):
     cache = StaticCache(config=config, max_cache_len=count + STEPS) if static else DynamicCache()
     seen, mask = Operators(), inputs["attention_mask"]
     with torch.inference_mode(), cl.intervening(model, *methods):
-        out = model(**inputs, past_key_values=cache, use_cache=True)
+        out = model(**inputs, **{CACHE: cache}, use_cache=True)
         for _ in range(STEPS):
             ids = out.logits[:, -1:].argmax(dim=-1)
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-            more = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+            more = {"input_ids": ids, "attention_mask": mask, CACHE: cache}
             with seen:
                 out = model(**more, use_cache=True)
     return seen, out.logits[:, -1]
@@ -142,11 +143,11 @@ def test_one_static_cache_may_be_reset_for_another_prompt(one, ask):
     with torch.inference_mode(), cl.intervening(model, method):
         for inputs in (first, second):
             cache.reset()
-            out = model(**inputs, past_key_values=cache, use_cache=True)
+            out = model(**inputs, **{CACHE: cache}, use_cache=True)
             ids = out.logits[:, -1:].argmax(dim=-1)
-            again = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+            again = model(input_ids=ids, **{CACHE: cache}, use_cache=True).logits[:, -1]
     with torch.inference_mode(), cl.intervening(model, method):
         fresh = DynamicCache()
-        model(**second, past_key_values=fresh, use_cache=True)
-        expected = model(input_ids=ids, past_key_values=fresh, use_cache=True).logits[:, -1]
+        model(**second, **{CACHE: fresh}, use_cache=True)
+        expected = model(input_ids=ids, **{CACHE: fresh}, use_cache=True).logits[:, -1]
     torch.testing.assert_close(again, expected, atol=1e-4, rtol=0)

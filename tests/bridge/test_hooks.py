@@ -6,6 +6,7 @@ from tiny_models import lens_of
 
 import clva_lens as cl
 from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.models.kv_cache import CACHE, cache_of
 from clva_lens.science.anchors import anchor_mask, reanchor, reanchor_weights, saliency_map
 
 pytestmark = pytest.mark.usefixtures("no_process")
@@ -174,12 +175,12 @@ def test_steps(heads, refresh, bridge_of, ask):
         out = model(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             position_ids=at,
             use_cache=True,
             **given,
         )
-        return out.logits, out.past_key_values
+        return out.logits, cache_of(out)
 
     def theirs(ids, mask, cache):
         given = {"pixel_values": pixels} if cache is None else {}

@@ -10,6 +10,7 @@ import sys
 
 BEGIN = """
 import subprocess, sys
+import torch  # with CUDA it asks the system for its libraries
 started = []
 class Started(BaseException): pass
 def refuse(self, args, *rest, **options):
@@ -18,7 +19,6 @@ def refuse(self, args, *rest, **options):
 subprocess.Popen.__init__ = refuse
 sys.modules["torchvision"] = None  # import torchvision fails, here and anywhere
 
-import torch
 import clva_lens as cl
 from clva_lens.toy import build
 from clva_lens.toy.scenes import render, sample_scenes

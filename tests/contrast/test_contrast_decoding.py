@@ -8,6 +8,7 @@ from tiny_models import QUESTIONS, lens_of, picture
 
 import clva_lens as cl
 from clva_lens.engine.run import _ACTIVE
+from clva_lens.models.kv_cache import CACHE, cache_of
 
 STEPS = 5
 ATOL = 1e-4
@@ -205,7 +206,7 @@ def test_a_loop_by_hand(name):
             out = lens.hf_model(
                 input_ids=ids[:, step : step + 1],
                 attention_mask=mask,
-                past_key_values=out.past_key_values,
+                **{CACHE: cache_of(out)},
             )
     close(torch.stack(found, dim=1), wanted)
 

@@ -11,6 +11,7 @@ import clva_lens as cl
 from clva_lens.engine.run import _ACTIVE
 from clva_lens.ground.errors import InterventionError, ParameterError, PromptError
 from clva_lens.methods.contrast import ContrastRule
+from clva_lens.models.kv_cache import CACHE, cache_of
 from clva_lens.models.twin import twin
 
 VCD = cl.VCD(noise_step=400)
@@ -120,12 +121,12 @@ def test_joining_after_the_prompt():
     lens = lens_for("llava")
     inputs = lens_inputs(lens)
     with torch.inference_mode(), cl.intervening(lens, cl.KnockOut()):
-        cache = lens.hf_model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(lens.hf_model(**inputs, use_cache=True))
         with (
             cl.intervening(lens, VCD),
             pytest.raises(InterventionError, match=r"had been read already.*Start it before"),
         ):
-            lens.hf_model(input_ids=torch.full((3, 1), 7), past_key_values=cache)
+            lens.hf_model(input_ids=torch.full((3, 1), 7), **{CACHE: cache})
 
 
 def test_a_cut_cache():
@@ -133,23 +134,23 @@ def test_a_cut_cache():
     lens = lens_for("llava")
     inputs, token = lens_inputs(lens), torch.full((3, 1), 7)
     with torch.inference_mode(), cl.intervening(lens, VCD):
-        cache = lens.hf_model(**inputs, use_cache=True).past_key_values
-        lens.hf_model(input_ids=token, past_key_values=cache)
+        cache = cache_of(lens.hf_model(**inputs, use_cache=True))
+        lens.hf_model(input_ids=token, **{CACHE: cache})
         cache.crop(-1)
         with pytest.raises(InterventionError, match=r"second input has been read with 1 generated"):
-            lens.hf_model(input_ids=token, past_key_values=cache)
+            lens.hf_model(input_ids=token, **{CACHE: cache})
 
 
 def test_the_cache_is_left_as_it_was():
     lens = lens_for("llava")
     inputs = lens_inputs(lens)
     with torch.inference_mode():
-        plain = lens.hf_model(**inputs, use_cache=True).past_key_values
+        plain = cache_of(lens.hf_model(**inputs, use_cache=True))
         with cl.intervening(lens, VCD):
-            cache = lens.hf_model(**inputs, use_cache=True).past_key_values
+            cache = cache_of(lens.hf_model(**inputs, use_cache=True))
             assert "reorder_cache" in vars(cache)
         with pytest.raises(KeyError), cl.intervening(lens, VCD):
-            other = lens.hf_model(**inputs, use_cache=True).past_key_values
+            other = cache_of(lens.hf_model(**inputs, use_cache=True))
             raise KeyError
     assert set(vars(cache)) == set(vars(other)) == set(vars(plain))
 

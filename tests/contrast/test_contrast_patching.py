@@ -8,6 +8,7 @@ import torch
 from tiny_models import QUESTIONS, blip_of, lens_of, picture
 
 import clva_lens as cl
+from clva_lens.models.kv_cache import CACHE, cache_of
 
 A, FED = 0.7, 8.0
 CONTRASTS = {
@@ -111,8 +112,8 @@ def steps(lens, prompt, written, *methods):
         for token in written.T:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             given = {"input_ids": token[:, None], "attention_mask": mask}
-            past = getattr(out, "language_model_outputs", out).past_key_values
-            out = language(lens)(**given, past_key_values=past, use_cache=True)
+            past = cache_of(getattr(out, "language_model_outputs", out))
+            out = language(lens)(**given, **{CACHE: past}, use_cache=True)
             made.append(out.logits[:, -1])
     return torch.stack(made, dim=1).double()
 

@@ -13,6 +13,7 @@ from tiny_models import QUESTIONS, blip_of, exact_blip, picture
 
 import clva_lens as cl
 from clva_lens.ground.errors import InterventionError
+from clva_lens.models.kv_cache import CACHE, cache_of
 
 STEPS = 5
 ATOL = 1e-4
@@ -219,6 +220,6 @@ def test_another_turn_onto_a_cache_is_refused(one_blip, ask):
     inputs = ask(one_blip).inputs
     more = torch.tensor([[7, 8]])
     with torch.inference_mode(), cl.intervening(one_blip.hf_model, METHODS["answering"]):
-        cache = one_blip.hf_model(**inputs, use_cache=True).language_model_outputs.past_key_values
+        cache = cache_of(one_blip.hf_model(**inputs, use_cache=True).language_model_outputs)
         with pytest.raises(InterventionError, match=r"reads 2 tokens onto a filled"):
-            one_blip.hf_model.language_model(input_ids=more, past_key_values=cache)
+            one_blip.hf_model.language_model(input_ids=more, **{CACHE: cache})

@@ -25,6 +25,7 @@ from clva_lens.ground.errors import (
 from clva_lens.lens.check import check_family
 from clva_lens.models.family import FAMILIES
 from clva_lens.models.instructblip import InstructBlip
+from clva_lens.models.kv_cache import CACHE, cache_of
 
 STRONG = {"qformer": cl.CLVA(tau=1.0), "decoder": cl.CLVA(tau=1.0, site="decoder")}
 
@@ -214,13 +215,13 @@ def test_empty_masks_are_a_counted_no_op(one_blip, ask):
 def test_a_method_that_joins_after_the_prompt(one_blip, ask):
     inputs = ask(one_blip).inputs
     with torch.inference_mode():
-        cache = one_blip.hf_model(**inputs, use_cache=True).language_model_outputs.past_key_values
+        cache = cache_of(one_blip.hf_model(**inputs, use_cache=True).language_model_outputs)
         token = inputs["input_ids"][:, -1:]
         with (
             cl.intervening(one_blip, STRONG["decoder"]),
             pytest.raises(InterventionError, match=r"filled key-value cache.*Start the run before"),
         ):
-            one_blip.hf_model.language_model(input_ids=token, past_key_values=cache)
+            one_blip.hf_model.language_model(input_ids=token, **{CACHE: cache})
 
 
 # ── at the door ──

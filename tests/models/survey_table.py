@@ -6,11 +6,32 @@ message, of clva_lens itself or of transformers.
 
 from typing import Literal, NamedTuple
 
+from packaging.version import Version
+from transformers import __version__
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES,
 )
 
 from clva_lens.models.family import FAMILIES
+
+SINCE = {
+    "apertus1p5": "5.24",
+    "dots3_note": "5.23",
+    "granite_docling": "5.23",
+    "hy_v4_vl": "5.24",
+    "inkling2": "5.23",
+    "inkling2_loop": "5.24",
+    "lfm3_vl": "5.23",
+}
+"""Model types that not every supported transformers has, and the version that brought them."""
+
+
+def installed(version: str) -> bool:
+    """Return whether the installed transformers is this version or a later one."""
+    return Version(__version__) >= Version(version)
+
+
+ABSENT = {kind for kind, version in SINCE.items() if not installed(version)}
 
 OWN = {
     kind: family.name
@@ -20,13 +41,14 @@ OWN = {
 }
 """Model types that a family of their own takes."""
 
-Kind = Literal["refused", "does not build", "unproven"]
+Kind = Literal["refused", "refused as it runs", "does not build", "unproven"]
 
 
 class Reason(NamedTuple):
     """Why there are no laws for some model types.
 
-    "refused": clva_lens raises ModelLoadError with ``message``. "does not build": transformers
+    "refused": clva_lens raises ModelLoadError with ``message``. "refused as it runs": it raises
+    InterventionError with ``message`` at the first pass. "does not build": transformers
     raises an error with ``message`` on the default configuration. "unproven": the generic family
     takes the model, but the tiny one fails with ``message``.
     """
@@ -41,6 +63,13 @@ NO_TOKEN = Reason("refused", "the configuration names no image token", UNKNOWN)
 OTHER = Reason("refused", "pictures come in otherwise than as tokens of a decoder", UNKNOWN)
 CROSS = Reason("refused", "pictures are read by cross-attention", "by cross-attention")
 ENCODER = Reason("refused", "an encoder-decoder model", "is an encoder-decoder model")
+SINKS = Reason("refused as it runs", "attention sinks", "or sinks")
+SEVERAL = Reason(
+    "refused", "a layer has several modules that call attention", "several attention modules"
+)
+BROKEN = Reason(
+    "unproven", "transformers' own model does not run", "has no attribute 'image_outputs'"
+)
 TIMM = Reason("does not build", "the vision tower needs timm, which is not installed", "timm")
 DEFAULT = "the default configuration is incomplete, and none was written here"
 SMALL = "no tiny configuration was found at which transformers' own model runs"
@@ -59,8 +88,10 @@ REASONS: dict[str, Reason] = {
     "gemma3n": TIMM,
     "git": OTHER,
     "granite4_vision": Reason("does not build", DEFAULT, "has no len"),
+    "hy_v4_vl": SINKS,
     "idefics": NO_TOKEN,
     "inkling2": Reason("unproven", SMALL, "text_hidden_size"),
+    "inkling2_loop": SEVERAL,
     "inkling_mm_model": Reason("unproven", SMALL, "parameters are too many"),
     "instructblipvideo": NO_TOKEN,
     "kosmos-2": OTHER,
@@ -85,6 +116,10 @@ REASONS: dict[str, Reason] = {
     "unlimited_ocr": Reason("unproven", SMALL, "parameters are too many"),
     "vision-encoder-decoder": OTHER,
 }
+if installed("5.24"):
+    REASONS |= {"inkling2": SEVERAL, "llama4": BROKEN}
+for absent in ABSENT:
+    REASONS.pop(absent, None)
 
 PROVEN = tuple(sorted(set(NAMES) - set(OWN) - set(REASONS)))
 """Model types of which the generic family must keep all laws."""

@@ -124,6 +124,7 @@ def mrope(*section: int) -> dict[str, Any]:
     return {"rope_parameters": kind}
 
 
+ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 FINE = {"patch_size": 4}  # for towers that merge patches
 CUT = {"image_grid_pinpoints": [[SIDE, 2 * SIDE]]}
 QWEN = Tiny(patches, mrope(2, 1, 1), types="mm_token_type_ids")
@@ -135,6 +136,25 @@ LLAMA4 = {
     "vision_output_dim": 32,
     "projector_input_dim": 32,
     "projector_output_dim": 32,
+}
+APERTUS = {  # 64 words, then a picture's codes, then those of sounds
+    "vision_config": {
+        "codebook_size": 32,
+        "embed_dim": 8,
+        "latent_channels": 32,
+        "base_channels": 32,
+        "channel_multiplier": [1] * 5,
+        "num_res_blocks": 1,
+    },
+    "audio_config": {
+        "model_type": "wavtokenizer_encoder",
+        "codebook_size": 32,
+        "codebook_dim": 8,
+        "hidden_size": 8,
+        "num_filters": 4,
+    },
+    "image_token_offset": 64,
+    "audio_token_offset": 96,
 }
 GEMMA4 = {
     "vision_config": {
@@ -182,6 +202,7 @@ OMNI = {"vision_start_token_id": START, "vision_end_token_id": END, "audio_start
 HALF = QWEN._replace(text=mrope(1, 1, 0))  # half of a head is turned
 TINY: dict[str, Tiny] = {
     "aria": Tiny(top={"projector_patch_to_query_dict": {16: 8}}),
+    "apertus1p5": Tiny(sized, {"vocab_size": 128} | ROTARY, top=APERTUS),
     "aya_vision": Tiny(vision=FINE),
     "cohere2_vision": Tiny(vision=FINE),
     "cosmos3_edge": QWEN,
@@ -210,6 +231,7 @@ TINY: dict[str, Tiny] = {
     "got_ocr2": Tiny(vision={"patch_size": 2}),
     "granite_docling": Tiny(flagged_tiles),
     "hunyuan_vl": QWEN,
+    "hy_v4_vl": QWEN,
     "hyperclovax_vision_v2": Tiny(patches),
     "idefics2": Tiny(tiles),
     "idefics3": Tiny(tiles),
@@ -267,7 +289,7 @@ def configuration(kind: str) -> PreTrainedConfig:
     default, parts = made(), {}
     for name in made.sub_configs:
         part = getattr(default, name, None)
-        if part is not None:
+        if part is not None and name not in tiny.top:
             reads = "text" in name
             parts[name] = _smaller(
                 part, TEXT if reads else PICTURE, tiny.text if reads else tiny.vision

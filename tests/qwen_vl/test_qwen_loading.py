@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 
 import huggingface_hub
@@ -18,10 +19,10 @@ from clva_lens.models.qwen.configuration import (
     QwenVLConfig,
     QwenVLTextConfig,
     QwenVLVisionConfig,
-    is_official,
 )
-from clva_lens.models.qwen.convert import convert, native_tensors, published_folder, targets
+from clva_lens.models.qwen.convert import convert, native_tensors, targets
 from clva_lens.models.qwen.model import QwenVLForConditionalGeneration
+from clva_lens.models.qwen_files import is_official, published_folder
 
 CONFIG = official_config(num_hidden_layers=6)
 WEIGHTS = tensors(CONFIG)
@@ -102,6 +103,24 @@ def test_every_form_of_weights(tmp_path, wanted, kind, shards):
     assert lens.name == str(folder)
     assert not lens.hf_model.training
     assert lens.num_layers == 6
+
+
+def test_classes_are_known_when_a_folder_needs_them(whole, tmp_path):
+    """In a fresh interpreter, of a published folder and of a native one."""
+    native = tmp_path / "native"
+    convert(whole, native)
+    code = """
+import sys
+import clva_lens as cl
+import clva_lens.models.qwen_vl
+assert "clva_lens.models.qwen" not in sys.modules
+print(type(cl.load(sys.argv[1], check=False).hf_model).__name__)
+"""
+    for folder in (whole, native):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder)], capture_output=True, text=True
+        )
+        assert done.stdout.strip() == "QwenVLForConditionalGeneration", done.stderr
 
 
 def test_safetensors_are_preferred(copy, wanted):

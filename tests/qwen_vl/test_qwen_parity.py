@@ -10,6 +10,7 @@ from transformers import StaticCache
 
 import clva_lens as cl
 from clva_lens.models.family import FAMILIES
+from clva_lens.models.kv_cache import CACHE, cache_of
 from clva_lens.models.qwen.configuration import QwenVLConfig
 from clva_lens.models.qwen.convert import native_tensors
 from clva_lens.models.qwen.model import QwenVLForConditionalGeneration, ntk_alpha
@@ -98,7 +99,7 @@ def test_decoding_with_a_cache(lens, prompt, more):
         rows = [out.logits[0, -1]]
         for one in ids[prompt:]:
             out = lens.hf_model(
-                input_ids=torch.tensor([[one]]), past_key_values=out.past_key_values, use_cache=True
+                input_ids=torch.tensor([[one]]), **{CACHE: cache_of(out)}, use_cache=True
             )
             rows.append(out.logits[0, -1])
     error = close(torch.stack(rows), wanted[prompt - 1 :], "cached")
@@ -115,7 +116,7 @@ def test_a_cache_that_is_used_again(lens):
         for length, more in ((140, 3), (60, 3)):
             ids = ids_of(length + more, seed=length)
             cache.reset()
-            rows, kept = [], {"past_key_values": cache, "use_cache": True}
+            rows, kept = [], {CACHE: cache, "use_cache": True}
             first = {"input_ids": torch.tensor([ids[:length]]), "pixel_values": pixels}
             for given in (first, *({"input_ids": torch.tensor([[one]])} for one in ids[length:])):
                 rows.append(model(**given, **kept).logits[0, -1])

@@ -19,7 +19,7 @@ from transformers import (
 from clva_lens.ground.errors import ModelLoadError, ParameterError
 from clva_lens.models.family import find_family
 from clva_lens.models.prompt import Prompt, VisualTokens
-from clva_lens.models.qwen import QwenVLConfig, QwenVLForConditionalGeneration
+from clva_lens.models.qwen_files import register_classes
 from clva_lens.toy import build, build_instructblip
 
 # Tokens before and after the image, about those of a question with LLaVA-1.5's system message.
@@ -122,6 +122,12 @@ def random_instructblip(
     return InstructBlipForConditionalGeneration(config).eval()
 
 
+def _qwen_vl() -> tuple[type[PreTrainedModel], Any]:
+    from clva_lens.models.qwen import QwenVLConfig, QwenVLForConditionalGeneration
+
+    return QwenVLForConditionalGeneration, QwenVLConfig()
+
+
 FULL_SIZE: dict[str, Callable[[], tuple[type[PreTrainedModel], Any]]] = {
     "llava-1.5-7b": lambda: (
         LlavaForConditionalGeneration,
@@ -135,7 +141,7 @@ FULL_SIZE: dict[str, Callable[[], tuple[type[PreTrainedModel], Any]]] = {
             image_token_index=32000,
         ),
     ),
-    "qwen-vl-7b": lambda: (QwenVLForConditionalGeneration, QwenVLConfig()),
+    "qwen-vl-7b": _qwen_vl,
 }
 
 
@@ -182,11 +188,12 @@ def _random(
         torch.set_default_dtype(before)
 
 
-KINDS: dict[str, type[PreTrainedModel]] = {
-    "llava": LlavaForConditionalGeneration,
-    "instructblip": InstructBlipForConditionalGeneration,
-    "qwen_vl": QwenVLForConditionalGeneration,
+SHAPE_OF_TYPE = {
+    "llava": "llava-1.5-7b",
+    "instructblip": "instructblip-7b",
+    "qwen_vl": "qwen-vl-7b",
 }
+"""By model type, the published shape that is of the same class."""
 
 
 def named_subject(
@@ -210,13 +217,15 @@ def named_subject(
         model = full_size(name, device, dtype)
         targets = FULL_TARGETS if torch.device(device).type == "cuda" else {}
         return Subject(name, model, targets, name != "instructblip-7b", batch, only)
+    register_classes(Path(name))
     config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    if config.model_type not in KINDS:
+    if config.model_type not in SHAPE_OF_TYPE:
         raise ParameterError(
             f"the folder {name} holds a {config.model_type!r}, which cannot be measured. Pass the "
-            f"folder of one of {', '.join(sorted(KINDS))}."
+            f"folder of one of {', '.join(sorted(SHAPE_OF_TYPE))}."
         )
-    model = _random(KINDS[config.model_type], config, device, dtype)
+    kind, _ = FULL_SIZE[SHAPE_OF_TYPE[config.model_type]]()
+    model = _random(kind, config, device, dtype)
     return Subject(name, model, {}, config.model_type != "instructblip", batch, only)
 
 

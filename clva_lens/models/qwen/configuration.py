@@ -7,6 +7,7 @@ from transformers import CLIPVisionConfig, PreTrainedConfig, Qwen2Config
 from transformers.configuration_utils import SubConfigSpec
 
 from clva_lens.ground.errors import ModelLoadError
+from clva_lens.models.qwen_files import is_official
 
 # Token ids of the published vocabulary: "<|endoftext|>", "<img>" and "<imgpad>".
 END_OF_TEXT, IMAGE_START, IMAGE_PAD = 151643, 151857, 151859
@@ -120,11 +121,6 @@ class QwenVLConfig(PreTrainedConfig):
             image_token_id=pad,
             tie_word_embeddings=found.get("tie_word_embeddings", False),
         )
-
-
-def is_official(found: Mapping[str, Any]) -> bool:
-    """Return whether a ``config.json`` is that of the published Qwen-VL, which has remote code."""
-    return found.get("model_type") == "qwen" and isinstance(found.get("visual"), Mapping)
 
 
 def _require_published(found: Mapping[str, Any]) -> None:

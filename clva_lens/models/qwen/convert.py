@@ -15,19 +15,17 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig
 
 from clva_lens.ground.errors import ModelLoadError
-from clva_lens.models.qwen.configuration import QwenVLConfig, is_official
+from clva_lens.models.qwen.configuration import QwenVLConfig
 from clva_lens.models.qwen.model import QwenVLForConditionalGeneration
 from clva_lens.models.qwen.processor import CHAT_TEMPLATE, QwenVLProcessor, image_processor
 from clva_lens.models.qwen.tokenizer import END_OF_TEXT, FILE, IMAGE_PAD, make_tokenizer
+from clva_lens.models.qwen_files import published_folder
 
-PUBLISHED = ("Qwen/Qwen-VL", "Qwen/Qwen-VL-Chat")
 # Computed, never learned: the released code leaves them out too when it loads a checkpoint.
 COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.masked_bias$")
 Cut = Literal["whole", "thirds", "thirds of heads", "transposed"]
@@ -251,47 +249,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelLoadError(f"'{path}' holds no table. Download it again.")
     return found
-
-
-def published_folder(name: str, **where: Any) -> Path | None:
-    """Return the folder of a published Qwen-VL: ``name``, or its download in the Hub's cache.
-
-    None if ``name`` is another model. Nothing is downloaded. ``where`` are ``from_pretrained``'s
-    options, of which ``revision`` and ``cache_dir`` say which download is meant.
-
-    Raises:
-        ModelLoadError: if ``name`` is a published Qwen-VL that is not on this machine.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        try:
-            cached = try_to_load_from_cache(
-                name,
-                "config.json",
-                cache_dir=where.get("cache_dir"),
-                revision=where.get("revision"),
-            )
-        except HFValidationError:
-            return None
-        if not isinstance(cached, str):
-            if name not in PUBLISHED:
-                return None
-            raise ModelLoadError(
-                f"'{name}' is published with Python code of its own, which is never run. clva_lens "
-                "has the model and converts the published weights, but they are not on this "
-                "machine. "
-                f"Download them (about 19 GB): hf download {name} --exclude '*.py', and load it "
-                "again, or pass the folder."
-            )
-        folder = Path(cached).parent
-    config = folder / "config.json"
-    if not config.is_file():
-        return None
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return folder if isinstance(found, dict) and is_official(found) else None
 
 
 def read_published(

@@ -24,12 +24,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llava.modeling_llava import (
-    LlavaCausalLMOutputWithPast,
-    LlavaModelOutputWithPast,
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Attention,
     Qwen2DecoderLayer,
@@ -43,6 +43,7 @@ from transformers.utils.import_utils import torch_compilable_check
 from transformers.utils.output_capturing import capture_outputs
 
 from clva_lens.ground.errors import PromptError
+from clva_lens.models.kv_cache import CACHE, OLD, cache_of
 from clva_lens.models.qwen.configuration import QwenVLConfig, QwenVLTextConfig
 from clva_lens.models.qwen.vision import QwenVLResampler, QwenVLVisionTower
 
@@ -85,7 +86,6 @@ class QwenVLAttention(Qwen2Attention):
         hidden_states: Float[Tensor, "batch row width"],
         position_embeddings: Turns,
         attention_mask: Any = None,
-        past_key_values: Cache | None = None,
         query_scale: Float[Tensor, " row"] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -98,8 +98,8 @@ class QwenVLAttention(Qwen2Attention):
         kind, exact = value.dtype, cosine.dtype
         query, key = apply_rotary_pos_emb(query.to(exact), key.to(exact), cosine, sine)
         query, key = query.to(kind), key.to(kind)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := cache_of(kwargs)) is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         if query_scale is not None:
             query = query * query_scale.to(query.dtype)[:, None]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -143,7 +143,6 @@ class QwenVLTextModel(Qwen2Model):
         input_ids: Int[Tensor, "batch row"] | None = None,
         attention_mask: Any = None,
         position_ids: Int[Tensor, "_ row"] | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch row width"] | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -156,9 +155,12 @@ class QwenVLTextModel(Qwen2Model):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass input_ids or inputs_embeds, one of the two.")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = cache_of(kwargs)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        kwargs = {name: one for name, one in kwargs.items() if name not in (CACHE, OLD)}
+        kept = {CACHE: cache}
+        seen = 0 if cache is None else cache.get_seq_length()
         place = torch.arange(hidden.shape[1], device=hidden.device) + seen
         if position_ids is None:
             position_ids = place[None]
@@ -168,12 +170,12 @@ class QwenVLTextModel(Qwen2Model):
                 config=self.config,
                 inputs_embeds=hidden,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **kept,
             )
         else:
             mask = mask["full_attention"]
-        alpha = self._alpha(hidden.shape[1], past_key_values)
+        alpha = self._alpha(hidden.shape[1], cache)
         turns = self.rotary_emb(hidden, position_ids, alpha)
         scale = self._query_scale(place)
         for layer in self.layers:
@@ -181,15 +183,14 @@ class QwenVLTextModel(Qwen2Model):
                 hidden,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=turns,
                 query_scale=scale,
+                **kept,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden),
-            past_key_values=past_key_values if use_cache else None,
+            last_hidden_state=self.norm(hidden), **(kept if use_cache else {})
         )
 
     def _alpha(self, rows: int, cache: Cache | None) -> int:
@@ -225,7 +226,7 @@ class QwenVLPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]  # noqa: RUF012 - transformers' own spelling
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2DecoderLayer", "CLIPEncoderLayer", "QwenVLResampler"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -278,7 +279,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         inputs_embeds: Float[Tensor, "batch row width"] | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
-    ) -> LlavaModelOutputWithPast:
+    ) -> BaseModelOutputWithPast:
         """Put each picture's tokens where the prompt has ``<imgpad>``, and run the language model.
 
         Raises:
@@ -290,7 +291,6 @@ class QwenVLModel(QwenVLPreTrainedModel):
         seen: Any = (mm_encoder_outputs or {}).get("image")
         if seen is None and pixel_values is not None:
             seen = self.get_image_features(pixel_values, return_dict=True)
-        features = None
         if seen is not None:
             features = torch.cat(list(seen.pooler_output)).to(
                 inputs_embeds.device, inputs_embeds.dtype
@@ -298,12 +298,11 @@ class QwenVLModel(QwenVLPreTrainedModel):
             where = self._places(input_ids, inputs_embeds, len(features))
             inputs_embeds = inputs_embeds.masked_scatter(where, features)
         out = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
-        return LlavaModelOutputWithPast(
+        return BaseModelOutputWithPast(
             last_hidden_state=out.last_hidden_state,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
-            image_hidden_states=features,
+            **{CACHE: cache_of(out)},
         )
 
     def _places(self, ids: Tensor | None, embeds: Tensor, count: int) -> Tensor:
@@ -357,20 +356,18 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         pixel_values: Float[Tensor, "image 3 height width"] | None = None,
         attention_mask: Any = None,
         position_ids: Int[Tensor, "_ row"] | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch row width"] | None = None,
         labels: Int[Tensor, "batch row"] | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
-    ) -> LlavaCausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast:
         """Return the logits of the last ``logits_to_keep`` positions; of all for 0."""
         out = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
@@ -381,11 +378,10 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         if labels is not None:
             size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
-        return LlavaCausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
-            image_hidden_states=out.image_hidden_states,
+            **{CACHE: cache_of(out)},
         )
