@@ -48,13 +48,13 @@ def photo(tmp_path):
 
 def test_the_demo_draws_and_counts(tmp_path):
     out = tmp_path / "demo"
-    result = run("demo", "--out", out, "--questions", 8)
+    result = run("demo", "--out", out, "--questions", 12)
     assert result.exit_code == 0
     files = {path.name for path in out.iterdir()}
     accuracy = {f"accuracy.{kind}" for kind in ("pdf", "png", "csv")}
     assert files == DRAWN | accuracy | {"answers.jsonl", "results.json"}
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == 8 * 3 * 3  # questions × splits × conditions
+    assert len(answers) == 12 * 3 * 3  # questions × splits × conditions
     results = json.loads((out / "results.json").read_text())
     assert {(row["split"], row["method"]) for row in results} == {
         (s, m)
@@ -66,12 +66,12 @@ def test_the_demo_draws_and_counts(tmp_path):
         assert row["record"]["packages"]["torch"] == torch.__version__
     for word in ("share of yes", "AUC", "knock-out", "same bias", "points at the object"):
         assert word in result.output
-    assert run("demo", "--out", out, "--questions", 2).exit_code == 0  # its own folder: redrawn
+    assert run("demo", "--out", out, "--questions", 12).exit_code == 0  # its own folder: redrawn
 
 
 def test_the_demo_of_a_qformer_draws_both_sites(tmp_path):
     out = tmp_path / "demo"
-    result = run("demo", "--model", "toy-instructblip", "--out", out, "--questions", 4)
+    result = run("demo", "--model", "toy-instructblip", "--out", out, "--questions", 12)
     assert result.exit_code == 0, result.output
     composed = {f"composed.{kind}" for kind in ("pdf", "png", "csv")}
     assert composed | DRAWN <= {path.name for path in out.iterdir()}

@@ -212,11 +212,13 @@ def test_a_killed_run_leaves_no_half_record(tmp_path):
     root = make_checkout(tmp_path / "slow", slow)
     command = [sys.executable, "-m", "clva_lens", "analyse", "01_powers", "--root", str(root)]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-    staging = root / "analyses" / "records" / ".01_powers.staging"
-    ends = time.monotonic() + 120
-    while not (staging / "waiting").exists():
+    begun = lambda: [*(root / "analyses" / "records").glob(".01_powers.*.staging/waiting")]  # noqa: E731
+    ends = time.monotonic() + 300
+    while not begun():
         assert process.poll() is None and time.monotonic() < ends
         time.sleep(0.2)
+    (waiting,) = begun()
+    staging = waiting.parent
     assert (staging / "rows" / "grid.parquet").exists()  # half of it was there
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
