@@ -47,7 +47,7 @@ def test_default_is_what_the_official_scripts_read(tmp_path, benchmark):
 
 @pytest.mark.parametrize("benchmark", OF_FILES, ids=lambda one: one.name)
 def test_records_from_before_the_settings_still_load(benchmark):
-    since = ("orientation", "background", "readout", "subset", "objects", "nltk")
+    since = ("orientation", "background", "readout", "objects", "nltk")
     old = {key: value for key, value in benchmark.settings.items() if key not in since}
     record = {
         "benchmark": benchmark.name,
