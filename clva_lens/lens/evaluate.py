@@ -146,7 +146,8 @@ def _with_margin(asking: Asking, model: LensModel, benchmark: Benchmark) -> Aski
     readout = benchmark.settings.get("readout")
     if readout is None:
         return asking
-    end = model.family.ask(model.processor, QUESTION, None)[-_END:]
+    processor: Any = model.processor
+    end = model.family.ask(processor, QUESTION, None)[-_END:]
     return replace(asking, margin=readout_tokens(model.words, readout, end))
 
 

@@ -19,7 +19,7 @@ from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.cache import run_with_cache
 from clva_lens.lens.intervene import intervening, refuse_in_trace
-from clva_lens.lens.margins import MARGIN, answer_tokens, yes_margins
+from clva_lens.lens.margins import MARGIN, AnswerTokens, answer_tokens, yes_margins
 from clva_lens.lens.observers import chosen_layers
 from clva_lens.methods.base import Method, MethodLike
 from clva_lens.methods.patching import PatchActivations, PatchedPart
@@ -315,8 +315,8 @@ def _runner(
             "the model has no tokenizer, so yes and no are not known. Pass a metric= of the "
             "logits, or the model that cl.load() returned."
         )
-    spelled = answer_tokens(words) if metric is None else None
-    if spelled is not None and not all(spelled):
+    spelled = AnswerTokens([], []) if words is None else answer_tokens(words)
+    if metric is None and not all(spelled):
         raise ParameterError(
             "the tokenizer has no single token for yes or no, so there is no margin. Pass a "
             "metric= of the logits."

@@ -40,8 +40,8 @@ class Llava(ModelFamily):
 
     def matches(self, model: nn.Module) -> bool:
         """Return whether ``model`` is transformers' LLaVA (not LLaVA-NeXT, OneVision, Pixtral)."""
-        vision: Any = model.config.vision_config if super().matches(model) else None
-        return vision is not None and vision.model_type != PIXTRAL
+        config: Any = model.config if super().matches(model) else None
+        return config is not None and config.vision_config.model_type != PIXTRAL
 
     def sites(self, model: PreTrainedModel) -> tuple[Site, ...]:
         """Return the decoder's self-attention."""

@@ -159,7 +159,7 @@ class QwenVLTextModel(Qwen2Model):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         kwargs = {name: one for name, one in kwargs.items() if name not in (CACHE, OLD)}
-        kept = {CACHE: cache}
+        kept: dict[str, Any] = {CACHE: cache}
         seen = 0 if cache is None else cache.get_seq_length()
         place = torch.arange(hidden.shape[1], device=hidden.device) + seen
         if position_ids is None:
