@@ -145,30 +145,34 @@ def judge_rows(
             read is missing.
     """
     read = lru_cache(maxsize=4096)(parse)  # most answers are the same few words
-    return [vars(_Row(*pair, parser, readout, read)) for pair in match(samples, answers)]
+
+    def predict(sample: Sample, answer: Answer) -> str:
+        if readout != TEXT:
+            return read_margin(answer)
+        return read(answer.text, parser, sample.label)
+
+    return [vars(_Row(*pair, parser, predict, read)) for pair in match(samples, answers)]
 
 
 class _Row:
     """A row as its own ``vars``: the keys of a million of them are kept once."""
 
     def __init__(
-        self, sample: Sample, answer: Answer, parser: str, readout: str, read: Callable[..., str]
+        self,
+        sample: Sample,
+        answer: Answer,
+        parser: str,
+        predict: Callable[[Sample, Answer], str],
+        read: Callable[..., str],
     ) -> None:
         failed = answer.error is not None
-        words = readout == TEXT
         self.id = sample.id
         self.group = sample.group
         self.category = sample.category
         self.question = sample.question
         self.label = sample.label
         self.answer = answer.text
-        self.prediction = (
-            "other"
-            if failed
-            else read(answer.text, parser, sample.label)
-            if words
-            else read_margin(answer)
-        )
+        self.prediction = "other" if failed else predict(sample, answer)
         self.right = self.prediction == sample.label
         self.strict = "other" if failed else read(answer.text)
         self.margin = answer.margin

@@ -106,16 +106,17 @@ class Archive:
         """List a record, show its notebook, and thin the versions before it."""
         inventory.enlist(self.folder, record)
         slug, shown = record.folder.parent.name, record.folder / NOTEBOOK
-        if record.version != self.records(slug)[-1].version or not shown.is_file():
+        *older, newest = self.records(slug)
+        if record.version != newest.version or not shown.is_file():
             return
         place = self.notebook(slug)
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_name(f".{place.name}.part")
         shutil.copyfile(shown, part)
         part.replace(place)
-        for older in self.records(slug)[:-1]:
+        for one in older:
             with suppress(RecordError):  # a damaged one is left for verify to report
-                older.thin()
+                one.thin()
 
 
 def open_record(slug: str, version: int | str | None = None, root: Path | None = None) -> Record:

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from test_run_identity import Filed
+from test_run_identity import filed
 from test_runs import COUNT, Small, files, go, same_but_origin
-from tiny_models import picture
 
 from clva_lens.benchmarks.base import read_answers
 from clva_lens.ground.errors import BenchmarkError, ParameterError, PromptError
@@ -21,10 +19,7 @@ from clva_lens.models import pictures
 @pytest.fixture
 def bench(tmp_path):
     """Pictures that are there."""
-    (tmp_path / "pictures").mkdir()
-    for i in range(COUNT // 2 + 1):
-        Image.fromarray(picture(i)).save(tmp_path / "pictures" / f"{i}.png")
-    return Filed(images=tmp_path / "pictures")
+    return filed(tmp_path / "pictures")
 
 
 def failing(patch, error, from_place=8):

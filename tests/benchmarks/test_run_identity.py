@@ -35,13 +35,18 @@ class Filed(Small):
         return [replace(s, image=Path(self.images) / f"{int(s.group)}.png") for s in found]
 
 
+def filed(folder):
+    """Return the questions about pictures in a new folder."""
+    folder.mkdir()
+    for i in range(COUNT // 2 + 1):
+        Image.fromarray(picture(i)).save(folder / f"{i}.png")
+    return Filed(images=folder)
+
+
 @pytest.fixture
 def bench(tmp_path):
     """Pictures that are there."""
-    (tmp_path / "pictures").mkdir()
-    for i in range(COUNT // 2 + 1):
-        Image.fromarray(picture(i)).save(tmp_path / "pictures" / f"{i}.png")
-    return Filed(images=tmp_path / "pictures")
+    return filed(tmp_path / "pictures")
 
 
 # ── samples and pictures ──

@@ -1,4 +1,8 @@
-"""A small analysis that needs no model, and a checkout with it."""
+"""A small analysis that needs no model, a checkout with it, and commands that are run there."""
+
+from typer.testing import CliRunner
+
+from clva_lens.__main__ import app
 
 SOURCE = """# %% [markdown]
 # # Powers
@@ -30,3 +34,10 @@ def make_checkout(folder, source=SOURCE):
     (folder / "analyses").mkdir(parents=True)
     (folder / "analyses" / "01_powers.py").write_text(source)
     return folder
+
+
+def run(*args):
+    result = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result

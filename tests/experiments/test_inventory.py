@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
-from typer.testing import CliRunner
+from powers import run
 
-from clva_lens.__main__ import app
 from clva_lens.experiments.archive import Archive, analyse
 from clva_lens.experiments.drawing import check_figures, draw_figures
 from clva_lens.experiments.inventory import enlist
@@ -14,13 +13,6 @@ from clva_lens.experiments.record import dump_json
 from clva_lens.ground.errors import RecordError
 
 ID, OTHER = "01_powers/v1", "01_powers/v2"
-
-
-def run(*args):
-    result = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture

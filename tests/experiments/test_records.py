@@ -12,11 +12,9 @@ import nbformat
 import numpy as np
 import pytest
 from filelock import FileLock
-from powers import SOURCE, make_checkout
-from typer.testing import CliRunner
+from powers import SOURCE, make_checkout, run
 
 import clva_lens as cl
-from clva_lens.__main__ import app
 from clva_lens.experiments import notebook as notebooks
 from clva_lens.experiments.archive import Archive, analyse, differences
 from clva_lens.experiments.draft import Draft
@@ -24,13 +22,6 @@ from clva_lens.experiments.drawing import check_figures, draw_figures
 from clva_lens.experiments.record import DRAWN, Record, sha256
 from clva_lens.ground.errors import ParameterError, RecordError, UnknownName
 from clva_lens.lens.load import LensModel
-
-
-def run(*args):
-    result = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def tree(folder):
