@@ -7,8 +7,8 @@ from clva_lens.benchmarks.base import Answer, Sample, read_answers
 from clva_lens.benchmarks.lines import broken_line
 
 
-def whole_batches(path: Path, samples: Sequence[Sample], batch_size: int) -> list[Answer]:
-    """Return the answers in a file up to its last whole batch.
+def whole_batches(path: Path, samples: Sequence[Sample], batches: Sequence[range]) -> list[Answer]:
+    """Return the answers in a file up to the end of the last whole one of these batches.
 
     Raises:
         BenchmarkError: if a line is no answer, or not that to the sample of its place.
@@ -21,20 +21,17 @@ def whole_batches(path: Path, samples: Sequence[Sample], batch_size: int) -> lis
             raise broken_line(path, number, f"answers '{answer.id}' where '{sample.id}' is due")
     if len(answers) > len(samples):
         raise broken_line(path, len(samples) + 1, "is one more than there are samples")
-    keep = len(answers)
-    if keep < len(samples):
-        keep -= keep % batch_size
-    return answers[:keep]
+    ends = [batch.stop for batch in batches if batch.stop <= len(answers)]
+    return answers[: max(ends, default=0)]
 
 
-def due(answers: Sequence[Answer], count: int, batch_size: int, keep_failed: bool) -> list[range]:
-    """Return the stretches of ``count`` samples that are to be asked, in whole batches.
+def due(answers: Sequence[Answer], batches: Sequence[range], keep_failed: bool) -> list[range]:
+    """Return the stretches of samples that are to be asked, in whole batches.
 
     These are the batches without answers and, unless ``keep_failed``, those in which one failed.
     """
     stretches: list[range] = []
-    for start in range(0, count, batch_size):
-        stop = min(start + batch_size, count)
+    for start, stop in ((batch.start, batch.stop) for batch in batches):
         failed = any(answer.error is not None for answer in answers[start:stop])
         if start < len(answers) and (keep_failed or not failed):
             continue

@@ -122,13 +122,14 @@ def open_run(
     folder: Path,
     record: Mapping[str, Any],
     samples: Sequence[Sample],
-    batch_size: int,
+    batches: Sequence[range],
     resume: bool = False,
     keep_failed: bool = False,
 ) -> Iterator[OpenRun]:
     """Yield the folder of a run, started, or continued with ``resume`` if there is one.
 
-    A continued run keeps its answers up to the last whole batch, and drops the rest: batches begin
+    ``batches`` are the stretches of samples that are asked at once, in their order. A continued run
+    keeps its answers up to the last whole batch, and drops the rest: batches begin
     where they would have begun, so that the answers are those of a run that was never stopped. A
     batch with failed samples is due again as a whole, unless ``keep_failed``: its answers are then
     those of a run in which nothing failed.
@@ -150,8 +151,8 @@ def open_run(
         begun = (folder / RUN).is_file()
         if begun:
             _require_same(folder, wanted, rows)
-            kept = whole_batches(folder / ANSWERS, samples, batch_size)
-            stretches = due(kept, len(samples), batch_size, keep_failed)
+            kept = whole_batches(folder / ANSWERS, samples, batches)
+            stretches = due(kept, batches, keep_failed)
         if unwritable is not None and stretches:
             raise unwritable
         if begun:

@@ -33,15 +33,17 @@ class PromptRows(NamedTuple):
 
 
 def read_prompt_rows(call: AttentionCall) -> PromptRows:
-    """Return masses and the map of one layer; the pass must hold the whole prompt."""
-    step = call.step
+    """Return masses and the map of one layer; the pass must hold all text rows of the prompt."""
+    step, offset = call.step, call.step.offset
     known = step.of_prompt[step.text_rows.device]
     if known.means is None:
         known.means = _means(step)
     weights, where = known.means
     means = [
-        weights[..., start:stop] @ call.rows(start, stop)[..., : step.keys]
-        for start, stop in call.row_pieces(step.first_text, step.prompt_rows)
+        weights[..., offset + start : offset + stop] @ call.rows(start, stop)[..., : step.keys]
+        for start, stop in call.row_pieces(
+            max(0, step.first_text - offset), step.prompt_rows - offset
+        )
     ]
     mean, last = sum(means[1:], means[0]).unbind(dim=2)
     image, system, text = (mean @ where).unbind(dim=2)

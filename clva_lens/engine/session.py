@@ -137,7 +137,8 @@ class Session:
     run may do; ``uncut`` are the prompt's logits as they were before that. ``again`` makes the same
     session for a second model, None if it only looks, or is for the prompt alone and for no second
     input of a contrast (``prompt_only``). ``decode``: it decides the tokens itself, as
-    ``generate(custom_generate=...)`` wants it.
+    ``generate(custom_generate=...)`` wants it. ``leaves_prefix``: it neither reads nor edits rows
+    before the prompt's text, so that these may have been read without it.
     """
 
     site: str
@@ -151,6 +152,7 @@ class Session:
     uncut: Float[Tensor, "batch vocabulary"] | None = None
     again: Callable[[PreTrainedModel], "Session"] | None = None
     decode: Callable[..., Any] | None = None
+    leaves_prefix: bool = False
 
     def begin(self) -> None:
         """Start watching what else is needed of the model; the session is in its run now."""

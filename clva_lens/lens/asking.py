@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from clva_lens.ground.errors import ModelLoadError, ParameterError
 from clva_lens.ground.parameters import Parameters
@@ -10,6 +11,9 @@ from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import AnswerTokens
 from clva_lens.methods.base import Method
 
+Share = Literal["picture"]
+"""What questions share: all that is read of a picture before them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Asking(Parameters):
@@ -17,7 +21,7 @@ class Asking(Parameters):
 
     Without a decoding it is greedy; a benchmark gives it its own length. ``limit`` takes that many
     samples only, drawn with ``seed``; None takes all. ``margin`` has the tokens of the yes−no
-    margin; None for all spellings.
+    margin; None for all spellings. ``share``: what neighbours ask about is read once for them.
     """
 
     method: Method | None = None
@@ -26,11 +30,17 @@ class Asking(Parameters):
     limit: int | None = None
     seed: int = 0
     margin: AnswerTokens | None = None
+    share: Share | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
         if self.batch_size < 1:
             raise ParameterError(f"batch_size must be >= 1, but is {self.batch_size}. Pass 8.")
+        if self.share not in (None, *get_args(Share)):
+            raise ParameterError(
+                f"share must be 'picture' or None, but is {self.share!r}. Pass share=None to read "
+                "a picture again for each question."
+            )
         if self.decoding is not None:
             check_decoding(self.method, self.decoding)
 

@@ -207,7 +207,7 @@ def direct_logit_attribution(
     with undisturbed(), intervening(model, method):
         reading = _Reading(found, getattr(model, "words", None), tokens)
         with running(found, reading.sessions), readable(prompt):
-            found(**prompt.inputs, logits_to_keep=1)
+            found(**prompt.inputs, logits_to_keep=1, use_cache=False)
         return reading.attribution(prompt)
 
 

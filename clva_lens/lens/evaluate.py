@@ -12,10 +12,11 @@ from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, jud
 from clva_lens.benchmarks.readouts import TEXT
 from clva_lens.benchmarks.run_folder import Report, class_name
 from clva_lens.benchmarks.run_writing import ORIGIN, open_run
+from clva_lens.ground.batching import batches
 from clva_lens.ground.checkout import origin
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.parameters import check_arguments
-from clva_lens.lens.asking import Asking
+from clva_lens.lens.asking import Asking, Share
 from clva_lens.lens.decoding import Decoding, told
 from clva_lens.lens.facts import QUESTION
 from clva_lens.lens.faults import machine_fault
@@ -23,6 +24,7 @@ from clva_lens.lens.generate import generate_batches
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import AnswerTokens, readout_tokens
 from clva_lens.lens.provenance import describe, identity, machine
+from clva_lens.lens.sharing import Prefixes, picture_keys, why_unshared
 from clva_lens.methods.base import MethodLike, as_method
 from clva_lens.methods.target import Target
 
@@ -52,6 +54,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 16,
+    share: Share | None = "picture",
     progress: bool = True,
     out: str | Path | None = None,
     resume: bool = False,
@@ -61,6 +64,9 @@ def evaluate(
     """Return the report of ``model`` on a benchmark, under ``method`` if one is given.
 
     ``limit`` takes that many samples only, drawn with ``seed``: the same ones for every method.
+    With ``share="picture"`` neighbours with the same picture are asked together, and what is read
+    of it is read once; where that is not possible, the record says why (``unshared``). The answers
+    are those without sharing up to what another batch size makes.
 
     With ``out`` every answer is written to that folder as it comes (see
     ``clva_lens.benchmarks.run_folder``), and ``resume`` continues a run that was stopped, however
@@ -89,6 +95,7 @@ def evaluate(
         batch_size=batch_size,
         limit=limit,
         seed=seed,
+        share=share,
     )
     options = {"progress": progress, "out": out, "resume": resume, "keep_failed": keep_failed}
     return run_benchmark(model, chosen, asking, max_failed=max_failed, **options)
@@ -107,6 +114,9 @@ def run_benchmark(
 ) -> Report:
     """Return the report of ``model`` on a benchmark; this is ``evaluate`` with one ``Asking``."""
     asking = _with_margin(asking.fitted(model, benchmark.max_new_tokens), model, benchmark)
+    unshared = why_unshared(model, asking.method) if asking.share else None
+    if unshared is not None:
+        asking = replace(asking, share=None)
     if asking.method is not None:  # an error of the settings is no sample's error
         asking.method.sessions(Target(model.hf_model, model.processor))
     if resume and out is None:
@@ -126,13 +136,16 @@ def run_benchmark(
     # A setting that cannot be scored should not be found out after hours of answers.
     judge(benchmark, samples, [Answer(sample.id, "", 0.0) for sample in samples])
     record = _record(model, benchmark, asking, len(samples))
+    if unshared is not None:
+        record["unshared"] = unshared
     answering = _Answering(model, benchmark, samples, asking, progress, max_failed)
     if out is None:
         everything = answering.batches(range(len(samples)))
         answers = [answer for _, batch in everything for answer in batch]
         return answering.report(answers, record)
     record |= {**identity(model), ORIGIN: origin()}
-    with open_run(Path(out), record, samples, asking.batch_size, resume, keep_failed) as run:
+    stretches = answering.stretches()
+    with open_run(Path(out), record, samples, stretches, resume, keep_failed) as run:
         for due in run.due:
             for place, batch in answering.batches(due):
                 run.write(place, batch)
@@ -189,6 +202,7 @@ def _record(model: LensModel, benchmark: Benchmark, asking: Asking, samples: int
         "decoding": told(asking.how, model.hf_model, model.words),
         "margin": asking.margin and _spelled(asking.margin, model.words),
         "batch_size": asking.batch_size,
+        **({} if asking.share is None else {"share": asking.share}),
         **machine(model),
     }
 
@@ -223,6 +237,22 @@ class _Answering:
     seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
     likeliest: list[int | None] = field(default_factory=list)
+    prefixes: Prefixes = field(default_factory=Prefixes)
+
+    def stretches(self) -> list[range]:
+        """Return which samples are asked at once."""
+        keys = None if self.asking.share is None else picture_keys([s.image for s in self.samples])
+        return batches(len(self.samples), self.asking.batch_size, keys)
+
+    def _pictures(self, count: int) -> Iterator[Any]:
+        """Yield the pictures of the first samples: one object for neighbours that share it."""
+        key, picture = None, None
+        samples = self.samples[:count]
+        keys = picture_keys([sample.image for sample in samples])
+        for sample, now in zip(samples, keys, strict=True):
+            if key is None or now != key:
+                key, picture = now, self.benchmark.picture(sample)
+            yield picture
 
     def batches(self, due: range) -> Iterator[tuple[int, list[Answer]]]:
         """Yield the answers to a stretch of the samples batch by batch, with each one's place.
@@ -235,11 +265,16 @@ class _Answering:
         """
         chats = self.model.family.chats
         asked = [
-            (self.benchmark.picture(s), s.question, s.system if chats else None)
-            for s in self.samples[: due.stop]
+            (picture, s.question, s.system if chats else None)
+            for s, picture in zip(self.samples, self._pictures(due.stop), strict=False)
         ]
         done = due.start
-        options = {"progress": self.progress, "done": done, "record_errors": True}
+        options = {
+            "progress": self.progress,
+            "done": done,
+            "record_errors": True,
+            "prefixes": self.prefixes,
+        }
         with closing(generate_batches(self.model, asked, self.asking, **options)) as made:
             try:
                 for batch in made:

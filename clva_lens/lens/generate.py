@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clva_lens.ground.ambient import undisturbed
+from clva_lens.ground.batching import batches
 from clva_lens.ground.errors import (
     InterventionError,
     LogitsError,
@@ -19,12 +22,14 @@ from clva_lens.ground.errors import (
     PromptError,
 )
 from clva_lens.ground.progress import progress_bar
-from clva_lens.lens.asking import Asking
+from clva_lens.lens.asking import Asking, Share
 from clva_lens.lens.decoding import Decoding, Watch, drawing, settled
 from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import answer_tokens, yes_margins
+from clva_lens.lens.prefix import Continued, Prefix
+from clva_lens.lens.sharing import Prefixes, picture_keys, why_unshared
 from clva_lens.methods.base import MethodLike, as_method
 from clva_lens.models.pictures import ImageLike
 from clva_lens.models.prompt import Prompt, as_prompt, readable
@@ -72,26 +77,32 @@ def generate(
     decoding: Decoding | None = None,
     *,
     batch_size: int = 8,
+    share: Share | None = None,
     progress: bool = True,
 ) -> Generation:
     """Return the model's answers to ``prompts``, under ``method`` if one is given.
 
     ``prompts`` are a prompt (possibly a batch) or what a processor made, a tuple (image, question)
     with the system message as a third item if there is one, or a list of these. Tuples are asked
-    ``batch_size`` at a time; a prompt is run as it is, by itself. Runs of several batches show a
-    progress bar.
+    ``batch_size`` at a time; a prompt is run as it is, by itself. In the place of the image may
+    stand what ``read`` returned. With ``share="picture"`` neighbours with the same picture are
+    asked together, and it is read once for them. Runs of several batches show a progress bar.
 
     Raises:
         PromptError: if there are no prompts, or one is malformed.
-        ParameterError: if the method, with this decoding too, or the batch size does not fit.
+        ParameterError: if the method, with this decoding too, or the batch size does not fit, or
+            nothing can be shared.
         LogitsError: if the model's logits are not finite.
         InterventionError: inside a trace; ``with model.generate(prompt):`` is one.
     """
     refuse_in_trace("generate", ", or trace with model.generate(prompt)")
-    asking = Asking(method=as_method(method), decoding=decoding, batch_size=batch_size)
-    asking = asking.fitted(model)
-    with closing(generate_batches(model, prompts, asking, progress=progress)) as batches:
-        return _joined(list(batches))
+    asking = Asking(
+        method=as_method(method), decoding=decoding, batch_size=batch_size, share=share
+    ).fitted(model)
+    if share is not None and (reason := why_unshared(model, asking.method)) is not None:
+        raise ParameterError(f"share='{share}' is not possible: {reason}. Pass share=None.")
+    with closing(generate_batches(model, prompts, asking, progress=progress)) as answered:
+        return _joined(list(answered))
 
 
 def generate_batches(
@@ -102,13 +113,15 @@ def generate_batches(
     progress: bool = True,
     done: int = 0,
     record_errors: bool = False,
+    prefixes: Prefixes | None = None,
 ) -> Generator[Generation, None, None]:
     """Yield what ``generate`` returns, batch by batch, as it comes; images are read as needed.
 
     ``asking`` fits the model (``Asking.fitted``). The first ``done`` prompts are passed over. With
     ``record_errors`` a batch that fails is asked again one by one, and a prompt that fails alone is
     answered by "" and its error. A method that does not fit and faults of the machine (see
-    ``faults``) are no prompt's own, and are raised.
+    ``faults``) are no prompt's own, and are raised. ``prefixes`` are kept between the batches, and
+    by several of these that run side by side.
 
     Raises:
         PromptError: if there are no prompts, or one is malformed.
@@ -122,10 +135,12 @@ def generate_batches(
         raise PromptError(
             "the prompts have different system messages. Call generate() once for each of them."
         )
-    answer = _answer_or_error if record_errors else _answer
+    answer = partial(
+        _answer_or_error if record_errors else _answer, prefixes=prefixes or Prefixes()
+    )
     wanted = progress and count - done > asking.batch_size
     with progress_bar("answers", count, done=done, wanted=wanted) as advance:
-        for place, unit in _units(each, asking.batch_size, done):
+        for place, unit in _units(each, asking, done):
             yield answer(model, unit, place, asking)
             advance(_rows(unit))
 
@@ -140,7 +155,7 @@ def _each(model: LensModel, prompts: Any) -> list[Unit]:
 def _one(model: LensModel, asked: Any) -> Unit:
     if _is_question(asked) and isinstance(asked[1], str) and not isinstance(asked[0], list | tuple):
         return [(asked[0], asked[1], asked[2] if len(asked) == 3 else None)]
-    return as_prompt(model, asked)
+    return as_prompt(model, asked, continued=True)
 
 
 def _is_question(asked: Any) -> bool:
@@ -155,38 +170,53 @@ def _rows(unit: Unit) -> int:
     return len(unit) if isinstance(unit, list) else len(unit["input_ids"])
 
 
-def _units(each: Sequence[Unit], size: int, done: int) -> Iterator[tuple[int, Unit]]:
+def _units(each: Sequence[Unit], asking: Asking, done: int) -> Iterator[tuple[int, Unit]]:
     """Yield what is run at once after ``done`` prompts, with the place of its first prompt."""
-    place, pairs = 0, []
-    for one in each:
-        if place < done:
-            place += _rows(one)
-        elif isinstance(one, list):
-            pairs += one
-            if len(pairs) == size:
-                yield place, pairs
-                place, pairs = place + size, []
-        else:
-            if pairs:
-                yield place, pairs
-                place, pairs = place + len(pairs), []
-            yield place, one
-            place += _rows(one)
-    if pairs:
-        yield place, pairs
+    place = 0
+    for made, group in groupby(each, key=_made_of):
+        units = list(group)
+        if made is not None:
+            pairs: Any = [pair for unit in units for pair in unit]
+            keys = None if asking.share is None else picture_keys([pair[0] for pair in pairs])
+            parts = batches(len(pairs), asking.batch_size, keys)
+            units = [pairs[part.start : part.stop] for part in parts]
+        for unit in units:
+            if place >= done:
+                yield place, unit
+            place += _rows(unit)
+
+
+def _made_of(unit: Unit) -> int | None:
+    """Return what tells apart units that no batch may mix; None for a prompt, run by itself."""
+    if not isinstance(unit, list):
+        return None
+    return id(unit[0][0]) if isinstance(unit[0][0], Prefix) else 0
+
+
+def _prompt(model: LensModel, unit: Unit, asking: Asking, prefixes: Prefixes) -> Prompt:
+    """Return what a batch is asked."""
+    if not isinstance(unit, list):
+        return unit
+    images, questions, systems = zip(*unit, strict=True)
+    if isinstance(images[0], Prefix):
+        return images[0].ask(list(questions))
+    if asking.share is not None:
+        return prefixes.ask(model, images, questions, systems[0])
+    return model.prompt(list(images), list(questions), system=systems[0])
 
 
 @undisturbed()
-def _answer(model: LensModel, unit: Unit, place: int, asking: Asking) -> Generation:
+def _answer(
+    model: LensModel, unit: Unit, place: int, asking: Asking, prefixes: Prefixes
+) -> Generation:
     """Return the answers to one batch, whose first prompt has this place among all."""
-    prompt = unit
-    if isinstance(prompt, list):
-        images, questions, systems = zip(*prompt, strict=True)
-        prompt = model.prompt(list(images), list(questions), system=systems[0])
     began = time.perf_counter()
+    prompt = _prompt(model, unit, asking, prefixes)
+    if asking.share is None:  # otherwise the model has read pictures
+        began = time.perf_counter()
     generated = _generate_batch(model, prompt, place, asking)
     if generated is None:
-        return _one_by_one(model, unit, place, asking, _answer)
+        return _one_by_one(model, unit, place, asking, partial(_answer, prefixes=prefixes))
     ids, scores = generated
     seconds = time.perf_counter() - began
     texts = [one.strip() for one in model.words.batch_decode(ids, skip_special_tokens=True)]
@@ -204,17 +234,20 @@ def _one_by_one(
     return _joined([answer(model, one, place + row, asking) for row, one in enumerate(parts)])
 
 
-def _answer_or_error(model: LensModel, unit: Unit, place: int, asking: Asking) -> Generation:
+def _answer_or_error(
+    model: LensModel, unit: Unit, place: int, asking: Asking, prefixes: Prefixes
+) -> Generation:
     """Return the answers to one batch, and errors for the prompts that have none."""
     try:
-        return _answer(model, unit, place, asking)
+        return _answer(model, unit, place, asking, prefixes)
     except _OF_SETTINGS:
         raise
     except Exception as error:
         if machine_fault(error) is not None:
             raise
         if _rows(unit) > 1:
-            return _one_by_one(model, unit, place, asking, _answer_or_error)
+            again = partial(_answer_or_error, prefixes=prefixes)
+            return _one_by_one(model, unit, place, asking, again)
         said = " ".join(f"{type(error).__name__}: {error}".split())
         return Generation([""], [torch.zeros(0, dtype=torch.long)], [None], 0.0, [said], [None])
 
@@ -246,7 +279,7 @@ def _generate_batch(
             searches.append(drawing(decoding.draws, places, decoding.max_new_tokens))
         answer: Any = hf_model.generate  # transformers declares it on a mixin that hides the call
         out = answer(
-            **prompt.inputs,
+            **(prompt.by_beam(config.num_beams) if isinstance(prompt, Continued) else prompt),
             generation_config=config,
             **({"custom_generate": searches[0]} if searches else {}),
         )

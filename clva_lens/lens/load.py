@@ -97,6 +97,7 @@ class LensModel(TransformersModel):
         turns: Sequence[Any] = (),
         answer: str | None = None,
         background: str | None = "white",
+        processor: Any = None,
     ) -> Prompt:
         """Return the prompt that asks ``question`` about ``image``; lists make a batch.
 
@@ -105,7 +106,8 @@ class LensModel(TransformersModel):
         answer) pairs, (picture, question, answer) where the model takes several pictures, or chat
         messages. Without pictures in the turns, the picture comes first of all. ``answer`` is the
         beginning of the answer, which the model continues. ``background`` is the colour behind what
-        is transparent; None takes the one that is stored with transparent pixels.
+        is transparent; None takes the one that is stored with transparent pixels. ``processor``
+        takes the place of the model's own.
 
         Raises:
             PromptError: if an image cannot be read, a text is empty, has a control token or no
@@ -114,7 +116,7 @@ class LensModel(TransformersModel):
             ParameterError: if the background is no opaque colour.
         """
         images, questions, batched = as_lists(image, question, background)
-        processor: Any = self.processor
+        processor = self.processor if processor is None else processor
         placeholder = str(getattr(processor, "image_token", "<image>"))
         for text in questions:
             if placeholder in text:

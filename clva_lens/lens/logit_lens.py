@@ -270,7 +270,7 @@ def logit_lens(
     with undisturbed(), intervening(model, method):
         reading = _Reading(found, getattr(model, "words", None), span, layers, tokens, k)
         with running(found, [reading]), readable(prompt):
-            found(**prompt.inputs, logits_to_keep=1)
+            found(**prompt.inputs, logits_to_keep=1, use_cache=False)
         return reading.lens(prompt)
 
 

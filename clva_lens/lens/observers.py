@@ -152,6 +152,8 @@ class Observer(Session):
     ``differentiable``: where gradients are recorded, they flow through what is read.
     """
 
+    leaves_prefix = True
+
     def __init__(
         self, layers: Sequence[int] | str, shape: Shape, *, differentiable: bool = False
     ) -> None:

@@ -324,7 +324,7 @@ def _runner(
 
     def run(prompt: Prompt, *patch: Method) -> Float[Tensor, " batch"]:
         with intervening(model, method, *patch), readable(prompt):
-            logits = found(**prompt.inputs, logits_to_keep=1).logits[:, -1:]
+            logits = found(**prompt.inputs, logits_to_keep=1, use_cache=False).logits[:, -1:]
         made: Any = metric(logits) if metric else yes_margins(logits[:, -1], spelled)
         values = torch.as_tensor(made, dtype=torch.float32, device=logits.device).reshape(-1)
         if len(values) != len(logits):

@@ -43,7 +43,7 @@ def trace_attention(
         InterventionError: inside a trace; use ``observe`` there.
     """
     refuse_in_trace("trace_attention", ", or cl.observe() in it")
-    found, prompt = transformers_model(model), as_prompt(model, prompt)
+    found, prompt = transformers_model(model), as_prompt(model, prompt, continued=True)
     observer = Observer(layers, shape_of(found, site))
     with intervening(model, method), running(found, [observer]):
         logits = _last_logits(found, prompt)
@@ -122,6 +122,7 @@ def head_means(
 
 def _last_logits(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "batch vocabulary"]:
     # An encoder-decoder's decoder has read one token only.
-    keep = {} if "decoder_input_ids" in prompt else {"logits_to_keep": 1}
+    keep: dict[str, Any] = {} if "decoder_input_ids" in prompt else {"logits_to_keep": 1}
+    keep["use_cache"] = prompt.continues
     with readable(prompt):
-        return model(**prompt.inputs, **keep).logits[:, -1]
+        return model(**prompt, **keep).logits[:, -1]

@@ -125,6 +125,8 @@ class _AblationSession(Session):
         self.method, self.shape, self.site = method, shape, shape.site
         self.heads = ChosenHeads(chosen_heads(method.heads), method.layers, shape)
         self.layers = self.heads.layers
+        # A prompt of the batch gives another its rows, which must lie at the same places.
+        self.leaves_prefix = method.rows != "all" and method.mode != "resample"
         self._rows: tuple[Step, Bool[Tensor, "batch query"]] | None = None
 
     def attention(self, call: AttentionCall) -> None:

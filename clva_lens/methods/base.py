@@ -52,9 +52,12 @@ class BiasSession(Session):
         site: str,
         layers: Sequence[int],
         bias: Callable[[AttentionCall], Bias | None],
+        *,
+        leaves_prefix: bool = False,
     ) -> None:
         """Name the site and its layers, 0-based, and give the function."""
         self.site, self.layers, self.bias = site, tuple(layers), bias
+        self.leaves_prefix = leaves_prefix
 
     def attention(self, call: AttentionCall) -> Bias | None:
         """Return the bias at the session's layers, None elsewhere."""

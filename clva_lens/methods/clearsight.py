@@ -100,6 +100,8 @@ class ClearSight(Method):
 
 
 class _ClearSightSession(Session):
+    leaves_prefix = True
+
     def __init__(self, method: ClearSight, site: str, layers: tuple[int, ...]) -> None:
         self.method, self.site, self.layers = method, site, layers
         self.passive = method.factors == (1, 1)

@@ -176,6 +176,8 @@ class _LayerReading(NamedTuple):
 class ClvaSession(Session):
     """One run of CLVA: the anchors of the prompt, and those of the rows generated since."""
 
+    leaves_prefix = True
+
     def __init__(
         self,
         method: CLVA,

@@ -96,6 +96,7 @@ class _Correcting(Session):
     layers = ()
     edits_logits = True
     cuts_off = True
+    leaves_prefix = True
 
     def __init__(self, method: DeCo, read: tuple[int, ...], readout: Readout) -> None:
         self.method, self.read, self.readout = method, read, readout

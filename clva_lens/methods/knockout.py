@@ -80,6 +80,8 @@ class KnockOut(Method):
 
 
 class _KnockOutSession(Session):
+    leaves_prefix = True
+
     def __init__(
         self, site: str, layers: tuple[int, ...], rows: Rows, heads: ChosenHeads | None
     ) -> None:

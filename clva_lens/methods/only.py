@@ -142,6 +142,7 @@ class _SecondOpinion(Session):
     edits_output = True  # it edits none, but then sees the pattern under every method's bias
     edits_logits = True
     cuts_off = True
+    leaves_prefix = True
 
     def __init__(self, method: ONLY, last: int, readout: Readout, way: Way) -> None:
         self.method, self.readout, self.way = method, readout, way

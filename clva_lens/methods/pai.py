@@ -100,7 +100,7 @@ class PAI(Method):
         if layers is None:
             layers = [layer for layer in shape.layers if layer >= 2]
         chosen = check_layers("layers", layers, shape)
-        sessions: list[Session] = [BiasSession(shape.site, chosen, self._bias)]
+        sessions: list[Session] = [BiasSession(shape.site, chosen, self._bias, leaves_prefix=True)]
         if not self._rule().is_identity:
             without = text_only(find_family(target.model).image_token_id(target.model))
             sessions.append(ContrastSession(target.model, without, self._rule()))

@@ -21,6 +21,7 @@ from transformers import Cache
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError
 from clva_lens.models.belonging import hook_before
+from clva_lens.models.context import context_of
 from clva_lens.models.kv_cache import cache_of
 from clva_lens.models.step import Step
 
@@ -167,10 +168,13 @@ class DecoderPasses(_TokenPasses):
             ids = self._embedded_ids(batch, length)
         offset, cache = self._position(ids.shape[1], kwargs), cache_of(kwargs)
         self._end = offset + ids.shape[1]
+        follows = self.step is not None and self._cache is not None and self._cache() is cache
         self._cache = weakref.ref(cache) if isinstance(cache, Cache) else None
-        if offset == 0 and not self._is_rerun(ids, offset, kwargs):
+        before = None if offset == 0 or follows else context_of(cache, offset)
+        if before is not None or (offset == 0 and not self._is_rerun(ids, offset, kwargs)):
             self._room = None
-            spans = self._begin(ids, ids, kwargs.get("attention_mask"))
+            whole = ids if before is None else torch.cat([before.ids, ids], dim=1)
+            spans = self._begin(whole, whole, kwargs.get("attention_mask"))
             visual = spans.visual_index()
             if not spans.text.any(dim=1).all():
                 raise InterventionError(
@@ -181,7 +185,7 @@ class DecoderPasses(_TokenPasses):
             start, stop = int(visual.min()), int(visual.max()) + 1
             step = Step(
                 number=0,
-                offset=0,
+                offset=offset,
                 text_rows=spans.text,
                 spans=spans,
                 visual=visual,

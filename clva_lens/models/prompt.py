@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
@@ -90,6 +90,7 @@ class Prompt(Mapping[str, Tensor]):
     images: tuple[Image.Image, ...]
     questions: tuple[str, ...]
     system: str | None
+    continues: ClassVar[bool] = False
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one of the model's inputs."""
@@ -241,20 +242,26 @@ def prompt_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], **made_from:
     return Prompt(placed, sites, **made_from)
 
 
-def as_prompt(model: Any, asked: Asked) -> Prompt:
+def as_prompt(model: Any, asked: Asked, *, continued: bool = False) -> Prompt:
     """Return what a model is asked as a prompt: the gate of every function that runs one.
 
     ``asked`` is a ``Prompt``, which stays as it is; a processor's output (a mapping with
     ``input_ids``), whose inputs are run as they are; or (image, question), with the system message
     as a third item if there is one. ``model`` is a ``LensModel``; a transformers model or an
     nnsight handle of one makes no prompt of a picture, because it has no processor.
+    ``continued``: what continues a prefix (``lens/prefix.py``) will do.
 
     Raises:
-        PromptError: if it is none of these, is longer than the model's positions, or there is no
-            processor to make it.
+        PromptError: if it is none of these, continues a prefix where it must not, is longer than
+            the model's positions, or there is no processor to make it.
         ModelLoadError: if no family knows the model.
     """
     if isinstance(asked, Prompt):
+        if asked.continues and not continued:
+            raise PromptError(
+                "this prompt continues a picture that was read before, but here a whole one is "
+                "needed. Pass model.prompt(image, question)."
+            )
         check_length(transformers_model(model), asked.inputs)
         return asked
     if isinstance(asked, Mapping):

@@ -1,0 +1,234 @@
+"""A picture that is read once: the keys and values of all that comes before the questions.
+
+Several questions about a picture have the same beginning: what comes before the picture, and the
+picture itself. Its keys and values are computed once, and each question is read onto a copy of
+them. That is exact, up to the rounding of another batch size, where nothing in the beginning
+depends on the question: attention is causal there, and no method reads or edits its rows.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from clva_lens.ground.ambient import undisturbed
+from clva_lens.ground.axes import last_true
+from clva_lens.ground.errors import PromptError
+from clva_lens.lens.load import LensModel
+from clva_lens.models.context import Context, remember
+from clva_lens.models.kv_cache import CACHE
+from clva_lens.models.once import pictures_once
+from clva_lens.models.pictures import ImageLike
+from clva_lens.models.prompt import Prompt, readable, visual_tokens
+
+# Inputs with a column for each token. Others come with the pictures.
+BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_ANY_QUESTION = "?"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prefix:
+    """The beginning of prompts, up to the end of the picture, as a model has read it.
+
+    A row a picture. ``context`` has the token ids, padded on the left. ``cache``, their keys and
+    values, is never written to: ``fork`` copies it. ``prompt`` is the one that was cut.
+    """
+
+    model: LensModel
+    prompt: Prompt
+    context: Context
+    cache: DynamicCache
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self.context.ids)
+
+    def __repr__(self) -> str:
+        """Return the number of pictures and of positions."""
+        count = "1 picture" if len(self) == 1 else f"{len(self)} pictures"
+        return f"Prefix({count}, {len(self.context)} positions)"
+
+    def fork(self, pictures: int | Sequence[int] = 1) -> DynamicCache:
+        """Return a cache of its own with a row for each question.
+
+        ``pictures`` names the picture that each is about, or is the number of questions about the
+        only one.
+
+        Raises:
+            PromptError: if it is a number, but there are several pictures.
+        """
+        rows = self._rows(pictures)
+        forked = copy.copy(self.cache)
+        forked.layers = [copy.copy(layer) for layer in self.cache.layers]
+        forked.batch_select_indices(rows)
+        remember(forked, self.context.rows(rows))
+        return forked
+
+    def _rows(self, pictures: int | Sequence[int]) -> Int[Tensor, " row"]:
+        if isinstance(pictures, int):
+            if len(self) > 1:
+                raise PromptError(
+                    f"the prefix has {len(self)} pictures, so say which one each question is "
+                    "about: pictures=[0, 0, 1]."
+                )
+            pictures = [0] * pictures
+        return torch.as_tensor(pictures, device=self.context.ids.device)
+
+    def ask(
+        self, question: str | Sequence[str], pictures: Sequence[int] | None = None
+    ) -> "Continued":
+        """Return the prompt that asks a question, or several, about what was read.
+
+        ``pictures`` names the picture that each question is about; without, the only one.
+
+        Raises:
+            PromptError: if a question is empty or has a control token, or a prompt does not begin
+                as the prefix does.
+        """
+        questions = [question] if isinstance(question, str) else list(question)
+        owners = self._rows(len(questions) if pictures is None else pictures).tolist()
+        once = pictures_once(self.model.processor)
+        whole = [
+            self.model.prompt(
+                self.prompt.images[owner], text, system=self.prompt.system, processor=once
+            )["input_ids"][0]
+            for owner, text in zip(owners, questions, strict=True)
+        ]
+        return self._continued(owners, whole, questions, batched=not isinstance(question, str))
+
+    def _continued(
+        self, owners: list[int], whole: list[Tensor], questions: list[str], *, batched: bool
+    ) -> "Continued":
+        """Return prompts of token ids, cut after the prefix; padding is before the questions."""
+        before = self.context.rows(self._rows(owners))
+        after = []
+        for owner, ids in zip(owners, whole, strict=True):
+            known = self.context.ids[owner][self.context.real[owner]]
+            if not torch.equal(ids[: len(known)], known):
+                raise PromptError(
+                    "a prompt does not begin as its picture's prefix does. Read the picture again, "
+                    "with the same system message."
+                )
+            after.append(ids[len(known) :])
+        length = max(map(len, after))
+        ids = torch.zeros(len(after), length, dtype=before.ids.dtype, device=before.ids.device)
+        real = torch.zeros_like(ids, dtype=torch.bool)
+        for row, one in enumerate(after):
+            ids[row, length - len(one) :] = one
+            real[row, length - len(one) :] = True
+        mask = torch.cat([before.real, real], dim=1)
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
+        if takes_positions(self.model):
+            inputs["position_ids"] = _positions(mask)[:, -length:]
+        model, family = self.model.hf_model, self.model.family
+        everything = {**inputs, "input_ids": torch.cat([before.ids, ids], dim=1)}
+        sites = {
+            site.name: visual_tokens(model, site.name, family.spans(model, site.name, everything))
+            for site in family.sites(model)
+        }
+        shown = tuple(self.prompt.images[owner] for owner in owners)
+        return Continued(
+            inputs, sites, batched, shown, tuple(questions), self.prompt.system, self, owners
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Continued(Prompt):
+    """Questions about what was read before: their own tokens, and a cache with all the others.
+
+    It can be run as often as you like: each ``model(**prompt)`` gets a fork of its own.
+    """
+
+    continues: ClassVar[bool] = True
+    prefix: Prefix
+    pictures: list[int]
+
+    def __getitem__(self, name: str) -> Any:
+        """Return one of the model's inputs."""
+        return self.prefix.fork(self.pictures) if name == CACHE else self.inputs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the model's inputs."""
+        return iter((*self.inputs, CACHE))
+
+    def __len__(self) -> int:
+        """Return the number of model inputs."""
+        return len(self.inputs) + 1
+
+    def by_beam(self, beams: int) -> dict[str, Any]:
+        """Return the model's inputs with a cache that has as many rows for each prompt."""
+        rows = [picture for picture in self.pictures for _ in range(beams)]
+        return {**self.inputs, CACHE: self.prefix.fork(rows)}
+
+
+def read(
+    model: LensModel, image: ImageLike | Sequence[ImageLike], *, system: str | None = None
+) -> Prefix:
+    """Return a picture, or several, as ``model`` has read it, with what comes before it.
+
+    Raises:
+        PromptError: if a picture cannot be read, or nothing can be read ahead of the question.
+    """
+    return read_prefix(model, model.prompt(image, _ANY_QUESTION, system=system))
+
+
+@undisturbed()
+def read_prefix(model: LensModel, prompt: Prompt) -> Prefix:
+    """Return what a prompt has up to the end of its picture, read by the model.
+
+    Raises:
+        PromptError: if it cannot be read by itself.
+    """
+    refuse_prefix(model)
+    spans = prompt.spans
+    ends, starts = last_true(spans.image) + 1, spans.real.long().argmax(dim=1)
+    length = int((ends - starts).max())
+    place = torch.arange(length, device=ends.device) - length + ends[:, None]
+    real = place >= starts[:, None]
+    inputs = dict(prompt.inputs)
+    for name in BY_TOKEN:
+        if name in inputs:
+            inputs[name] = inputs[name].gather(1, place.clamp_min(0))
+    inputs["attention_mask"] = real.long()
+    if takes_positions(model):
+        inputs["position_ids"] = _positions(real)
+    found: Any = model.hf_model
+    cache = DynamicCache(config=found.config)
+    with readable(prompt), torch.no_grad():
+        found(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+    return Prefix(model, prompt, Context(inputs["input_ids"], real), cache)
+
+
+def refuse_prefix(model: LensModel) -> None:
+    """Raise PromptError if the beginning of a prompt cannot be read by itself."""
+    if model.site.name != "decoder":
+        raise PromptError(
+            "the Q-Former of this model reads the question with the picture, so there is nothing "
+            "to read ahead of it. Pass model.prompt(image, question)."
+        )
+    cache = DynamicCache(config=model.hf_model.config)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise PromptError(
+            "some layers of this model keep a window or a recurrent state in place of every "
+            "position's keys, so what was read cannot be continued from. Pass "
+            "model.prompt(image, question)."
+        )
+
+
+def takes_positions(model: LensModel) -> bool:
+    """Whether the model takes a position for each token; others work them out by themselves."""
+    found = model.hf_model
+    takes = "position_ids" in inspect.signature(type(found).forward).parameters
+    return takes and not hasattr(getattr(found, "model", found), "get_rope_index")
+
+
+def _positions(real: Tensor) -> Int[Tensor, "batch position"]:
+    """Return each token's position, padding left out."""
+    return (real.long().cumsum(dim=1) - 1).clamp_min(0)

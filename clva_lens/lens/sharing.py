@@ -1,0 +1,107 @@
+"""Whether the questions about a picture may share what the model reads of it, and the sharing."""
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clva_lens.ground.ambient import undisturbed
+from clva_lens.ground.errors import ClvaLensError, PromptError
+from clva_lens.lens.check import QUESTIONS
+from clva_lens.lens.load import LensModel
+from clva_lens.lens.prefix import Prefix, read, refuse_prefix
+from clva_lens.methods.base import Method
+from clva_lens.methods.target import Target
+from clva_lens.models.pictures import ImageLike
+from clva_lens.models.prompt import Prompt
+
+# Two prompts differ by this many times what another batch size makes, or this share of the spread.
+_TIMES, _SHARE = 8.0, 1e-5
+_SIZES = ((64, 64), (64, 96))
+
+_PROBED: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""What the probe found for a model; "" where nothing stands against sharing."""
+
+
+def picture_keys(images: Sequence[Any]) -> list[Hashable]:
+    """Return what pictures are known by: their paths, else the very object."""
+    return [str(one) if isinstance(one, str | Path) else id(one) for one in images]
+
+
+class Prefixes:
+    """What was read last of some pictures, for those who ask about the same ones next."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._last: tuple[list[Hashable], str | None, list[Any], Prefix] | None = None
+
+    def ask(
+        self,
+        model: LensModel,
+        images: Sequence[ImageLike],
+        questions: Sequence[str],
+        system: str | None,
+    ) -> Prompt:
+        """Return the prompt of a batch; where a picture has several questions it is read once."""
+        keys = picture_keys(images)
+        known = list(dict.fromkeys(keys))
+        if len(known) == len(keys):
+            return model.prompt(list(images), list(questions), system=system)
+        if self._last is None or self._last[:2] != (known, system):
+            pictures = [images[keys.index(key)] for key in known]
+            # The pictures are kept: an id names an object for as long as it lives.
+            self._last = (known, system, pictures, read(model, pictures, system=system))
+        return self._last[3].ask(questions, [known.index(key) for key in keys])
+
+
+def why_unshared(model: LensModel, method: Method | None) -> str | None:
+    """Return why questions about a picture cannot share what is read of it; None if they can.
+
+    A model is probed once: four questions onto two pictures that were read before, against the same
+    prompts read whole. They may differ by what another batch size makes.
+    """
+    if method is not None:
+        sessions = method.sessions(Target(model.hf_model, model.processor))
+        if not all(session.leaves_prefix for session in sessions):
+            return (
+                f"{method.name} reads or edits rows before the question, or has a second input "
+                "of its own"
+            )
+    try:
+        refuse_prefix(model)
+    except PromptError as error:
+        return str(error)
+    if model.hf_model not in _PROBED:
+        _PROBED[model.hf_model] = _probe(model) or ""
+    return _PROBED[model.hf_model] or None
+
+
+@undisturbed()
+def _probe(model: LensModel) -> str | None:
+    noise = np.random.default_rng(0)
+    pictures = [noise.integers(0, 255, (*size, 3), dtype=np.uint8) for size in _SIZES]
+    owners, questions = [0, 0, 1, 1], [*QUESTIONS, *QUESTIONS]
+    asked = [(pictures[owner], text) for owner, text in zip(owners, questions, strict=True)]
+    try:
+        singles = torch.cat([_logits(model, model.prompt(*one)) for one in asked])
+        batch = _logits(model, model.prompt([one for one, _ in asked], questions))
+        shared = _logits(model, read(model, pictures).ask(questions, owners))
+    except ClvaLensError as error:
+        return str(error)
+    null, error = (float((found - singles).abs().max()) for found in (batch, shared))
+    if error <= _TIMES * null + _SHARE * float(singles.std()):
+        return None
+    return (
+        f"in this {type(model.hf_model).__name__} what is read of a picture depends on the "
+        f"question: its logits differ by {error:.2g}, where another batch size makes {null:.2g}"
+    )
+
+
+def _logits(model: LensModel, prompt: Prompt) -> Float[Tensor, "batch vocabulary"]:
+    found: Any = model.hf_model
+    return found(**prompt, logits_to_keep=1).logits[:, -1].float()
