@@ -94,6 +94,7 @@ class SiteRun(Owned):
             self.site.config._attn_implementation = self.kernel
         for hook in (*self._hooks, *self._streams.values()):
             hook.remove()
+        self.passes.end()
         self._streams.clear()
 
     def follow(self, model: PreTrainedModel) -> None:
@@ -151,10 +152,18 @@ class SiteRun(Owned):
     def logits(self, last: Tensor) -> Tensor:
         """Return the logits of a pass's last position as the sessions leave them."""
         step, own = self.step_on(last.device), last
-        for session in self.sessions:
-            if step is not None and session.edits_logits:
-                edited = session.logits(step, last)
-                last = last if edited is None else edited
+        editing = [session for session in self.sessions if session.edits_logits]
+        if step is None or _is_ahead(step, editing):
+            return last
+        if editing and step.drafts:
+            raise InterventionError(
+                "assisted decoding has several tokens checked in one pass, but a method of this "
+                "run edits the logits of the last one only. Generate without assistant_model and "
+                "prompt_lookup_num_tokens."
+            )
+        for session in editing:
+            edited = session.logits(step, last)
+            last = last if edited is None else edited
         read = None if step is None else step.ids
         if last is not own and (read is None or read.shape[1] > 1) and checkpointed():
             refuse_checkpoint("what the model's head puts out")
@@ -186,6 +195,8 @@ class SiteRun(Owned):
                 "model.generate(**inputs): not its forward function, nor a part of it."
             )
         layer = acting.layer
+        if _is_ahead(step, acting.sessions):
+            return None
         if step.ids is not None and step.ids.shape[1] != query.shape[2]:
             raise InterventionError(
                 f"the model reads {step.ids.shape[1]} positions, but layer {layer} got "
@@ -223,7 +234,8 @@ class SiteRun(Owned):
     def stream(self, part: Part, layer: int, value: Tensor) -> Tensor | None:
         """Show a part of the residual stream to the sessions; return what replaces it, or None."""
         step = None if isinstance(value, FakeTensor) else self.step_on(value.device)
-        if step is None:
+        wanting = [session for session in self.sessions if (part, layer) in session.streams]
+        if step is None or _is_ahead(step, wanting):
             return None
         call = StreamCall(part, layer, step)
         batch = len(step.text_rows)
@@ -235,10 +247,9 @@ class SiteRun(Owned):
         if inside == "first":
             refuse_checkpoint("the residual stream")
         with _surely(value):
-            for session in self.sessions:
-                if (part, layer) in session.streams:
-                    edited = session.stream(call, found)
-                    found = found if edited is None else edited
+            for session in wanting:
+                edited = session.stream(call, found)
+                found = found if edited is None else edited
         return None if found is hidden else found.reshape(value.shape)
 
 
@@ -253,6 +264,23 @@ def _surely(given: Tensor, also: Any = _AS_IT_IS) -> Any:
     stack.enter_context(also)
     stack.enter_context(exact())
     return stack
+
+
+def _is_ahead(step: Step, sessions: Sequence[Session]) -> bool:
+    """Whether a pass reads what is before a prompt's text, which sessions leave alone.
+
+    Raises:
+        InterventionError: if one of them does not.
+    """
+    if step.number >= 0 and not (step.number == 0 and step.offset > 0):
+        return False
+    if not all(session.leaves_prefix for session in sessions):
+        raise InterventionError(
+            "a question is read onto a picture that was read before it, but a method of this run "
+            "reads or edits the picture's rows too, or has a second input. Read the whole prompt "
+            "in one pass."
+        )
+    return step.number < 0
 
 
 _ACTIVE: dict[int, list[SiteRun]] = {}

@@ -7,25 +7,26 @@ depends on the question: attention is causal there, and no method reads or edits
 """
 
 import copy
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn import functional
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from clva_lens.ground.ambient import undisturbed
-from clva_lens.ground.axes import last_true
+from clva_lens.ground.axes import TokenSpans, last_true
 from clva_lens.ground.errors import PromptError
 from clva_lens.lens.load import LensModel
-from clva_lens.models.context import Context, remember
+from clva_lens.models.context import remember
 from clva_lens.models.kv_cache import CACHE
 from clva_lens.models.once import pictures_once
 from clva_lens.models.pictures import ImageLike
+from clva_lens.models.positions import positions_of
 from clva_lens.models.prompt import Prompt, readable, visual_tokens
 
 # Inputs with a column for each token. Others come with the pictures.
@@ -37,23 +38,25 @@ _ANY_QUESTION = "?"
 class Prefix:
     """The beginning of prompts, up to the end of the picture, as a model has read it.
 
-    A row a picture. ``context`` has the token ids, padded on the left. ``cache``, their keys and
-    values, is never written to: ``fork`` copies it. ``prompt`` is the one that was cut.
+    A row a picture, padded on the left. ``ids`` are its tokens, ``spans`` says what they are.
+    ``cache``, their keys and values, is never written to: ``fork`` copies it. ``prompt`` is the one
+    that was cut.
     """
 
     model: LensModel
     prompt: Prompt
-    context: Context
+    ids: Int[Tensor, "picture position"]
+    spans: TokenSpans
     cache: DynamicCache
 
     def __len__(self) -> int:
         """Return the number of pictures."""
-        return len(self.context.ids)
+        return len(self.ids)
 
     def __repr__(self) -> str:
         """Return the number of pictures and of positions."""
         count = "1 picture" if len(self) == 1 else f"{len(self)} pictures"
-        return f"Prefix({count}, {len(self.context)} positions)"
+        return f"Prefix({count}, {self.ids.shape[1]} positions)"
 
     def fork(self, pictures: int | Sequence[int] = 1) -> DynamicCache:
         """Return a cache of its own with a row for each question.
@@ -68,7 +71,7 @@ class Prefix:
         forked = copy.copy(self.cache)
         forked.layers = [copy.copy(layer) for layer in self.cache.layers]
         forked.batch_select_indices(rows)
-        remember(forked, self.context.rows(rows))
+        remember(forked, _rows_of(self.spans, rows))
         return forked
 
     def _rows(self, pictures: int | Sequence[int]) -> Int[Tensor, " row"]:
@@ -79,7 +82,7 @@ class Prefix:
                     "about: pictures=[0, 0, 1]."
                 )
             pictures = [0] * pictures
-        return torch.as_tensor(pictures, device=self.context.ids.device)
+        return torch.as_tensor(pictures, device=self.ids.device)
 
     def ask(
         self, question: str | Sequence[str], pictures: Sequence[int] | None = None
@@ -98,37 +101,38 @@ class Prefix:
         whole = [
             self.model.prompt(
                 self.prompt.images[owner], text, system=self.prompt.system, processor=once
-            )["input_ids"][0]
+            ).inputs
             for owner, text in zip(owners, questions, strict=True)
         ]
         return self._continued(owners, whole, questions, batched=not isinstance(question, str))
 
     def _continued(
-        self, owners: list[int], whole: list[Tensor], questions: list[str], *, batched: bool
+        self,
+        owners: list[int],
+        whole: list[dict[str, Tensor]],
+        questions: list[str],
+        *,
+        batched: bool,
     ) -> "Continued":
-        """Return prompts of token ids, cut after the prefix; padding is before the questions."""
-        before = self.context.rows(self._rows(owners))
-        after = []
-        for owner, ids in zip(owners, whole, strict=True):
-            known = self.context.ids[owner][self.context.real[owner]]
-            if not torch.equal(ids[: len(known)], known):
+        """Return prompts, cut after the prefix; padding is before the questions."""
+        rows = self._rows(owners)
+        before, known_real = self.ids[rows], self.spans.real[rows]
+        columns: dict[str, list[Tensor]] = {}
+        for owner, inputs in zip(owners, whole, strict=True):
+            known = self.ids[owner][self.spans.real[owner]]
+            if not torch.equal(inputs["input_ids"][0, : len(known)], known):
                 raise PromptError(
                     "a prompt does not begin as its picture's prefix does. Read the picture again, "
                     "with the same system message."
                 )
-            after.append(ids[len(known) :])
-        length = max(map(len, after))
-        ids = torch.zeros(len(after), length, dtype=before.ids.dtype, device=before.ids.device)
-        real = torch.zeros_like(ids, dtype=torch.bool)
-        for row, one in enumerate(after):
-            ids[row, length - len(one) :] = one
-            real[row, length - len(one) :] = True
-        mask = torch.cat([before.real, real], dim=1)
-        inputs = {"input_ids": ids, "attention_mask": mask.long()}
-        if takes_positions(self.model):
-            inputs["position_ids"] = _positions(mask)[:, -length:]
+            for name, values in _by_token(self.model.hf_model, inputs).items():
+                columns.setdefault(name, []).append(values[..., len(known) :])
+        length = max(one.shape[-1] for one in columns["input_ids"])
+        inputs = {name: _padded(values, length) for name, values in columns.items()}
+        ids = inputs["input_ids"]
+        inputs["attention_mask"] = torch.cat([known_real.long(), inputs["attention_mask"]], dim=1)
         model, family = self.model.hf_model, self.model.family
-        everything = {**inputs, "input_ids": torch.cat([before.ids, ids], dim=1)}
+        everything = {**inputs, "input_ids": torch.cat([before, ids], dim=1)}
         sites = {
             site.name: visual_tokens(model, site.name, family.spans(model, site.name, everything))
             for site in family.sites(model)
@@ -193,17 +197,20 @@ def read_prefix(model: LensModel, prompt: Prompt) -> Prefix:
     place = torch.arange(length, device=ends.device) - length + ends[:, None]
     real = place >= starts[:, None]
     inputs = dict(prompt.inputs)
-    for name in BY_TOKEN:
-        if name in inputs:
-            inputs[name] = inputs[name].gather(1, place.clamp_min(0))
+    for name, values in _by_token(model.hf_model, prompt.inputs).items():
+        inputs[name] = values.gather(-1, place.clamp_min(0).expand(*values.shape[:-1], -1))
     inputs["attention_mask"] = real.long()
-    if takes_positions(model):
-        inputs["position_ids"] = _positions(real)
     found: Any = model.hf_model
     cache = DynamicCache(config=found.config)
     with readable(prompt), torch.no_grad():
         found(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-    return Prefix(model, prompt, Context(inputs["input_ids"], real), cache)
+    cut = TokenSpans(
+        *(
+            span.gather(1, place.clamp_min(0)) & real
+            for span in (spans.system, spans.image, spans.text, spans.generated)
+        )
+    )
+    return Prefix(model, prompt, inputs["input_ids"], cut, cache)
 
 
 def refuse_prefix(model: LensModel) -> None:
@@ -222,13 +229,19 @@ def refuse_prefix(model: LensModel) -> None:
         )
 
 
-def takes_positions(model: LensModel) -> bool:
-    """Whether the model takes a position for each token; others work them out by themselves."""
-    found = model.hf_model
-    takes = "position_ids" in inspect.signature(type(found).forward).parameters
-    return takes and not hasattr(getattr(found, "model", found), "get_rope_index")
+def _by_token(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the inputs that have a column for each token, positions among them."""
+    found = {name: inputs[name] for name in BY_TOKEN if name in inputs}
+    positions = positions_of(model, inputs)
+    return found if positions is None else {**found, "position_ids": positions}
 
 
-def _positions(real: Tensor) -> Int[Tensor, "batch position"]:
-    """Return each token's position, padding left out."""
-    return (real.long().cumsum(dim=1) - 1).clamp_min(0)
+def _padded(rows: Sequence[Tensor], length: int) -> Tensor:
+    """Return rows of one prompt each as a batch, padded on the left."""
+    padded = [functional.pad(row, (length - row.shape[-1], 0)) for row in rows]
+    return torch.cat(padded, dim=-2)
+
+
+def _rows_of(spans: TokenSpans, rows: Int[Tensor, " row"]) -> TokenSpans:
+    parts = (spans.system, spans.image, spans.text, spans.generated)
+    return TokenSpans(*(part[rows] for part in parts))

@@ -21,9 +21,9 @@ from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError, ModelLoadError, ParameterError
 from clva_lens.methods.target import Shape, Target
 from clva_lens.models.activations import Readout
+from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import matching_family
 from clva_lens.models.kv_cache import CACHE
-from clva_lens.models.passes import DecoderPasses
 from clva_lens.models.prompt import Asked, Prompt, as_prompt, model_inputs
 from clva_lens.models.transformerlens import transformer_lens
 

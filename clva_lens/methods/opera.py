@@ -43,9 +43,9 @@ from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import Kernel, Method, MethodHooks, register_method
 from clva_lens.methods.beams import Beams
 from clva_lens.methods.target import Target
+from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import find_site
 from clva_lens.models.kv_cache import cache_of
-from clva_lens.models.passes import DecoderPasses
 
 FLOOR = 1e-7
 # Of a logarithm: the largest penalty is e^600, far below float64's largest number.

@@ -1,44 +1,54 @@
 """What the positions of a sequence are, known by the cache that holds their keys and values.
 
-A pass that reads onto a filled cache brings the new tokens only. Which of the old ones are the
-image and which are padding is kept here, for as long as the cache lives, whoever reads on.
+A pass that reads onto a filled cache brings the new tokens only. Which of the old positions are the
+image, and which are padding, is kept here for as long as the cache lives, whoever reads on.
 """
 
-from dataclasses import dataclass
+import sys
+from types import CodeType, FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from jaxtyping import Bool, Int
-from torch import Tensor
+from transformers import GenerationMixin
+
+from clva_lens.ground.axes import TokenSpans
+
+_OF_CACHES: WeakKeyDictionary[Any, TokenSpans] = WeakKeyDictionary()
+_ASSISTED = GenerationMixin._assisted_decoding.__code__
+_PREFILL = GenerationMixin._prefill.__code__
 
 
-@dataclass(frozen=True, eq=False)
-class Context:
-    """The token ids of the positions that a cache holds, and which of them are no padding."""
-
-    ids: Int[Tensor, "batch position"]
-    real: Bool[Tensor, "batch position"]
-
-    def __len__(self) -> int:
-        """Return the number of positions."""
-        return self.ids.shape[1]
-
-    def rows(self, rows: Int[Tensor, " row"]) -> "Context":
-        """Return it with these rows."""
-        return Context(self.ids[rows], self.real[rows])
-
-
-_OF_CACHES: WeakKeyDictionary[Any, Context] = WeakKeyDictionary()
-
-
-def remember(cache: Any, context: Context) -> None:
+def remember(cache: Any, spans: TokenSpans) -> None:
     """Keep what a cache's positions are, for as long as it lives."""
-    _OF_CACHES[cache] = context
+    _OF_CACHES[cache] = spans
 
 
-def context_of(cache: Any, length: int) -> Context | None:
+def known_spans(cache: Any, length: int) -> TokenSpans | None:
     """Return what a cache's first ``length`` positions are, None if nobody said."""
     known = None if cache is None else _OF_CACHES.get(cache)
-    if known is None or len(known) < length:
+    if known is None or known.image.shape[1] < length:
         return None
-    return Context(known.ids[:, :length], known.real[:, :length])
+    return known.first(length)
+
+
+def written_before_drafts() -> int | None:
+    """Return how many tokens there were before those that assisted decoding has a pass check.
+
+    The prompt and what was accepted since; None if the pass is none of assisted decoding's, which
+    nothing but its caller tells.
+    """
+    caller = _caller(_ASSISTED)
+    return None if caller is None else caller.f_locals["input_ids"].shape[1]
+
+
+def is_generating() -> bool:
+    """Whether a pass reads the prompt of ``generate``, which is a whole one."""
+    return _caller(_PREFILL, _ASSISTED) is not None
+
+
+def _caller(*codes: CodeType) -> FrameType | None:
+    """Return the innermost call of one of these functions that this is in."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back
+    return frame

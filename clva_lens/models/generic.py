@@ -31,6 +31,7 @@ from transformers import (
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError, ModelLoadError, PromptError
 from clva_lens.models import activations
+from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import (
     FAMILIES,
     TINY_DECODER,
@@ -39,7 +40,6 @@ from clva_lens.models.family import (
     ask_by_template,
 )
 from clva_lens.models.grids import picture_grid
-from clva_lens.models.passes import DecoderPasses
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 VIDEO = (
@@ -56,10 +56,17 @@ class PicturePasses(DecoderPasses):
         super().__init__(entry, image_token_id)
         self.video = None if video_token_id == image_token_id else video_token_id
 
-    def _begin(self, rows: Tensor, ids: Tensor, mask: Tensor | None) -> TokenSpans:
+    def begin(
+        self, rows: Tensor, ids: Tensor, mask: Tensor | None, length: int | None = None
+    ) -> TokenSpans:
+        """Take a new prompt.
+
+        Raises:
+            InterventionError: if it has a video.
+        """
         if self.video is not None and (ids == self.video).any():
             raise InterventionError(VIDEO)
-        return super()._begin(rows, ids, mask)
+        return super().begin(rows, ids, mask, length)
 
 
 class Generic(ModelFamily):

@@ -29,6 +29,7 @@ from transformers import (
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import ClvaLensError, ModelLoadError, PromptError
 from clva_lens.models import activations
+from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import (
     FAMILIES,
     TINY_DECODER,
@@ -39,7 +40,6 @@ from clva_lens.models.family import (
     pad_left,
 )
 from clva_lens.models.passes import (
-    DecoderPasses,
     EncoderDecoderPasses,
     Passes,
     QueryPasses,

@@ -16,6 +16,7 @@ from transformers import (
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import PromptError
 from clva_lens.models import activations
+from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import (
     FAMILIES,
     TINY_DECODER,
@@ -26,7 +27,6 @@ from clva_lens.models.family import (
     note_inputs,
     replace_lead,
 )
-from clva_lens.models.passes import DecoderPasses
 from clva_lens.models.wording import Message, texts_of
 
 PIXTRAL = "pixtral"  # its pictures differ in size, and their rows end in a token

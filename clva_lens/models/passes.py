@@ -5,7 +5,6 @@ prompt or decoding step) is worked out here, before each pass, by a hook that a 
 module where the pass begins and takes away when it ends.
 """
 
-import weakref
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
@@ -14,14 +13,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache
 
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError
 from clva_lens.models.belonging import hook_before
-from clva_lens.models.context import context_of
 from clva_lens.models.kv_cache import cache_of
 from clva_lens.models.step import Step
 
@@ -29,9 +25,6 @@ NO_IMAGE = (
     "the prompt has no image tokens, so there is no visual attention to read or edit. Pass an "
     "image: model.prompt(image, question)."
 )
-
-# Spans are lengthened by this many positions at a time.
-ROOM = 256
 
 
 class Passes(ABC):
@@ -58,6 +51,10 @@ class Passes(ABC):
         if isinstance(ids, Tensor) and ids.ndim == 2 and not isinstance(ids, FakeTensor):
             self.embed(ids)
 
+    def end(self) -> None:
+        """Forget the pass: the run is over."""
+        self.step = None
+
     @abstractmethod
     def embed(self, ids: Int[Tensor, "batch sequence"]) -> None:
         """Take note of token ids that are embedded."""
@@ -79,7 +76,7 @@ class Passes(ABC):
         """
 
 
-class _TokenPasses(Passes):
+class TokenPasses(Passes):
     """Passes of a language model, which reads a prompt and then what it generates.
 
     Image tokens are known from token ids. Where a model hands embeddings to its language model,
@@ -89,6 +86,7 @@ class _TokenPasses(Passes):
     def __init__(
         self, entry: nn.Module, image_token_id: int, embedding: nn.Module | None = None
     ) -> None:
+        """Name the module that reads, its image token, and what embeds the ids if others do."""
         super().__init__(entry, image_token_id, embedding)
         self._embedded: Tensor | None = None
         self._prompt: Int[Tensor, "batch prompt_row"] | None = None
@@ -97,7 +95,7 @@ class _TokenPasses(Passes):
         """Remember the ids that are embedded."""
         self._embedded = ids
 
-    def _embedded_ids(self, batch: int, length: int | None) -> Tensor:
+    def embedded_ids(self, batch: int, length: int | None) -> Tensor:
         """Return the token ids behind the embeddings of a prompt, one row a beam."""
         ids, self._embedded = self._embedded, None
         fits = ids is not None and batch % len(ids) == 0 and length in (None, ids.shape[1])
@@ -109,7 +107,7 @@ class _TokenPasses(Passes):
         assert ids is not None
         return ids.repeat_interleave(batch // len(ids), dim=0)
 
-    def _is_rerun(self, rows: Tensor, offset: int, kwargs: dict[str, Any]) -> bool:
+    def is_rerun(self, rows: Tensor, offset: int, kwargs: dict[str, Any]) -> bool:
         """Whether an uncached pass reads the known prompt again, and more."""
         known = self._prompt
         return (
@@ -121,122 +119,38 @@ class _TokenPasses(Passes):
             and torch.equal(known, rows[:, : known.shape[1]])
         )
 
-    def _begin(self, rows: Tensor, ids: Tensor, mask: Tensor | None) -> TokenSpans:
+    def begin(
+        self, rows: Tensor, ids: Tensor, mask: Tensor | None, length: int | None = None
+    ) -> TokenSpans:
         """Take a new prompt; return the spans of its tokens, on the CPU.
 
         The ids are fetched once, so that what is asked of them does not wait for a GPU each time.
+        From ``length`` on they are generated.
         """
-        padding = _padding(mask, ids)
+        padding = padding_of(mask, ids)
         padding = None if padding is None else padding.cpu()
-        spans = TokenSpans.from_ids(ids.cpu(), self.image_token_id, padding)
+        spans = TokenSpans.from_ids(ids.cpu(), self.image_token_id, padding, length)
         if not spans.image.any():
             raise InterventionError(NO_IMAGE)
-        self._prompt = rows
+        self._prompt = rows[:, :length]
         return spans
 
-    def _next(self, rows: Tensor, offset: int) -> Step:
+    def follow(self, rows: Int[Tensor, "batch row"]) -> None:
+        """Take another turn's rows: an uncached pass does not begin with the first prompt."""
+        self._prompt = None
+
+    def next(self, rows: Tensor, offset: int) -> Step:
         """Return the step before this pass, which reads generated tokens."""
         known = self.step
-        if known is None or known.spans.image.shape[0] != rows.shape[0]:
+        if known is None or len(known.spans.image) != len(rows):
             raise InterventionError(
                 "the first pass under this run already had a filled key-value cache (or another "
                 "batch), so its image tokens are unknown. Start the run before the prompt is read."
             )
-        if offset > 0 and rows.shape[1] > 1:
-            raise InterventionError(
-                f"a pass reads {rows.shape[1]} tokens onto a filled key-value cache (a prefill cut "
-                "into chunks, assisted decoding, or another turn), so it is unclear which of them "
-                "are prompt. Read the whole prompt in one pass: leave prefill_chunk_size and "
-                "assistant_model unset."
-            )
         return known
 
 
-class DecoderPasses(_TokenPasses):
-    """Causal self-attention over a sequence that holds the image tokens."""
-
-    _room: TokenSpans | None = None
-    _cache: weakref.ref[Cache] | None = None
-    _end = 0
-
-    def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin with a prompt, or extend its spans by generated positions."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
-            embeds = kwargs.get("inputs_embeds")
-            batch, length = (1, None) if embeds is None else embeds.shape[:2]
-            ids = self._embedded_ids(batch, length)
-        offset, cache = self._position(ids.shape[1], kwargs), cache_of(kwargs)
-        self._end = offset + ids.shape[1]
-        follows = self.step is not None and self._cache is not None and self._cache() is cache
-        self._cache = weakref.ref(cache) if isinstance(cache, Cache) else None
-        before = None if offset == 0 or follows else context_of(cache, offset)
-        if before is not None or (offset == 0 and not self._is_rerun(ids, offset, kwargs)):
-            self._room = None
-            whole = ids if before is None else torch.cat([before.ids, ids], dim=1)
-            spans = self._begin(whole, whole, kwargs.get("attention_mask"))
-            visual = spans.visual_index()
-            if not spans.text.any(dim=1).all():
-                raise InterventionError(
-                    "a prompt ends with its image (or its prefill is cut into chunks), so there is "
-                    "no text row to read anchors from. Put the question after the image, and leave "
-                    "prefill_chunk_size unset."
-                )
-            start, stop = int(visual.min()), int(visual.max()) + 1
-            step = Step(
-                number=0,
-                offset=offset,
-                text_rows=spans.text,
-                spans=spans,
-                visual=visual,
-                causal=True,
-                ordered=True,
-                ids=ids,
-                image_start=start,
-                first_text=int(spans.text.any(dim=0).nonzero()[0]),
-                block=(start, stop) if stop - start == visual.shape[1] else None,
-            )
-            self.step = step.to(ids.device)
-            return
-        known = self._next(ids, offset)
-        spans, keys = known.spans, offset + ids.shape[1]
-        if keys != known.keys:
-            spans = self._reaching(spans, keys)
-        number = known.number + 1
-        self.step = replace(known, number=number, offset=offset, spans=spans, ids=ids)
-
-    def _reaching(self, spans: TokenSpans, keys: int) -> TokenSpans:
-        """Return spans of so many keys, the last ones generated: views of ones with more room."""
-        if self._room is None or self._room.image.shape[1] < keys:
-            self._room = _with_room(spans, keys - spans.image.shape[1] + ROOM)
-        room = self._room
-        parts = (room.system, room.image, room.text, room.generated)
-        return TokenSpans(*(part[:, :keys] for part in parts))
-
-    def _position(self, rows: int, kwargs: dict[str, Any]) -> int:
-        """Return the position of the pass's first row.
-
-        A static cache holds its length on the device. To read it at every token would have the CPU
-        wait each time, so single rows onto the cache of the last pass are counted instead.
-        """
-        cache = cache_of(kwargs)
-        last = None if self._cache is None else self._cache()
-        known = rows == 1 and self.step is not None and cache is last
-        if known and last is not None and isinstance(last.get_seq_length(), Tensor):
-            return self._end
-        return _cached(kwargs)
-
-
-def _with_room(spans: TokenSpans, more: int) -> TokenSpans:
-    """Return spans with this many more positions, all of them generated."""
-    parts = [
-        functional.pad(part, (0, more), value=part is spans.generated)
-        for part in (spans.system, spans.image, spans.text, spans.generated)
-    ]
-    return TokenSpans(*parts)
-
-
-class EncoderDecoderPasses(_TokenPasses):
+class EncoderDecoderPasses(TokenPasses):
     """Cross-attention of a decoder to an encoder's sequence, which holds the image tokens.
 
     The rows are the decoder's: its start token is the prompt's only row.
@@ -250,10 +164,10 @@ class EncoderDecoderPasses(_TokenPasses):
                 "the encoder-decoder model was called without decoder_input_ids, so the decoder's "
                 "rows are unknown. Pass them: model.prompt(image, question) has them."
             )
-        offset = _cached(kwargs)
-        if offset == 0 and not self._is_rerun(rows, offset, kwargs):
-            spans = self._begin(
-                rows, self._embedded_ids(len(rows), None), kwargs.get("attention_mask")
+        offset = cached_length(kwargs)
+        if offset == 0 and not self.is_rerun(rows, offset, kwargs):
+            spans = self.begin(
+                rows, self.embedded_ids(len(rows), None), kwargs.get("attention_mask")
             )
             text = torch.ones_like(rows, dtype=torch.bool)
             visual = spans.visual_index()
@@ -269,7 +183,7 @@ class EncoderDecoderPasses(_TokenPasses):
             )
             self.step = step.to(rows.device)
             return
-        known = self._next(rows, offset)
+        known = self.next(rows, offset)
         self.step = replace(known, number=known.number + 1, offset=offset, ids=rows)
 
 
@@ -339,13 +253,13 @@ def picture_spans(
     return TokenSpans(system=~image, image=image, text=none, generated=none)
 
 
-def _cached(kwargs: dict[str, Any]) -> int:
+def cached_length(kwargs: dict[str, Any]) -> int:
     """Return the number of positions in the key-value cache."""
     cache = cache_of(kwargs)
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _padding(mask: Any, ids: Tensor) -> Tensor | None:
+def padding_of(mask: Any, ids: Tensor) -> Tensor | None:
     """Return the prompt's padding mask, from the 4-D masks of a static cache too."""
     if isinstance(mask, dict):  # one for each kind of layer
         mask = next((one for one in mask.values() if isinstance(one, Tensor)), None)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from clva_lens.ground.errors import PromptError
 from clva_lens.models import activations
+from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import (
     FAMILIES,
     TINY_DECODER,
@@ -19,7 +20,6 @@ from clva_lens.models.family import (
     note_inputs,
     replace_lead,
 )
-from clva_lens.models.passes import DecoderPasses
 
 NO_SYSTEM = (
     "Qwen-VL's base model answers '<img>…</img>question Answer:', which has no place for a system "

@@ -39,7 +39,9 @@ class OfPass:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One forward pass of a run: step 0 reads the prompt, later ones the generated tokens.
+    """One forward pass of a run: step 0 reads a prompt's text, later ones the generated tokens.
+
+    Step −1 reads what is before the text, if that is read by itself.
 
     ``spans`` cover the keys up to the last one of this pass, ``visual`` are the positions of the
     image tokens among them. ``offset`` is the position of the pass's first query row;
@@ -87,6 +89,11 @@ class Step:
     def old_rows(self, count: int) -> int:
         """Return how many of this pass's ``count`` rows, at its beginning, are the prompt's."""
         return max(0, min(count, self.prompt_rows - self.offset))
+
+    @property
+    def drafts(self) -> bool:
+        """Whether this pass reads several tokens that were not in the prompt."""
+        return self.ids is not None and self.ids.shape[1] > 1 + self.old_rows(self.ids.shape[1])
 
     @property
     def keys(self) -> int:

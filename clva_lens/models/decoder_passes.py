@@ -1,0 +1,191 @@
+"""Passes of a decoder over one sequence: what a position is, the context says and not the pass.
+
+A pass is a window into its sequence. The prompt may have been read in two pieces, up to the end of
+the picture and from there on; tokens may come one by one or several at once (assisted decoding,
+which takes some of them back); and a conversation goes on with the text of the next turn. Only a
+cut inside a turn's text is refused: methods read that text's last row and edit all of its rows in
+later layers of the same pass.
+"""
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import Cache
+
+from clva_lens.ground.axes import TokenSpans
+from clva_lens.ground.errors import InterventionError
+from clva_lens.models.context import (
+    is_generating,
+    known_spans,
+    remember,
+    written_before_drafts,
+)
+from clva_lens.models.kv_cache import cache_of
+from clva_lens.models.passes import TokenPasses, cached_length, padding_of
+from clva_lens.models.step import Step
+
+# Spans are lengthened by this many positions at a time.
+ROOM = 256
+
+_NO_TEXT = (
+    "a prompt ends with its image (or its prefill is cut into chunks), so there is no text row to "
+    "read anchors from. Put the question after the image, and leave prefill_chunk_size unset."
+)
+
+
+class DecoderPasses(TokenPasses):
+    """Causal self-attention over a sequence that holds the image tokens."""
+
+    _room: TokenSpans | None = None
+    _cache: weakref.ref[Cache] | None = None
+    _end = 0
+
+    def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin with a prompt, go on with a turn of it, or with generated tokens."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            embeds = kwargs.get("inputs_embeds")
+            batch, length = (1, None) if embeds is None else embeds.shape[:2]
+            ids = self.embedded_ids(batch, length)
+        offset, cache = self._position(ids.shape[1], kwargs), cache_of(kwargs)
+        follows = self._follows(cache, offset)
+        self._end = offset + ids.shape[1]
+        self._cache = weakref.ref(cache) if isinstance(cache, Cache) else None
+        mask = kwargs.get("attention_mask")
+        if offset == 0 and not self.is_rerun(ids, offset, kwargs):
+            self._room = None
+            self.step = self._first(ids, mask)
+            if self.step.number < 0 and not self._is_piece(kwargs):
+                raise InterventionError(_NO_TEXT)
+        elif offset > 0 and not (follows and ids.shape[1] == 1):
+            self.step = self._onto(cache, follows, ids, offset, mask)
+        else:
+            self.step = self._generated(self.next(ids, offset), ids, offset)
+
+    def end(self) -> None:
+        """Leave what the positions are to whoever reads on."""
+        cache = None if self._cache is None else self._cache()
+        if cache is not None and self.step is not None:
+            remember(cache, self.step.spans)
+        super().end()
+
+    def _follows(self, cache: Any, offset: int) -> bool:
+        """Whether a pass goes on with the last one, as far as anybody knows."""
+        last = None if self._cache is None else self._cache()
+        same = last is None or cache is last or known_spans(cache, offset) is None
+        return self.step is not None and same
+
+    def _is_piece(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a caller means to read on from what a pass leaves in the cache."""
+        kept = kwargs.get("use_cache") is True or cache_of(kwargs) is not None
+        return kept and not is_generating()
+
+    def _first(self, ids: Tensor, mask: Any) -> Step:
+        """Return the pass that reads a prompt, or all that is before its text."""
+        length = written_before_drafts()
+        spans = self.begin(ids, ids, mask, length)
+        text = spans.text if length is None else spans.text[:, :length]
+        return self._prompt_step(ids, spans, text, 0)
+
+    def _prompt_step(self, ids: Tensor, spans: TokenSpans, text: Tensor, offset: int) -> Step:
+        """Return the pass that reads a turn's text, the rows in ``text``; its number is 0.
+
+        Where there is no text yet, what is before it; its number is −1.
+        """
+        visual = spans.visual_index()
+        start, stop = int(visual.min()), int(visual.max()) + 1
+        some = text.any(dim=1)
+        if some.any() and not some.all():
+            raise InterventionError(_NO_TEXT)
+        return Step(
+            number=0 if some.all() else -1,
+            offset=offset,
+            text_rows=text,
+            spans=spans,
+            visual=visual,
+            causal=True,
+            ordered=True,
+            ids=ids,
+            image_start=start,
+            first_text=int(text.any(dim=0).nonzero()[0]) if some.all() else text.shape[1],
+            block=(start, stop) if stop - start == visual.shape[1] else None,
+        ).to(ids.device)
+
+    def _onto(self, cache: Any, follows: bool, ids: Tensor, offset: int, mask: Any) -> Step:
+        """Return a pass onto a filled cache that is no single token after the last one."""
+        known = (
+            self.step.spans.first(offset) if follows and self.step else known_spans(cache, offset)
+        )
+        if known is None or len(known.image) != len(ids) or known.image.shape[1] < offset:
+            return self._generated(self.next(ids, offset), ids, offset)  # raises: nobody knows
+        if follows and written_before_drafts() is not None:
+            return self._generated(self.next(ids, offset), ids, offset)
+        if (ids == self.image_token_id).any():
+            raise InterventionError(
+                "a later turn has a picture of its own, so there would be image tokens of two "
+                "kinds. Read the whole conversation in one pass."
+            )
+        last = known.real.long() * torch.arange(1, offset + 1, device=known.real.device)
+        if bool((known.text & (last == last.amax(dim=1, keepdim=True))).any()):
+            raise InterventionError(
+                f"a pass reads {ids.shape[1]} tokens onto a filled key-value cache that ends "
+                "within a question (a prefill cut into chunks), whose rows belong together. Read "
+                "all that is after the image in one pass: leave prefill_chunk_size unset."
+            )
+        padding = padding_of(mask, torch.empty(len(ids), self._end))
+        real = torch.ones_like(ids, dtype=torch.bool)
+        if padding is not None:
+            real = padding[:, offset:].bool()
+        text, before = functional.pad(real, (offset, 0)), functional.pad
+        self._room = None
+        spans = TokenSpans(
+            system=before(known.system, (0, ids.shape[1])),
+            image=before(known.image, (0, ids.shape[1])),
+            text=before(known.text, (0, ids.shape[1])) | text,
+            generated=before(known.generated, (0, ids.shape[1])),
+        )
+        self.follow(ids)
+        return self._prompt_step(ids, spans, text, offset)
+
+    def _generated(self, known: Step, ids: Tensor, offset: int) -> Step:
+        """Return a pass of generated tokens after one that is known."""
+        if known.number < 0:
+            raise InterventionError(_NO_TEXT)
+        spans, keys = known.spans, offset + ids.shape[1]
+        if keys != known.keys:
+            spans = self._reaching(spans, keys)
+        return replace(known, number=known.number + 1, offset=offset, spans=spans, ids=ids)
+
+    def _reaching(self, spans: TokenSpans, keys: int) -> TokenSpans:
+        """Return spans of so many keys, the last ones generated: views of ones with more room."""
+        if self._room is None or self._room.image.shape[1] < keys:
+            self._room = _with_room(spans, keys - spans.image.shape[1] + ROOM)
+        room = self._room
+        parts = (room.system, room.image, room.text, room.generated)
+        return TokenSpans(*(part[:, :keys] for part in parts))
+
+    def _position(self, rows: int, kwargs: dict[str, Any]) -> int:
+        """Return the position of the pass's first row.
+
+        A static cache holds its length on the device. To read it at every token would have the CPU
+        wait each time, so single rows onto the cache of the last pass are counted instead.
+        """
+        cache = cache_of(kwargs)
+        last = None if self._cache is None else self._cache()
+        known = rows == 1 and self.step is not None and cache is last
+        if known and last is not None and isinstance(last.get_seq_length(), Tensor):
+            return self._end
+        return cached_length(kwargs)
+
+
+def _with_room(spans: TokenSpans, more: int) -> TokenSpans:
+    """Return spans with this many more positions, all of them generated."""
+    parts = [
+        functional.pad(part, (0, more), value=part is spans.generated)
+        for part in (spans.system, spans.image, spans.text, spans.generated)
+    ]
+    return TokenSpans(*parts)

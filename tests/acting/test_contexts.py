@@ -1,0 +1,205 @@
+"""Whole = read in pieces: what a position is does not depend on the pass that brings it.
+
+A picture that is read before its questions, tokens that come several at once and are taken back,
+and turns of a conversation give the numbers of the passes that they stand for, under every method
+that leaves the picture's rows alone. The others are refused in words.
+"""
+
+import pytest
+import torch
+from tiny_models import QUESTIONS, lens_of, picture
+
+import clva_lens as cl
+from clva_lens.ground.errors import InterventionError, ParameterError, PromptError
+from clva_lens.lens.prefix import read
+from clva_lens.models.kv_cache import CACHE, cache_of
+
+ATOL = 1e-5
+APART = {
+    "CLVA": cl.CLVA(tau=1.0),
+    "CLVA, the prompt's anchors": cl.CLVA(tau=1.0, refresh="prompt"),
+    "knock-out": cl.KnockOut(),
+    "ClearSight": cl.ClearSight(),
+    "PAI": cl.PAI(),
+    "shuffled": cl.Shuffled(cl.CLVA(tau=1.0)),
+    "ablation": cl.AblateHeads(heads="sensitive"),
+    "composed": cl.compose(cl.CLVA(tau=1.0, layers=(5, 6)), cl.KnockOut(layers=(9,))),
+}
+LAST_LOGITS = {"DeCo": cl.DeCo(), "ONLY": cl.ONLY()}
+TOGETHER = {"VisFlow": cl.VisFlow(), "MemVR": cl.MemVR(), "VCD": cl.VCD(), "IMCCD": cl.IMCCD()}
+one_by_one = pytest.mark.parametrize("name", [*APART, *LAST_LOGITS])
+METHODS = {**APART, **LAST_LOGITS}
+
+
+@pytest.fixture(scope="module", params=["full", "grouped"])
+def model(request):
+    return lens_of(request.param, "sdpa")
+
+
+def last(model, method, *passes):
+    """Return the last logits of passes that follow each other, each with the cache before it."""
+    cache = None
+    with torch.inference_mode(), cl.intervening(model.hf_model, *([method] if method else [])):
+        for inputs in passes:
+            given = {} if cache is None else {CACHE: cache}
+            out = model.hf_model(**inputs, **given, use_cache=True)
+            cache = cache_of(out)
+    return out.logits[:, -1]
+
+
+def written(model, inputs, method, **options):
+    with torch.inference_mode(), cl.intervening(model.hf_model, *([method] if method else [])):
+        return model.hf_model.generate(
+            **inputs,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **{"max_new_tokens": 10} | options,
+        )
+
+
+def close(found, wanted, plain):
+    """The numbers agree, by far less than the method moves them."""
+    known = wanted.isfinite()
+    assert torch.equal(found.isfinite(), known)
+    error = float((found - wanted)[known].abs().max())
+    effect = float((wanted - plain)[known].abs().max())
+    print(f"error {error:.1e}, effect {effect:.2g}")
+    assert error < ATOL < effect / 20
+
+
+def cut(prompt):
+    """The prompt up to the end of its picture, and the rest."""
+    end = int(prompt.spans.image[0].nonzero().max()) + 1
+    ids, mask = prompt["input_ids"], prompt["attention_mask"]
+    return (
+        {**prompt.inputs, "input_ids": ids[:, :end], "attention_mask": mask[:, :end]},
+        {"input_ids": ids[:, end:], "attention_mask": mask},
+    )
+
+
+@one_by_one
+def test_a_prompt_may_be_cut_at_the_end_of_its_picture(model, name):
+    prompt = model.prompt(picture(0), QUESTIONS[0])
+    whole = last(model, METHODS[name], prompt.inputs)
+    close(last(model, METHODS[name], *cut(prompt)), whole, last(model, None, prompt.inputs))
+
+
+@one_by_one
+def test_questions_onto_a_picture_that_was_read(model, name):
+    """Questions of several lengths, onto two pictures, in one batch; the prefix is used twice."""
+    pictures, owners = [picture(0), picture(1)], [0, 1, 1, 0]
+    questions = [*QUESTIONS[:2], *reversed(QUESTIONS[:2])]
+    asked = read(model, pictures).ask(questions, owners)
+    whole = model.prompt([pictures[owner] for owner in owners], questions)
+    plain = last(model, None, whole.inputs)
+    wanted = last(model, METHODS[name], whole.inputs)
+    for _ in range(2):
+        close(last(model, METHODS[name], dict(asked)), wanted, plain)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_who_needs_the_picture_in_the_same_pass_is_refused(one, name):
+    prompt, method = one.prompt(picture(0), QUESTIONS[0]), TOGETHER[name]
+    asked = read(one, picture(0)).ask(QUESTIONS[0])
+    for passes in (cut(prompt), [dict(asked)]):
+        with pytest.raises(InterventionError, match="Read the whole prompt in one pass"):
+            last(one, method, *passes)
+    with pytest.raises(ParameterError, match=r"is not possible: .*Pass share=None"):
+        cl.generate(one, (picture(0), QUESTIONS[0]), method, share="picture")
+
+
+@pytest.mark.parametrize("name", [*APART, "VisFlow", "MemVR"])
+@pytest.mark.parametrize("guesses", [2, 5])
+def test_assisted_decoding_is_decoding(model, name, guesses):
+    """Tokens are checked several at once, the first of them with the prompt, and taken back."""
+    prompt = model.prompt(picture(0), QUESTIONS[0])
+    method = {**APART, **TOGETHER}[name]
+    alone = written(model, prompt.inputs, method)
+    guessed = written(model, prompt.inputs, method, prompt_lookup_num_tokens=guesses)
+    assert torch.equal(alone.sequences, guessed.sequences)
+    assert len(alone.logits) == len(guessed.logits)
+    error = max(
+        float((one - other.reshape(one.shape)).abs().max())
+        for one, other in zip(alone.logits, guessed.logits, strict=True)
+    )
+    assert error < ATOL
+
+
+def test_guesses_that_are_read_with_the_prompt(one):
+    """An assistant's first guesses come in the pass of the prompt: they are no question."""
+    prompt, method = one.prompt(picture(0), QUESTIONS[0]), APART["CLVA"]
+    seen = {}
+    for name, options in (("alone", {}), ("guessed", {"assistant_model": one.hf_model})):
+        with torch.inference_mode(), cl.intervening(one.hf_model, method) as run:
+            one.hf_model.generate(**prompt.inputs, do_sample=False, max_new_tokens=6, **options)
+        seen[name] = run.anchors
+    assert torch.equal(seen["alone"].positive, seen["guessed"].positive)
+
+
+@pytest.mark.parametrize("name", [*LAST_LOGITS, "VCD", "IMCCD"])
+def test_who_edits_the_last_logits_only_is_no_judge_of_guesses(one, name):
+    prompt = one.prompt(picture(0), QUESTIONS[0])
+    with pytest.raises(InterventionError, match="Generate without assistant_model"):
+        written(one, prompt.inputs, METHODS.get(name) or TOGETHER[name], prompt_lookup_num_tokens=4)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_another_turn(model, name):
+    """In the same run or the next, by hand or in generate(): its own text, and its own anchors."""
+    prompt, method = model.prompt(picture(0), QUESTIONS[0]), APART[name]
+    more = torch.randint(10, 50, (1, 6), generator=torch.Generator().manual_seed(3))
+    found = {}
+    for how in ("plain", "same run", "next run", "generate"):
+        given = [] if how == "plain" else [method]
+        with torch.inference_mode(), cl.intervening(model.hf_model, *given) as run:
+            out = written(model, prompt.inputs, None, max_new_tokens=4)
+            cache, ids = cache_of(out), torch.cat([out.sequences, more], dim=1)
+            turn = {"input_ids": ids[:, cache.get_seq_length() :], CACHE: cache}
+            before = run.anchors if given and "CLVA" in name else None
+            if how in ("plain", "same run"):
+                found[how] = model.hf_model(**turn).logits[:, -1]
+            elif how == "generate":
+                mask = torch.ones_like(ids)
+                again = {"input_ids": ids, "attention_mask": mask, CACHE: cache}
+                found[how] = written(model, again, None, max_new_tokens=1).logits[0]
+            if before is not None and how == "same run":
+                assert not torch.equal(before.positive, run.anchors.positive)
+        if how == "next run":
+            with torch.inference_mode(), cl.intervening(model.hf_model, method):
+                found[how] = model.hf_model(**turn).logits[:, -1]
+    for how in ("next run", "generate"):
+        close(found[how], found["same run"], found["plain"])
+
+
+def test_what_stays_refused(one):
+    prompt, method = one.prompt(picture(0), QUESTIONS[0]), APART["CLVA"]
+    first, rest = cut(prompt)
+    ids, mask = rest["input_ids"], rest["attention_mask"]
+    inside = [
+        first,
+        {"input_ids": ids[:, :2], "attention_mask": mask[:, : 2 - ids.shape[1]]},
+        {"input_ids": ids[:, 2:], "attention_mask": mask},
+    ]
+    with pytest.raises(InterventionError, match="ends within a question"):
+        last(one, method, *inside)
+    for read in (
+        lambda: written(one, first, method, max_new_tokens=1),
+        lambda: last(one, method, first, {"input_ids": ids[:, :1], "attention_mask": None}),
+        lambda: cl.trace_attention(one, first, method),
+    ):
+        with pytest.raises(InterventionError, match="a prompt ends with its image"):
+            read()
+    with pytest.raises(InterventionError, match="a later turn has a picture of its own"):
+        last(one, method, first, {"input_ids": first["input_ids"], "attention_mask": None})
+
+
+def test_a_prefix_where_a_whole_prompt_is_needed(one, one_blip):
+    prefix = read(one, [picture(0), picture(1)])
+    with pytest.raises(PromptError, match="say which one each question is about"):
+        prefix.ask("Is there a cup?")
+    asked = read(one, picture(0)).ask(QUESTIONS[0])
+    with pytest.raises(PromptError, match="continues a picture that was read before"):
+        one.run_with_cache(asked)
+    with pytest.raises(PromptError, match="the Q-Former of this model reads the question"):
+        read(one_blip, picture(0))
