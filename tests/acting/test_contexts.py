@@ -183,13 +183,13 @@ def test_what_stays_refused(one):
     ]
     with pytest.raises(InterventionError, match="ends within a question"):
         last(one, method, *inside)
-    for read in (
+    for run in (
         lambda: written(one, first, method, max_new_tokens=1),
         lambda: last(one, method, first, {"input_ids": ids[:, :1], "attention_mask": None}),
         lambda: cl.trace_attention(one, first, method),
     ):
         with pytest.raises(InterventionError, match="a prompt ends with its image"):
-            read()
+            run()
     with pytest.raises(InterventionError, match="a later turn has a picture of its own"):
         last(one, method, first, {"input_ids": first["input_ids"], "attention_mask": None})
 

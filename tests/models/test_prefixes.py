@@ -1,7 +1,6 @@
 """A prompt cut at the end of its picture, in every family of transformers that keeps the laws.
 
-Where the model itself gives other logits for a cut prompt (image tokens that see the question,
-positions worked out from the whole prompt, recurrent layers), nothing is shown of the method; such
+Where the model itself gives other logits for a cut prompt, nothing is shown of the method; such
 families are named here, so that a new one is seen.
 """
 
@@ -15,7 +14,7 @@ from clva_lens.models.family import find_family
 from clva_lens.models.kv_cache import CACHE, cache_of
 from clva_lens.models.positions import positions_of
 
-WHOLE_ONLY: set[str] = set()
+WHOLE_ONLY = {"paligemma"}  # its image tokens see the question
 
 
 def logits(model, method, *passes):
