@@ -1,56 +1,60 @@
 """A benchmark run: samples to prompts, prompts to answers, answers to a score with its record."""
 
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, judge
-from clva_lens.benchmarks.readouts import TEXT
 from clva_lens.benchmarks.run_folder import Report, class_name
 from clva_lens.benchmarks.run_writing import ORIGIN, open_run
-from clva_lens.ground.batching import batches
 from clva_lens.ground.checkout import origin
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.parameters import check_arguments
+from clva_lens.lens.answering import Answering
 from clva_lens.lens.asking import Asking, Share
 from clva_lens.lens.decoding import Decoding, told
 from clva_lens.lens.facts import QUESTION
-from clva_lens.lens.faults import machine_fault
-from clva_lens.lens.generate import generate_batches
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import AnswerTokens, readout_tokens
 from clva_lens.lens.provenance import describe, identity, machine
-from clva_lens.lens.sharing import Prefixes, picture_keys, why_unshared
+from clva_lens.lens.sharing import Prefixes, why_unshared
 from clva_lens.methods.base import MethodLike, as_method
 from clva_lens.methods.target import Target
 
 _END = 16
 """Characters of a prompt's end, after which an answer begins."""
 MAX_FAILED = 0.1
-FEW = 10
-"""Fewer than that may fail whatever their share."""
-
-# What ended a run, and what helps; the first sample of the batch and its size are filled in.
-_FAULTS = {
-    "memory": "memory ran out at sample {place} with batch_size={size}. Run again with a smaller "
-    "batch_size, into another folder: batches decide the last digits of the margins.",
-    "device": "the device was lost at sample {place} ({error}). Every batch before is kept: "
-    "continue in a new process with resume=True (--resume).",
-    "file": "a file could not be read at sample {place} ({error}). Every batch before is kept: see "
-    "that the folder of the pictures is there, then continue with resume=True (--resume).",
-}
 
 
+@overload
 def evaluate(
     model: LensModel,
     benchmark: str | Benchmark,
     method: MethodLike | None = None,
     decoding: Decoding | None = None,
     *,
+    methods: None = None,
+    **options: Any,
+) -> Report: ...
+@overload
+def evaluate(
+    model: LensModel,
+    benchmark: str | Benchmark,
+    method: None = None,
+    decoding: Decoding | None = None,
+    *,
+    methods: Sequence[MethodLike | None],
+    **options: Any,
+) -> list[Report]: ...
+def evaluate(
+    model: LensModel,
+    benchmark: str | Benchmark,
+    method: MethodLike | None = None,
+    decoding: Decoding | None = None,
+    *,
+    methods: Sequence[MethodLike | None] | None = None,
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 16,
@@ -60,8 +64,12 @@ def evaluate(
     resume: bool = False,
     keep_failed: bool = False,
     max_failed: float = MAX_FAILED,
-) -> Report:
+) -> Report | list[Report]:
     """Return the report of ``model`` on a benchmark, under ``method`` if one is given.
+
+    ``methods`` in its place asks every batch under each of them (None is the model alone), so that
+    a picture is read once for all, and returns a report for each; their runs are the folders ``0``,
+    ``1``, … of ``out``.
 
     ``limit`` takes that many samples only, drawn with ``seed``: the same ones for every method.
     With ``share="picture"`` neighbours with the same picture are asked together, and what is read
@@ -85,7 +93,7 @@ def evaluate(
         BenchmarkError: if the limit does not fit, pictures are missing, the run is ended, or the
             folder cannot be used (see ``run_writing.open_run``).
         ParameterError: if the method, the batch size or ``max_failed`` does not fit, ``resume`` has
-            no ``out``, or ``keep_failed`` no ``resume``.
+            no ``out``, ``keep_failed`` no ``resume``, or both ``method`` and ``methods`` are given.
     """
     chosen = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
     check_arguments(evaluate, max_failed=max_failed)
@@ -97,8 +105,17 @@ def evaluate(
         seed=seed,
         share=share,
     )
-    options = {"progress": progress, "out": out, "resume": resume, "keep_failed": keep_failed}
-    return run_benchmark(model, chosen, asking, max_failed=max_failed, **options)
+    options = {"resume": resume, "keep_failed": keep_failed, "max_failed": max_failed}
+    if methods is None:
+        return run_benchmark(model, chosen, asking, progress=progress, out=out, **options)
+    if method is not None or not methods:
+        raise ParameterError(
+            "methods= is a list of at least one, in the place of method=. Pass one of the two; "
+            "None in the list is the model alone."
+        )
+    each = [replace(asking, method=as_method(one)) for one in methods]
+    folders = [None if out is None else Path(out) / str(place) for place in range(len(each))]
+    return run_side_by_side(model, chosen, each, folders, progress=progress, **options)
 
 
 def run_benchmark(
@@ -113,6 +130,74 @@ def run_benchmark(
     max_failed: float = MAX_FAILED,
 ) -> Report:
     """Return the report of ``model`` on a benchmark; this is ``evaluate`` with one ``Asking``."""
+    options = {"resume": resume, "keep_failed": keep_failed, "max_failed": max_failed}
+    (report,) = run_side_by_side(model, benchmark, [asking], [out], progress=progress, **options)
+    return report
+
+
+def run_side_by_side(
+    model: LensModel,
+    benchmark: Benchmark,
+    askings: Sequence[Asking],
+    outs: Sequence[str | Path | None],
+    *,
+    progress: bool = True,
+    **options: Any,
+) -> list[Report]:
+    """Return the reports of several ways to ask the same questions, batch by batch in turn.
+
+    They share what is read of the pictures. ``options`` are the others of ``run_benchmark``.
+    """
+    samples: dict[tuple[int | None, int], list[Sample]] = {}
+    for asking in askings:
+        which = asking.limit, asking.seed
+        if which not in samples:
+            samples[which] = benchmark.samples(*which)
+            check_images(samples[which])
+    prefixes = Prefixes()
+    reports: list[Report | None] = [None] * len(askings)
+    with ExitStack() as open_runs:
+        running = {
+            place: open_runs.enter_context(
+                closing(
+                    _asked(
+                        model,
+                        benchmark,
+                        asking,
+                        samples[asking.limit, asking.seed],
+                        prefixes,
+                        progress=progress and place == 0,
+                        out=outs[place],
+                        **options,
+                    )
+                )
+            )
+            for place, asking in enumerate(askings)
+        }
+        while running:
+            for place, run in list(running.items()):
+                try:
+                    next(run)
+                except StopIteration as end:
+                    reports[place] = end.value
+                    del running[place]
+    return [report for report in reports if report is not None]
+
+
+def _asked(
+    model: LensModel,
+    benchmark: Benchmark,
+    asking: Asking,
+    samples: Sequence[Sample],
+    prefixes: Prefixes,
+    *,
+    progress: bool,
+    out: str | Path | None,
+    resume: bool = False,
+    keep_failed: bool = False,
+    max_failed: float = MAX_FAILED,
+) -> Generator[None, None, Report]:
+    """Ask one batch after the other; return the report."""
     asking = _with_margin(asking.fitted(model, benchmark.max_new_tokens), model, benchmark)
     unshared = why_unshared(model, asking.method) if asking.share else None
     if unshared is not None:
@@ -131,17 +216,17 @@ def run_benchmark(
             f"max_failed must be a share from 0 to 1, but is {max_failed}. Pass {MAX_FAILED}, or 1 "
             "to let every sample fail."
         )
-    samples = benchmark.samples(asking.limit, asking.seed)
-    check_images(samples)
     # A setting that cannot be scored should not be found out after hours of answers.
     judge(benchmark, samples, [Answer(sample.id, "", 0.0) for sample in samples])
     record = _record(model, benchmark, asking, len(samples))
     if unshared is not None:
         record["unshared"] = unshared
-    answering = _Answering(model, benchmark, samples, asking, progress, max_failed)
+    answering = Answering(model, benchmark, samples, asking, progress, max_failed, prefixes)
     if out is None:
-        everything = answering.batches(range(len(samples)))
-        answers = [answer for _, batch in everything for answer in batch]
+        answers: list[Answer] = []
+        for _, batch in answering.batches(range(len(samples))):
+            answers += batch
+            yield
         return answering.report(answers, record)
     record |= {**identity(model), ORIGIN: origin()}
     stretches = answering.stretches()
@@ -149,6 +234,7 @@ def run_benchmark(
         for due in run.due:
             for place, batch in answering.batches(due):
                 run.write(place, batch)
+                yield
         report = answering.report(run.answers, record)
         run.finish(report)
     return report
@@ -162,20 +248,6 @@ def _with_margin(asking: Asking, model: LensModel, benchmark: Benchmark) -> Aski
     processor: Any = model.processor
     end = model.family.ask(processor, QUESTION, None)[-_END:]
     return replace(asking, margin=readout_tokens(model.words, readout, end))
-
-
-def warn_of_others(likeliest: Sequence[int | None], tokens: AnswerTokens, words: Any) -> None:
-    """Warn if the likeliest first token of an answer is neither a yes nor a no of the readout's."""
-    known = {*tokens.yes, *tokens.no, None}
-    others = Counter(one for one in likeliest if one not in known)
-    if others:
-        shown = ", ".join(repr(words.decode([one])) for one, _ in others.most_common(3))
-        warnings.warn(
-            f"the likeliest first token of {others.total()} of {len(likeliest)} answers is neither "
-            f"a yes nor a no that the readout compares, but {shown}. Its predictions are not what "
-            "the model says there: look at the answers, or score with readout='text'.",
-            stacklevel=3,
-        )
 
 
 def _spelled(tokens: AnswerTokens, words: Any) -> dict[str, dict[str, int]]:
@@ -222,92 +294,3 @@ def check_images(samples: Sequence[Sample]) -> None:
             f"{len(missing)} of {len(paths)} pictures are missing: {shown}{more}. Check the folder "
             "of the images."
         )
-
-
-@dataclass
-class _Answering:
-    """The questions of a run to a model; ``seconds`` is the time spent in it so far."""
-
-    model: LensModel
-    benchmark: Benchmark
-    samples: Sequence[Sample]
-    asking: Asking
-    progress: bool
-    max_failed: float
-    seconds: float = 0.0
-    failures: list[str] = field(default_factory=list)
-    likeliest: list[int | None] = field(default_factory=list)
-    prefixes: Prefixes = field(default_factory=Prefixes)
-
-    def stretches(self) -> list[range]:
-        """Return which samples are asked at once."""
-        keys = None if self.asking.share is None else picture_keys([s.image for s in self.samples])
-        return batches(len(self.samples), self.asking.batch_size, keys)
-
-    def _pictures(self, count: int) -> Iterator[Any]:
-        """Yield the pictures of the first samples: one object for neighbours that share it."""
-        key, picture = None, None
-        samples = self.samples[:count]
-        keys = picture_keys([sample.image for sample in samples])
-        for sample, now in zip(samples, keys, strict=True):
-            if key is None or now != key:
-                key, picture = now, self.benchmark.picture(sample)
-            yield picture
-
-    def batches(self, due: range) -> Iterator[tuple[int, list[Answer]]]:
-        """Yield the answers to a stretch of the samples batch by batch, with each one's place.
-
-        The samples before are passed over and not left out: what is drawn for a sample depends on
-        its place among all.
-
-        Raises:
-            BenchmarkError: if the machine is at fault, or too many samples failed.
-        """
-        chats = self.model.family.chats
-        asked = [
-            (picture, s.question, s.system if chats else None)
-            for s, picture in zip(self.samples, self._pictures(due.stop), strict=False)
-        ]
-        done = due.start
-        options = {
-            "progress": self.progress,
-            "done": done,
-            "record_errors": True,
-            "prefixes": self.prefixes,
-        }
-        with closing(generate_batches(self.model, asked, self.asking, **options)) as made:
-            try:
-                for batch in made:
-                    self.seconds += batch.seconds
-                    self.likeliest += batch.likeliest
-                    answered = zip(batch.texts, batch.margins, batch.errors, strict=True)
-                    ids = [sample.id for sample in self.samples[done : done + len(batch.texts)]]
-                    yield done, [Answer(i, *one) for i, one in zip(ids, answered, strict=True)]
-                    done += len(ids)
-                    self._require_few_failures(batch.errors)
-            except Exception as error:
-                said = _FAULTS.get(machine_fault(error) or "")
-                if said is None:
-                    raise
-                size = self.asking.batch_size
-                raise BenchmarkError(said.format(place=done + 1, size=size, error=error)) from error
-
-    def report(self, answers: Sequence[Answer], record: dict[str, Any]) -> Report:
-        """Return the report of all answers; warn of first tokens that its readout does not read."""
-        tokens = self.asking.margin
-        if tokens is not None and self.benchmark.settings["readout"] != TEXT:
-            warn_of_others(self.likeliest, tokens, self.model.words)
-        score = judge(self.benchmark, self.samples, answers)
-        return Report(score.metrics, score.rows, {**record, "seconds": self.seconds})
-
-    def _require_few_failures(self, errors: Sequence[str | None]) -> None:
-        """Raise if more of all samples failed than may, whatever their order, with these."""
-        self.failures += [error for error in errors if error is not None]
-        failed, count = len(self.failures), len(self.samples)
-        if failed >= FEW and failed > self.max_failed * count:
-            raise BenchmarkError(
-                f"{failed} of {count} samples failed, more than max_failed={self.max_failed} of "
-                f"them, so the run was ended. The last failed with: {self.failures[-1]} Mend what "
-                "is wrong and run again (a run in a folder has kept its answers, and goes on with "
-                "resume=True, --resume), or allow more with max_failed=1 (--max-failed 1)."
-            )
