@@ -30,7 +30,7 @@ from clva_lens.engine.attend import KERNELS
 from clva_lens.engine.checkpointing import checkpointed, refuse_checkpoint
 from clva_lens.engine.kernels import Acting, Merging
 from clva_lens.engine.logits import watch_logits
-from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.engine.session import AttentionCall, Session, is_ahead
 from clva_lens.engine.stream import Part, StreamCall, stream_hooks, stream_name
 from clva_lens.ground.ambient import exact
 from clva_lens.ground.errors import InterventionError
@@ -153,7 +153,7 @@ class SiteRun(Owned):
         """Return the logits of a pass's last position as the sessions leave them."""
         step, own = self.step_on(last.device), last
         editing = [session for session in self.sessions if session.edits_logits]
-        if step is None or _is_ahead(step, editing):
+        if step is None or is_ahead(step, editing):
             return last
         if editing and step.drafts:
             raise InterventionError(
@@ -195,7 +195,7 @@ class SiteRun(Owned):
                 "model.generate(**inputs): not its forward function, nor a part of it."
             )
         layer = acting.layer
-        if _is_ahead(step, acting.sessions):
+        if is_ahead(step, acting.sessions):
             return None
         if step.ids is not None and step.ids.shape[1] != query.shape[2]:
             raise InterventionError(
@@ -235,7 +235,7 @@ class SiteRun(Owned):
         """Show a part of the residual stream to the sessions; return what replaces it, or None."""
         step = None if isinstance(value, FakeTensor) else self.step_on(value.device)
         wanting = [session for session in self.sessions if (part, layer) in session.streams]
-        if step is None or _is_ahead(step, wanting):
+        if step is None or is_ahead(step, wanting):
             return None
         call = StreamCall(part, layer, step)
         batch = len(step.text_rows)
@@ -264,23 +264,6 @@ def _surely(given: Tensor, also: Any = _AS_IT_IS) -> Any:
     stack.enter_context(also)
     stack.enter_context(exact())
     return stack
-
-
-def _is_ahead(step: Step, sessions: Sequence[Session]) -> bool:
-    """Whether a pass reads what is before a prompt's text, which sessions leave alone.
-
-    Raises:
-        InterventionError: if one of them does not.
-    """
-    if step.number >= 0 and not (step.number == 0 and step.offset > 0):
-        return False
-    if not all(session.leaves_prefix for session in sessions):
-        raise InterventionError(
-            "a question is read onto a picture that was read before it, but a method of this run "
-            "reads or edits the picture's rows too, or has a second input. Read the whole prompt "
-            "in one pass."
-        )
-    return step.number < 0
 
 
 _ACTIVE: dict[int, list[SiteRun]] = {}

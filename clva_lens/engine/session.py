@@ -1,6 +1,6 @@
 """What acts during a run: sessions, and what they are shown of a layer's attention."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from clva_lens.engine import bias as folding
 from clva_lens.engine.bias import Bias
 from clva_lens.engine.stream import Part, Stream, StreamCall
+from clva_lens.ground.errors import InterventionError
 from clva_lens.models.step import Step
 
 # Rows of the pattern are formed in pieces of at most this many scores (64 MiB of float32).
@@ -192,3 +193,20 @@ class Session:
 
     def end(self) -> None:
         """Undo ``begin``."""
+
+
+def is_ahead(step: Step, sessions: Sequence[Session]) -> bool:
+    """Whether a pass reads what is before a prompt's text, which sessions leave alone.
+
+    Raises:
+        InterventionError: if one of them does not.
+    """
+    if step.number >= 0 and not (step.number == 0 and step.offset > 0):
+        return False
+    if not all(session.leaves_prefix for session in sessions):
+        raise InterventionError(
+            "a question is read onto a picture that was read before it, but a method of this run "
+            "reads or edits the picture's rows too, or has a second input. Read the whole prompt "
+            "in one pass."
+        )
+    return step.number < 0

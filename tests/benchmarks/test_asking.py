@@ -25,9 +25,9 @@ def asked(monkeypatch):
     seen = []
     prompt = LensModel.prompt
 
-    def spy(self, image, question, *, system=None):
+    def spy(self, image, question, *, system=None, **more):
         seen.append((question, system))
-        return prompt(self, image, question, system=system)
+        return prompt(self, image, question, system=system, **more)
 
     monkeypatch.setattr(LensModel, "prompt", spy)
     return seen

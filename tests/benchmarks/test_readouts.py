@@ -13,8 +13,8 @@ from clva_lens.benchmarks.base import BENCHMARKS, Answer
 from clva_lens.benchmarks.readouts import FIRST, LEGACY, READOUTS, TEXT
 from clva_lens.benchmarks.run_folder import score
 from clva_lens.ground.errors import BenchmarkError, ParameterError
-from clva_lens.lens.asking import Asking
 from clva_lens.lens.answering import warn_of_others
+from clva_lens.lens.asking import Asking
 from clva_lens.lens.generate import generate_batches
 from clva_lens.lens.margins import AnswerTokens, answer_tokens, readout_tokens
 

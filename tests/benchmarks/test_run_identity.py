@@ -19,6 +19,7 @@ from clva_lens.benchmarks import run_writing
 from clva_lens.benchmarks.base import Answer, Sample
 from clva_lens.benchmarks.run_answers import due
 from clva_lens.benchmarks.sample_rows import as_rows
+from clva_lens.ground.batching import batches
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.picture import Picture
 from clva_lens.lens import evaluate
@@ -303,11 +304,24 @@ def test_due_are_whole_batches():
     def answers(*failed):
         return [Answer(str(i), "", None, "away" if i in failed else None) for i in range(8)]
 
-    assert due([], 11, 4, keep_failed=False) == [range(11)]
-    assert due(answers(), 11, 4, keep_failed=False) == [range(8, 11)]
-    assert due(answers(2), 11, 4, keep_failed=False) == [range(4), range(8, 11)]
-    assert due(answers(5), 11, 4, keep_failed=False) == [range(4, 11)]
-    assert due(answers(5), 8, 4, keep_failed=True) == []
+    asked = batches(11, 4)
+    assert due([], asked, keep_failed=False) == [range(11)]
+    assert due(answers(), asked, keep_failed=False) == [range(8, 11)]
+    assert due(answers(2), asked, keep_failed=False) == [range(4), range(8, 11)]
+    assert due(answers(5), asked, keep_failed=False) == [range(4, 11)]
+    assert due(answers(5), batches(8, 4), keep_failed=True) == []
+
+
+def test_batches_are_whole_groups():
+    assert batches(7, 3) == [range(3), range(3, 6), range(6, 7)]
+    assert batches(7, 3, "aabbbcc") == [range(2), range(2, 5), range(5, 7)]
+    assert batches(6, 4, "aabbcc") == [range(4), range(4, 6)]
+    assert batches(6, 2, "aaaaab") == [range(2), range(2, 4), range(4, 6)]
+    for size in range(1, 9):
+        for groups in ("aabbbbbbbcd", "abcabc", "aaaa"):
+            found = batches(len(groups), size, groups)
+            assert [place for one in found for place in one] == list(range(len(groups)))
+            assert all(0 < len(one) <= size for one in found)
 
 
 def test_keeping_what_failed_belongs_to_resuming(one, tmp_path):
