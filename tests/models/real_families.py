@@ -182,19 +182,507 @@ LFM = Real(
     begins=True,
 )
 
+GLM_TOKENS = ("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>")
+GLM = Real(
+    "Glm4vProcessor",
+    "Glm4vImageProcessor",
+    PATCHES,
+    (
+        *GLM_TOKENS,
+        "[gMASK]",
+        "<sop>",
+        "<|system|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|begin_of_video|>",
+        "<|end_of_video|>",
+    ),
+    turns(
+        "<|ROLE|>\n",
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        "",
+        "<|assistant|>\n",
+        "[gMASK]<sop>",
+    ),
+    videos="Glm4vVideoProcessor",
+)
+GLM46 = GLM._replace(
+    processor="Glm46VProcessor", images="Glm46VImageProcessor", videos="Glm46VVideoProcessor"
+)
+ERNIE_NAMES = {
+    "image_token": "<|IMAGE_PLACEHOLDER|>",
+    "image_start_token": "<|IMAGE_START|>",
+    "image_end_token": "<|IMAGE_END|>",
+    "video_token": "<|VIDEO_PLACEHOLDER|>",
+    "video_start_token": "<|VIDEO_START|>",
+    "video_end_token": "<|VIDEO_END|>",
+}
+ERNIE_START = ("<unk>", "<|begin_of_sentence|>", "</s>")
+ERNIE = Real(
+    "Ernie4_5_VLMoeProcessor",
+    "Ernie4_5_VLMoeImageProcessor",
+    STILL,
+    (
+        "<|IMAGE_PLACEHOLDER|>",
+        "<|VIDEO_PLACEHOLDER|>",
+        "<|IMAGE_START|>",
+        "<|IMAGE_END|>",
+        "<|VIDEO_START|>",
+        "<|VIDEO_END|>",
+    ),
+    turns(
+        "ROLE: ",
+        "Picture 1:<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        "\n",
+        "Assistant: ",
+        "<|begin_of_sentence|>",
+        "m['role'] | capitalize",
+    ),
+    ERNIE_NAMES,
+    # Drawing needs a font, which would be fetched.
+    parts={"video_processor": ("Ernie4_5_VLMoeVideoProcessor", {"draw_on_frames": False})},
+    start=ERNIE_START,
+)
+PADDLE = ERNIE._replace(
+    processor="PaddleOCRVLProcessor",
+    images="PaddleOCRVLImageProcessor",
+    template=ERNIE.template.replace("Picture 1:", ""),
+    parts={},
+)
+HUNYUAN = Real(
+    "HunYuanVLProcessor",
+    "HunYuanVLImageProcessor",
+    STILL,
+    (
+        "<|image_token|>",
+        "<|video_token|>",
+        "<|image_start|>",
+        "<|image_end|>",
+        "<|begin_of_sentence|>",
+        "<|end_of_system|>",
+        "<|end_of_user|>",
+    ),
+    turns(
+        "",
+        "<|image_start|><|image_token|><|image_end|>",
+        "{% if m['role'] == 'system' %}<|end_of_system|>{% else %}<|end_of_user|>{% endif %}",
+        "",
+        "<|begin_of_sentence|>",
+    ),
+    {
+        "image_token": "<|image_token|>",
+        "image_start_token": "<|image_start|>",
+        "image_end_token": "<|image_end|>",
+    },
+)
+KIMI = Real(
+    "Kimi_K25Processor",
+    "Kimi_K25ImageProcessor",
+    {"patch_size": 8, "size": {"max_height": 12, "max_width": 12}, "max_patches": 144},
+    (
+        "<|media_pad|>",
+        "<|kimi_k25_video_placeholder|>",
+        "<|media_begin|>",
+        "<|media_end|>",
+        "<|media_content|>",
+        "<|im_user|>",
+        "<|im_assistant|>",
+        "<|im_system|>",
+        "<|im_middle|>",
+        "<|im_end|>",
+    ),
+    turns(
+        "<|im_ROLE|>ROLE<|im_middle|>",
+        "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
+        "<|im_end|>",
+        "<|im_assistant|>assistant<|im_middle|>",
+    ),
+    videos="Kimi_K25VideoProcessor",
+)
+MINIMAX = Real(
+    "MiniMaxM3VLProcessor",
+    "MiniMaxM3VLImageProcessor",
+    PATCHES,
+    (
+        "]<]image[>[",
+        "]<]video[>[",
+        "]<]start of image[>[",
+        "]<]end of image[>[",
+        "]~!b[",
+        "]~b]",
+        "[e~[",
+    ),
+    turns("]~b]ROLE\n", "]<]image[>[", "[e~[\n", "]~b]ai\n", "]~!b["),
+    videos="MiniMaxM3VLVideoProcessor",
+)
+WHISPER = ("WhisperFeatureExtractor", {"feature_size": 16})
+OMNI_NAMES = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_bos_token": "<|vision_start|>",
+    "vision_eos_token": "<|vision_end|>",
+    "audio_token": "<|audio_pad|>",
+    "audio_bos_token": "<|audio_start|>",
+    "audio_eos_token": "<|audio_end|>",
+}
+OMNI = QWEN._replace(
+    processor="Qwen2_5OmniProcessor",
+    tokens=(*QWEN_TOKENS[:4], "<|audio_pad|>", "<|audio_start|>", "<|audio_end|>", *CHATML),
+    named=OMNI_NAMES,
+    parts={"feature_extractor": WHISPER},
+)
+
+GEMMA_TURNS = turns(
+    "<start_of_turn>ROLE\n",
+    "<start_of_image>",
+    "<end_of_turn>\n",
+    "<start_of_turn>model\n",
+    "<bos>",
+)
+GEMMA_START = ("<pad>", "<bos>", "<eos>", "<unk>")
+WIDE = {"text": {"sliding_window": 1024}}
+GEMMA3 = Real(
+    "Gemma3Processor",
+    "Gemma3ImageProcessor",
+    {"size": SQUARE},
+    (
+        "<image_soft_token>",
+        "<video>",
+        "<start_of_image>",
+        "<end_of_image>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+    ),
+    GEMMA_TURNS,
+    {
+        "image_token": "<image_soft_token>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+    },
+    {"image_seq_length": 16},
+    start=GEMMA_START,
+    begins=True,
+    model=WIDE,
+)
+GEMMA4 = Real(
+    "Gemma4Processor",
+    "Gemma4ImageProcessor",
+    {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
+    ("<|image|>", "<|video|>", "<|image>", "<image|>", "<|audio|>", "<|turn>", "<turn|>"),
+    turns("<|turn>ROLE\n", "<|image|>", "<turn|>\n", "<|turn>model\n", "<bos>"),
+    {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"},
+    {"image_seq_length": 70},
+    parts={
+        "feature_extractor": ("Gemma4AudioFeatureExtractor", {}),
+        "video_processor": ("Gemma4VideoProcessor", {}),
+    },
+    start=GEMMA_START,
+    begins=True,
+    model=WIDE,
+)
+PALIGEMMA = Real(
+    "PaliGemmaProcessor",
+    "SiglipImageProcessor",
+    {"size": SQUARE, "image_seq_length": 16},
+    ("<image>", "<video>"),
+    None,
+    {"image_token": "<image>"},
+    start=GEMMA_START,
+    model={"text": {"vocab_size": 2048, "sliding_window": 1024}},
+)
+DEEPSEEK = Real(
+    "DeepseekVLProcessor",
+    "DeepseekVLImageProcessor",
+    {"size": SQUARE},
+    ("<image_placeholder>", "<video>"),
+    turns("ROLE: ", "<image_placeholder>", "\n\n", "Assistant:", role="m['role'] | capitalize"),
+    {"image_token": "<image_placeholder>"},
+    {"num_image_tokens": 16},
+    begins=True,
+)
+JANUS = DEEPSEEK._replace(
+    processor="JanusProcessor",
+    images="JanusImageProcessor",
+    tokens=("<image_placeholder>", "<video>", "<begin_of_image>", "<end_of_image>"),
+    template=turns("<|ROLE|>: ", "<image_placeholder>\n", "\n\n", "<|Assistant|>:"),
+    named={
+        "image_token": "<image_placeholder>",
+        "boi_token": "<begin_of_image>",
+        "eoi_token": "<end_of_image>",
+    },
+)
+GOT = Real(
+    "GotOcr2Processor",
+    "GotOcr2ImageProcessor",
+    {"size": {"height": 128, "width": 128}},
+    ("<imgpad>", "<video>", "<img>", "</img>", *CHATML),
+    None,
+    model={"vision": {"image_size": 128}},
+)
+# Its published template asks one question, whatever it is asked.
+CHART = GOT._replace(
+    processor="PPChart2TableProcessor",
+    images="PPChart2TableImageProcessor",
+    template="{% for m in messages %}<|im_start|>{{ m['role'] }}\n<img>"
+    "{% for _ in range(256) %}<imgpad>{% endfor %}</img>\nChart to table<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+)
+ARIA = Real(
+    "AriaProcessor",
+    "AriaImageProcessor",
+    {},
+    ("<|img|>", "<video>", "<fim_prefix>", "<fim_suffix>", *CHATML),
+    chatml("<fim_prefix><|img|><fim_suffix>"),
+    {"image_token": "<|img|>"},
+    model={
+        "vision": {"image_size": 980, "patch_size": 70},
+        "top": {"projector_patch_to_query_dict": {49: 128, 196: 256}},
+    },
+)
+FUYU = Real(
+    "FuyuProcessor",
+    "FuyuImageProcessor",
+    {"size": {"height": 64, "width": 64}, "patch_size": {"height": 8, "width": 8}},
+    ("|SPEAKER|", "|NEWLINE|", "<0x00>", "<0x01>", "<0x02>", "<0x03>", "<0x04>"),
+    None,
+    start=("<pad>", "<s>", "|ENDOFTEXT|", "<unk>"),
+)
+VIP = Real(
+    "LlavaProcessor",
+    "CLIPImageProcessor",
+    {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE},
+    ("<image>", "<video>"),
+    VICUNA,
+    settings=LLAVA_NEXT.settings,
+    start=LLAMA,
+    begins=True,
+)
+PIXTRAL = Real(
+    "PixtralProcessor",
+    "PixtralImageProcessor",
+    {"patch_size": {"height": 16, "width": 16}, "size": {"longest_edge": 64}},
+    (
+        "[IMG]",
+        "<video>",
+        "[IMG_BREAK]",
+        "[IMG_END]",
+        "[INST]",
+        "[/INST]",
+        "[SYSTEM_PROMPT]",
+        "[/SYSTEM_PROMPT]",
+    ),
+    turns(
+        "{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{% else %}[INST]{% endif %}",
+        "[IMG]",
+        "{% if m['role'] == 'system' %}[/SYSTEM_PROMPT]{% else %}[/INST]{% endif %}",
+        "",
+        "<s>",
+    ),
+    settings={"patch_size": 16},
+    start=LLAMA,
+    begins=True,
+)
+LIGHTON = Real(
+    "LightOnOcrProcessor",
+    "PixtralImageProcessor",
+    {"patch_size": {"height": 16, "width": 16}, "size": {"longest_edge": 64}},
+    ("<|image_pad|>", "<video>", "<|vision_pad|>", "<|vision_end|>", *CHATML),
+    chatml("<|image_pad|>"),
+    {
+        "image_token": "<|image_pad|>",
+        "image_break_token": "<|vision_pad|>",
+        "image_end_token": "<|vision_end|>",
+    },
+    {"patch_size": 8, "spatial_merge_size": 2},
+    model={"vision": {"image_size": 64}},
+)
+COHERE2 = AYA._replace(
+    processor="Cohere2VisionProcessor",
+    images="Cohere2VisionImageProcessor",
+    sizes={"size": SQUARE, "patch_size": 4, "max_patches": 4},
+    template=COHERE_TEMPLATE.replace("<image>", "<|IMG_PATCH|>"),
+    named={
+        "image_token": "<|IMG_PATCH|>",
+        "boi_token": "<|START_OF_IMG|>",
+        "eoi_token": "<|END_OF_IMG|>",
+        "img_line_break_token": "<|IMG_LINE_BREAK|>",
+    },
+    settings={},
+    model=WIDE,
+)
+STEP = Real(
+    "Step3p7Processor",
+    "Step3p7ImageProcessor",
+    {
+        "size": SQUARE,
+        "patch_size": 16,
+        "max_image_size": 48,
+        "vision_patch_size": 2,
+        "downsampler_stride": 4,
+    },
+    (
+        "<im_patch>",
+        "<video>",
+        "<im_start>",
+        "<im_end>",
+        "<patch_start>",
+        "<patch_end>",
+        "<patch_newline>",
+        *CHATML,
+    ),
+    chatml("<im_patch>"),
+    model={"vision": {"patch_size": 2}},
+)
+APERTUS = Real(
+    "Apertus1p5Processor",
+    "Apertus1p5ImageProcessor",
+    {"size": {"min_pixels": 32 * 32, "max_pixels": 128 * 128}},
+    (
+        "<|image|>",
+        "<video>",
+        "<|img_start|>",
+        "<|img_end|>",
+        "<|audio|>",
+        "<|audio_start|>",
+        "<|audio_end|>",
+        "<|img_token_start|>",
+        "<|img_end_of_row|>",
+        *CHATML,
+    ),
+    chatml("<|image|>", "<s>"),
+    {
+        "image_token": "<|image|>",
+        "audio_token": "<|audio|>",
+        "boi_token": "<|img_start|>",
+        "eoi_token": "<|img_end|>",
+        "image_wrapper_token": "<|img_token_start|>",
+        "eol_token": "<|img_end_of_row|>",
+        "boa_token": "<|audio_start|>",
+        "eoa_token": "<|audio_end|>",
+    },
+    parts={"feature_extractor": ("EncodecFeatureExtractor", {})},
+    start=LLAMA,
+    begins=True,
+)
+
 REAL: dict[str, Real] = {
-    "aya_vision": AYA,
+    "apertus1p5": APERTUS,
+    "aria": ARIA,
+    "aya_vision": AYA._replace(model=WIDE),
+    "cohere2_vision": COHERE2,
+    "cosmos3_edge": QWEN._replace(
+        processor="Cosmos3EdgeProcessor",
+        images="Cosmos3EdgeImageProcessor",
+        sizes=STILL,
+        videos="Cosmos3EdgeVideoProcessor",
+    ),
+    "cosmos3_omni": QWEN3,
+    "deepseek_vl": DEEPSEEK,
+    "deepseek_vl_hybrid": DEEPSEEK._replace(
+        processor="DeepseekVLHybridProcessor",
+        images="DeepseekVLHybridImageProcessor",
+        sizes={"size": SQUARE, "high_res_size": {"height": 32, "width": 32}},
+    ),
+    "ernie4_5_vl_moe": ERNIE,
+    "exaone4_5": QWEN._replace(processor="Exaone4_5_Processor"),
+    "fuyu": FUYU,
+    "gemma3": GEMMA3,
+    "gemma4": GEMMA4,
+    "gemma4_unified": GEMMA4._replace(
+        processor="Gemma4UnifiedProcessor",
+        images="Gemma4UnifiedImageProcessor",
+        parts={
+            "feature_extractor": ("Gemma4UnifiedAudioFeatureExtractor", {}),
+            "video_processor": ("Gemma4UnifiedVideoProcessor", {}),
+        },
+    ),
+    "glm46v": GLM46,
+    "glm4v": GLM,
+    "glm4v_moe": GLM,
+    "glm5_next": GLM._replace(
+        processor="Glm5NextProcessor",
+        images="Glm5NextImageProcessor",
+        sizes=PATCHES | {"min_image_tokens": 4, "max_image_tokens": 36},
+        videos="Glm5NextVideoProcessor",
+    ),
+    "glm_ocr": GLM46,
+    "glmga": GLM46._replace(images="GlmgaImageProcessor", videos="GlmgaVideoProcessor"),
+    "got_ocr2": GOT,
+    "granite_docling": IDEFICS3._replace(
+        processor="GraniteDoclingProcessor",
+        images="GraniteDoclingImageProcessor",
+        sizes={"size": SQUARE, "max_patches": 4},
+        model={"vision": {"scale_factor": 2}},
+    ),
+    "hunyuan_vl": HUNYUAN,
+    "hyperclovax_vision_v2": QWEN._replace(processor="HyperCLOVAXVisionV2Processor"),
+    "idefics2": IDEFICS3._replace(
+        processor="Idefics2Processor",
+        images="Idefics2ImageProcessor",
+        sizes={"size": {"shortest_edge": 24, "longest_edge": SIDE}, "do_image_splitting": False},
+        settings={"image_seq_len": 8},
+        start=LLAMA,
+        begins=True,
+    ),
     "idefics3": IDEFICS3,
     "internvl": INTERNVL,
+    "janus": JANUS,
+    "kimi_k25": KIMI,
     "lfm2_vl": LFM,
+    "lfm3_vl": QWEN._replace(processor="Lfm3VlProcessor"),
+    "lighton_ocr": LIGHTON,
     "llama4": LLAMA4,
+    "llava (pixtral)": PIXTRAL,
     "llava_next": LLAVA_NEXT,
+    "llava_next_video": LLAVA_NEXT._replace(
+        processor="LlavaNextVideoProcessor", videos="LlavaNextVideoVideoProcessor"
+    ),
     "llava_onevision": ONEVISION,
+    "minimax_m3_vl": MINIMAX,
+    "mistral3": PIXTRAL._replace(
+        sizes={"patch_size": {"height": 16, "width": 16}, "size": {"longest_edge": 64}},
+        settings={"patch_size": 8, "spatial_merge_size": 2},
+        model={"vision": {"image_size": 64}},
+    ),
     "ovis2": OVIS,
+    "paddleocr_vl": PADDLE,
+    "paligemma": PALIGEMMA,
+    "pp_chart2table": CHART,
+    "qianfan_ocr": INTERNVL._replace(
+        processor="QianfanOCRProcessor",
+        template=chatml("<image>\n"),
+        tokens=("<IMG_CONTEXT>", "<image>", "<img>", "</img>", *CHATML),
+        named={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+        },
+        videos=None,
+    ),
+    "qwen2_5_omni_thinker": OMNI,
     "qwen2_5_vl": QWEN._replace(processor="Qwen2_5_VLProcessor"),
     "qwen2_vl": QWEN,
+    "qwen3_5": QWEN3,
+    "qwen3_5_moe": QWEN3,
+    "qwen3_omni_moe_thinker": OMNI._replace(processor="Qwen3OmniMoeProcessor"),
     "qwen3_vl": QWEN3,
+    "qwen3_vl_moe": QWEN3,
+    "shieldgemma2": GEMMA3._replace(processor="ShieldGemma2Processor"),
     "smolvlm": IDEFICS3._replace(
         processor="SmolVLMProcessor", images="SmolVLMImageProcessor", videos="SmolVLMVideoProcessor"
     ),
+    "step3p7": STEP,
+    "video_llama_3": QWEN._replace(
+        processor="VideoLlama3Processor",
+        images="VideoLlama3ImageProcessor",
+        sizes=STILL,
+        videos="VideoLlama3VideoProcessor",
+    ),
+    "video_llava": VIP._replace(
+        processor="VideoLlavaProcessor",
+        images="VideoLlavaImageProcessor",
+        settings={"patch_size": 8, "num_additional_image_tokens": 1},
+        videos="VideoLlavaVideoProcessor",
+    ),
+    "vipllava": VIP,
 }

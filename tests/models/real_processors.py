@@ -51,7 +51,7 @@ class Real(NamedTuple):
     start: tuple[str, ...] = ()
     begins: bool = False
     model: Mapping[str, Mapping[str, Any]] = {}
-    parts: Mapping[str, str] = {}
+    parts: Mapping[str, tuple[str, Mapping[str, Any]]] = {}
 
 
 def turns(
@@ -137,9 +137,9 @@ def make_processor(real: Real) -> Any:
     }
     if real.template is not None:
         given["chat_template"] = real.template
-    for part, name in {"video_processor": real.videos, **real.parts}.items():
-        if name is not None:
-            given[part] = getattr(transformers, name)()
+    videos = {} if real.videos is None else {"video_processor": (real.videos, {})}
+    for part, (name, settings) in {**videos, **real.parts}.items():
+        given[part] = getattr(transformers, name)(**settings)
     return getattr(transformers, real.processor)(**given)
 
 
