@@ -26,6 +26,7 @@ from clva_lens.lens.reading import first_line, read_named
 from clva_lens.methods.base import MethodLike
 from clva_lens.models.family import ModelFamily, Site, find_family
 from clva_lens.models.pictures import ImageLike, read_image
+from clva_lens.models.pieces import Given
 from clva_lens.models.prompt import Asked, Prompt, as_lists, prompt_of
 from clva_lens.models.wording import check_words, conversation, texts_of
 from clva_lens.toy import pretrained
@@ -135,9 +136,11 @@ class LensModel(TransformersModel):
             texts = [family.ask(processor, text, system) for text in questions]
         if answer is not None:
             texts = [family.begin(text, answer) for text in texts]
+        rows = tuple(tuple(row) if isinstance(row, list) else (row,) for row in shown)
         return prompt_of(
             model,
             family.encode(model, processor, shown, texts),
+            Given(processor, rows, tuple(texts)),
             batched=batched,
             images=tuple(images),
             questions=tuple(questions),

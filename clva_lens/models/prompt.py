@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clva_lens.ground.axes import TokenSpans
-from clva_lens.ground.errors import ClvaLensError, PromptError
+from clva_lens.ground.errors import ClvaLensError, ParameterError, PromptError
 from clva_lens.ground.registry import did_you_mean
 from clva_lens.models.family import find_family, transformers_model
 from clva_lens.models.pictures import ImageLike, read_image
+from clva_lens.models.pieces import Given, Piece, Places
 
 Asked = (
     Mapping[str, Any]
@@ -25,14 +26,22 @@ Asked = (
 """What every function takes as a prompt: a ``Prompt`` too is a mapping. See ``as_prompt``."""
 
 
+NO_PHOTO = (
+    "it is unknown where on a photo the image tokens lie, because the prompt was not made of one. "
+    "Pass model.prompt(image, question)."
+)
+
+
 class VisualTokens(NamedTuple):
     """The image tokens of one attention site: their spans among its keys, and their grid.
 
-    ``grid`` is (rows, columns), or a sentence that says why there is none.
+    ``grid`` is (rows, columns), or a sentence that says why there is none. ``places`` knows the
+    pieces of the photos, if the prompt was made of some.
     """
 
     spans: TokenSpans
     grid: tuple[int, int] | str
+    places: Places | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,12 +54,64 @@ class VisualTokens(NamedTuple):
             raise PromptError(self.grid)
         return self.grid
 
+    @property
+    def pieces(self) -> tuple[Piece, ...] | str:
+        """Where they lie on the photos, or a sentence that says why that is unknown."""
+        return NO_PHOTO if self.places is None else self.places.pieces
+
+    @property
+    def drawable(self) -> bool:
+        """Whether a map over them can be drawn, by their grid or as the mosaic of one photo."""
+        return not isinstance(self.grid, str) or (
+            not isinstance(self.pieces, str) and len({one.picture for one in self.pieces}) == 1
+        )
+
+    def piece(self, part: str = "tiles", picture: int | None = None) -> Piece:
+        """Return the tiles of a photo as one mosaic, or its thumbnail (``part``).
+
+        What is not cut has one piece, whatever ``part`` is. ``picture`` is the photo's number,
+        which may be left out where there is one.
+
+        Raises:
+            ParameterError: if ``part`` or ``picture`` is none of these.
+            PromptError: if the pieces are unknown.
+        """
+        if part not in ("tiles", "thumbnail"):
+            raise ParameterError(f"part is {part!r}. Pass 'tiles' or 'thumbnail'.")
+        if isinstance(self.pieces, str):
+            raise PromptError(self.grid if isinstance(self.grid, str) else self.pieces)
+        pictures = sorted({one.picture for one in self.pieces})
+        if picture is None and len(pictures) > 1 or picture not in (None, *pictures):
+            raise ParameterError(
+                f"the prompt has {len(pictures)} pictures, but picture is {picture}. Pass picture= "
+                f"0 to {len(pictures) - 1}."
+            )
+        own = [one for one in self.pieces if picture in (None, one.picture)]
+        asked = [one for one in own if one.thumbnail == (part == "thumbnail")]
+        return joined(asked or own)
+
+    def row(self, index: int) -> "VisualTokens":
+        """Return those of one row of the batch."""
+        places = None if self.places is None else self.places.row(index)
+        return VisualTokens(self.spans.row(index), self.grid, places)
+
+    def on_grid(self, values: Tensor, part: str | None = None, picture: int | None = None) -> Tensor:
+        """Return values over the image tokens as a map; see ``Prompt.on_grid``.
+
+        Raises:
+            PromptError: if it is unknown where the image tokens lie.
+        """
+        if part is None and picture is None and not isinstance(self.grid, str):
+            return values.unflatten(-1, self.grid)
+        return self.piece(part or "tiles", picture).on_grid(values)
+
 
 def visual_tokens(
     model: PreTrainedModel,
     site: str,
     spans: TokenSpans,
     inputs: Mapping[str, Tensor] | None = None,
+    places: Places | None = None,
 ) -> VisualTokens:
     """Return the image tokens of a site with their grid, or the reason why they lie on none.
 
@@ -63,15 +124,16 @@ def visual_tokens(
         else:
             grid = family.prompt_grid(model, site, inputs)
     except PromptError as error:
-        return VisualTokens(spans, str(error))
+        return VisualTokens(spans, str(error), places)
     if spans.visual_count != grid[0] * grid[1]:
         return VisualTokens(
             spans,
             f"the prompt has {spans.visual_count} image tokens, but the vision tower has a "
             f"grid of {grid[0]} × {grid[1]}, so they lie on no grid. Check the processor's "
             "patch_size, vision_feature_select_strategy and num_additional_image_tokens.",
+            places,
         )
-    return VisualTokens(spans, grid)
+    return VisualTokens(spans, grid, places)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -115,6 +177,16 @@ class Prompt(Mapping[str, Tensor]):
         return None if isinstance(grid, str) else grid
 
     @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Where the image tokens at the family's own site lie on the photos, measured when asked.
+
+        One for each photo, or for each of its tiles and its thumbnail; none where that is unknown
+        (``pieces_at`` says why). The rows of a batch share them.
+        """
+        pieces = next(iter(self.sites.values())).pieces
+        return () if isinstance(pieces, str) else pieces
+
+    @property
     def answer_start(self) -> int:
         """Where the answer begins in the ids that the model's ``generate`` returns."""
         rows = self.inputs.get("decoder_input_ids", self.inputs["input_ids"])
@@ -136,6 +208,26 @@ class Prompt(Mapping[str, Tensor]):
         """
         return self._at(site).shape
 
+    def piece_at(self, site: str, part: str = "tiles", picture: int | None = None) -> Piece:
+        """Return the piece that ``on_grid`` makes a map over: its tiles, grid and box.
+
+        Raises:
+            PromptError: if there is no such site, or it is unknown where its image tokens lie.
+            ParameterError: if there is no such part or picture.
+        """
+        return self._at(site).piece(part, picture)
+
+    def pieces_at(self, site: str) -> tuple[Piece, ...]:
+        """Return where a site's image tokens lie on the photos.
+
+        Raises:
+            PromptError: if there is no such site, or it is unknown where they lie.
+        """
+        pieces = self._at(site).pieces
+        if isinstance(pieces, str):
+            raise PromptError(pieces)
+        return pieces
+
     def _at(self, site: str) -> VisualTokens:
         if site not in self.sites:
             raise PromptError(
@@ -144,21 +236,28 @@ class Prompt(Mapping[str, Tensor]):
             )
         return self.sites[site]
 
-    def on_grid(self, values: Tensor) -> Tensor:
+    def on_grid(
+        self, values: Tensor, part: str | None = None, picture: int | None = None
+    ) -> Tensor:
         """Return values over the image tokens as a map that can be drawn on the picture.
 
-        The last axis of ``values`` becomes (rows, columns).
+        The last axis of ``values`` becomes (rows, columns). Where the picture was cut, ``part``
+        says of which pieces: "tiles" (the default) as one mosaic, or the "thumbnail"; ``piece_at``
+        has the box of the photo that they cover. Of several pictures, ``picture`` says which.
 
         Raises:
-            PromptError: if the image tokens lie on no grid, or their number is another.
+            PromptError: if it is unknown where the image tokens lie, or their number is another.
+            ParameterError: if there is no such part or picture.
         """
         count, reasons, grids = values.shape[-1], [], []
         for site, tokens in self.sites.items():
             if isinstance(tokens.grid, str):
                 if tokens.spans.visual_count == count:
+                    if not isinstance(tokens.pieces, str):
+                        return tokens.on_grid(values, part, picture)
                     reasons.append(tokens.grid)
             elif count == tokens.grid[0] * tokens.grid[1]:
-                return values.unflatten(-1, tokens.grid)
+                return tokens.on_grid(values, part, picture)
             else:
                 grids.append(f"{tokens.grid[0]} × {tokens.grid[1]} at the {site}")
         if reasons:
@@ -191,7 +290,7 @@ class Prompt(Mapping[str, Tensor]):
             self,
             inputs={name: rows[one] for name, rows in self.inputs.items()},
             sites={
-                name: VisualTokens(found.spans.row(index), found.grid)
+                name: found.row(index)
                 for name, found in self.sites.items()
             },
             batched=False,
@@ -219,10 +318,15 @@ def _listed(rows: Mapping[str, int]) -> str:
     return " and ".join(f"{name} has {count}" for name, count in rows.items())
 
 
-def prompt_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], **made_from: Any) -> Prompt:
+def prompt_of(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    given: Given | None = None,
+    **made_from: Any,
+) -> Prompt:
     """Return a prompt of a model's inputs, on the model's device; floats in the model's dtype.
 
-    ``made_from`` are the other fields of ``Prompt``.
+    ``given`` is what a processor made them of. ``made_from`` are the other fields of ``Prompt``.
 
     Raises:
         PromptError: if it is longer than the model's positions.
@@ -235,7 +339,13 @@ def prompt_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], **made_from:
     check_length(model, placed)
     family = find_family(model)
     sites = {
-        site.name: visual_tokens(model, site.name, family.spans(model, site.name, placed), placed)
+        site.name: visual_tokens(
+            model,
+            site.name,
+            family.spans(model, site.name, placed),
+            placed,
+            None if given is None else Places(model, given, site.name),
+        )
         for site in family.sites(model)
     }
     return Prompt(placed, sites, **made_from)

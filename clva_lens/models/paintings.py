@@ -1,0 +1,174 @@
+"""Which part of a photo the vision tower is given where: measured, whatever the processor does.
+
+What a processor does to a photo (scale, crop, pad, cut into tiles, put into patches) is not
+repeated here. It is given paintings of the photo's size whose grey says where a pixel was; where
+these greys come out, the photo's pixels do. Colours may be normalised on the way, because black and
+white paintings go too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+from clva_lens.ground.errors import PromptError
+
+Canvas = Float[Tensor, "4 high wide"]
+"""What the tower is given, as a rectangle of pixels or patches: how much of each is photo, and this
+times its x, its y and its photo's number, all in [0, 1]."""
+
+PHOTO = 0.98
+"""How much of a pixel of a canvas must be photo, for its greys to be read."""
+UNEVEN = 0.03
+"""How far off, as a share of the photo, a pixel may be from where even scaling would put it, beyond
+the step to the next pixel, which resizing may blur."""
+LEAST = 8
+"""Rows and columns that a scale is measured from, where there are that many."""
+
+
+class Fitted(NamedTuple):
+    """Where a canvas lies on a photo: its left and top, and the size of its pixels, on the photo.
+
+    ``picture`` is the photo's number.
+    """
+
+    picture: int
+    left: float
+    top: float
+    wide: float
+    high: float
+
+    def box(
+        self, cell: tuple[float, float, float, float], rows: int, columns: int
+    ) -> tuple[float, float, float, float]:
+        """Return the box of a grid whose first cell is (left, top, width, height) on the canvas."""
+        left, top = self.left + cell[0] * self.wide, self.top + cell[1] * self.high
+        right = left + columns * cell[2] * self.wide
+        bottom = top + rows * cell[3] * self.high
+        left, top, right, bottom = (round(edge, 3) + 0.0 for edge in (left, top, right, bottom))
+        return left, top, right, bottom
+
+
+def painted(
+    photos: Sequence[Image.Image], encode: Callable[[list[Image.Image]], dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return a prompt's inputs, and its pixels with a canvas's four values in place of colours.
+
+    The latter are [patch, 4] or [frame, patch, 4] where pictures come as patches, else
+    [frame, 4, high, wide], or [picture, frame, 4, high, wide]. ``encode`` makes the inputs.
+
+    Raises:
+        PromptError: if there are no pixels, or white ones come out as black ones.
+    """
+    last = max(1, len(photos) - 1)
+    greys: list[Callable[[int, int, int], np.ndarray]] = [
+        lambda number, high, wide: np.zeros((high, wide)),
+        lambda number, high, wide: np.ones((high, wide)),
+        lambda number, high, wide: np.broadcast_to(np.linspace(0, 1, wide), (high, wide)),
+        lambda number, high, wide: np.broadcast_to(np.linspace(0, 1, high)[:, None], (high, wide)),
+        lambda number, high, wide: np.full((high, wide), number / last),
+    ]
+    made = []
+    for grey in greys:
+        shown = [grey(number, one.height, one.width) for number, one in enumerate(photos)]
+        levels = [(255 * one).round().astype(np.uint8) for one in shown]
+        made.append(encode([Image.fromarray(one).convert("RGB") for one in levels]))
+    black, *others = (_means(inputs) for inputs in made)
+    axis = -1 if _in_patches(made[0]) else -3
+    seen = torch.stack([one - black for one in others], dim=axis)
+    most = float(seen.max())
+    if not most > 0:
+        raise PromptError(
+            "a white picture comes out of the processor as a black one does, so it is unknown "
+            "where a picture's pixels go."
+        )
+    return made[0], seen / most
+
+
+def _in_patches(inputs: Mapping[str, Tensor]) -> bool:
+    return "image_grid_thw" in inputs or "spatial_shapes" in inputs
+
+
+def _means(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean colour of each pixel, or of each patch."""
+    name = min((name for name in inputs if name.startswith("pixel_values")), default=None)
+    if name is None:
+        raise PromptError("the processor gives no pixel_values, so its pictures are not known.")
+    pixels = inputs[name].double()
+    if "image_grid_thw" in inputs:
+        return pixels.flatten(1).mean(dim=-1)
+    if _in_patches(inputs):
+        return pixels.mean(dim=-1)
+    return (pixels if "image_sizes" in inputs or pixels.ndim < 5 else pixels.flatten(0, 1)).mean(-3)
+
+
+def fitted(canvases: Sequence[Canvas], photos: Sequence[Image.Image]) -> list[Fitted]:
+    """Return where each canvas lies on which of the photos.
+
+    Of a canvas that is padding but for a strip, the scale is that of the most enlarged one.
+
+    Raises:
+        PromptError: if one is all padding, or its parts are moved unevenly.
+    """
+    found = [_fit(one, photos, None) for one in canvases]
+    sure = [one for one in found if one is not None]
+    if not sure:
+        raise PromptError("too little of the picture is left by the processor to be found in it.")
+    largest = min(sure, key=lambda one: one.wide * one.high)
+    return [
+        one or _fit(canvas, photos, largest) for one, canvas in zip(found, canvases, strict=True)
+    ]  # pyright: ignore[reportReturnType]
+
+
+def _trimmed(inside: Bool[Tensor, "high wide"]) -> Bool[Tensor, "high wide"]:
+    """Return it without two pixels at each side, where resizing has no neighbours to mix with."""
+    kept = inside.clone()
+    for axis in (0, 1):
+        lines = inside.any(dim=1 - axis).nonzero()[:, 0]
+        if len(lines) >= 2 * LEAST:
+            kept.index_fill_(axis, torch.cat([lines[:2], lines[-2:]]), False)
+    return kept
+
+
+def _fit(
+    canvas: Canvas, photos: Sequence[Image.Image], like: Fitted | None
+) -> Fitted | None:
+    inside = _trimmed(canvas[0] > PHOTO)
+    if not inside.any():
+        raise PromptError(
+            "the processor made a tile that is all padding, so where it lies is unknown."
+        )
+    across, down, number = canvas[1:] / canvas[0].clamp(min=PHOTO)
+    picture = round(float(number[inside].mean()) * max(1, len(photos) - 1))
+    size = photos[picture].size
+    ends = []
+    for values, axis, pixels in ((across, 0, size[0]), (down, 1, size[1])):
+        line = inside.any(dim=axis)
+        places = line.nonzero()[:, 0].double() + 0.5
+        seen = (values * inside).sum(dim=axis)[line] / inside.sum(dim=axis)[line]
+        # Grey 0 is the middle of the first pixel, grey 1 that of the last.
+        seen = seen * (pixels - 1) + 0.5
+        if len(places) < min(LEAST, max(2, len(line) // 2)) and like is None:
+            return None
+        if like is not None:
+            step = (like.wide, like.high)[axis]
+        else:
+            centred = places - places.mean()
+            step = float((centred * seen).sum() / centred.square().sum())
+        start = float(seen.mean() - step * places.mean())
+        every = (start + step * (torch.arange(len(line)) + 0.5) - 0.5) / max(1, pixels - 1)
+        wanted = every[None].expand_as(values) if axis == 0 else every[:, None].expand_as(values)
+        off = float((values - wanted)[inside].abs().max())
+        if off > UNEVEN + (abs(step) + 1) / pixels:
+            raise PromptError(
+                f"the image processor moves parts of a picture by {off:.0%} of its size from where "
+                "even scaling would put them (it may pad with the picture itself, or cut and "
+                "rearrange it), so it is unknown where image tokens lie on it."
+            )
+        ends.append((start, step))
+    (left, wide), (top, high) = ends
+    return Fitted(picture, left, top, wide, high)
