@@ -8,8 +8,10 @@ import numpy as np
 from clva_lens.ground.errors import ClvaLensError
 from clva_lens.lens.check import check_asked, check_family
 from clva_lens.lens.decoding import Beam, Greedy
+from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.generate import generate
 from clva_lens.lens.load import LensModel
+from clva_lens.lens.reading import first_line
 from clva_lens.methods.base import METHODS
 from clva_lens.models.family import Site
 from clva_lens.models.prompt import Prompt
@@ -65,7 +67,8 @@ def refusals(model: LensModel, prompt: Prompt) -> Iterator[tuple[str, str | None
     """Yield each registered method's name, and why the model refuses it; None if it applies.
 
     Found by answering with it, with its default parameters, in two tokens: greedily, or by the
-    beam search that a method is. An error that is none of clva_lens' own is raised.
+    beam search that a method is. An error of the model's own code is a reason too, named as such;
+    faults of the machine (see ``faults``) are raised.
     """
     for name, kind in METHODS.items():
         greedy = "greedy" in kind.decodings
@@ -74,6 +77,10 @@ def refusals(model: LensModel, prompt: Prompt) -> Iterator[tuple[str, str | None
             generate(model, prompt, method=kind(), decoding=decoding)
         except ClvaLensError as error:
             yield name, str(error)
+        except Exception as error:  # the model's code may raise anything
+            if machine_fault(error) is not None:
+                raise
+            yield name, f"it does not run here ({type(error).__name__}: {first_line(error)})"
         else:
             yield name, None
 

@@ -1,6 +1,8 @@
 """The table of real processors: one entry a model type (``real_processors.py``)."""
 
 from real_processors import Real, chatml, turns
+from tiny_families import GEMMA4 as GEMMA4_TOP
+from tiny_families import GEMMA4_UNIFIED
 
 SIDE = 32
 SQUARE = {"height": SIDE, "width": SIDE}
@@ -341,6 +343,7 @@ GEMMA_TURNS = turns(
 )
 GEMMA_START = ("<pad>", "<bos>", "<eos>", "<unk>")
 WIDE = {"text": {"sliding_window": 1024}}
+DEEP = {"text": {"sliding_window": 1024, "vocab_size_per_layer_input": 512}}
 GEMMA3 = Real(
     "Gemma3Processor",
     "Gemma3ImageProcessor",
@@ -370,7 +373,14 @@ GEMMA4 = Real(
     {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
     ("<|image|>", "<|video|>", "<|image>", "<image|>", "<|audio|>", "<|turn>", "<turn|>"),
     turns("<|turn>ROLE\n", "<|image|>", "<turn|>\n", "<|turn>model\n", "<bos>"),
-    {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"},
+    {
+        "image_token": "<|image|>",
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "audio_token": "<|audio|>",
+        "boa_token": "<|turn>",
+        "eoa_token": "<turn|>",
+    },
     {"image_seq_length": 70},
     parts={
         "feature_extractor": ("Gemma4AudioFeatureExtractor", {}),
@@ -378,7 +388,8 @@ GEMMA4 = Real(
     },
     start=GEMMA_START,
     begins=True,
-    model=WIDE,
+    model=DEEP
+    | {"top": {"vision_config": GEMMA4_TOP["vision_config"] | {"position_embedding_size": 512}}},
 )
 PALIGEMMA = Real(
     "PaliGemmaProcessor",
@@ -388,7 +399,7 @@ PALIGEMMA = Real(
     None,
     {"image_token": "<image>"},
     start=GEMMA_START,
-    model={"text": {"vocab_size": 2048, "sliding_window": 1024}},
+    model={"text": {"vocab_size": 2048}},
 )
 DEEPSEEK = Real(
     "DeepseekVLProcessor",
@@ -446,6 +457,7 @@ FUYU = Real(
     ("|SPEAKER|", "|NEWLINE|", "<0x00>", "<0x01>", "<0x02>", "<0x03>", "<0x04>"),
     None,
     start=("<pad>", "<s>", "|ENDOFTEXT|", "<unk>"),
+    pieces=True,
 )
 VIP = Real(
     "LlavaProcessor",
@@ -594,6 +606,13 @@ REAL: dict[str, Real] = {
         parts={
             "feature_extractor": ("Gemma4UnifiedAudioFeatureExtractor", {}),
             "video_processor": ("Gemma4UnifiedVideoProcessor", {}),
+        },
+        model=WIDE
+        | {
+            "top": {
+                "vision_config": GEMMA4_UNIFIED["vision_config"]
+                | {"pooling_kernel_size": 2, "model_patch_size": 16}
+            }
         },
     ),
     "glm46v": GLM46,

@@ -6,6 +6,8 @@ byte-level one trained here on a few words. Pictures and words fit the tiny mode
 (``tiny_families.py``), whose image token has id 5. ``real_families.py`` has the table.
 """
 
+import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -14,7 +16,16 @@ from typing import Any, NamedTuple
 import tiny_families as tiny
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 TORCHVISION = find_spec("torchvision") is not None
@@ -35,9 +46,10 @@ class Real(NamedTuple):
     tokens, from id 5 on: the image token, those of a video, of the picture's start and end, and any
     others; ``start`` names those of beginning, end and padding where the template writes them.
     ``named`` are attributes of the tokenizer that name tokens. ``settings`` are the processor's.
-    ``begins``: the tokenizer puts a BOS token before what it reads. ``model`` is what the model has
-    that the tiny one of random pixels has not, by part ("text", "vision", "top"). ``parts`` are
-    other parts of the processor, by their classes.
+    ``begins``: the tokenizer puts a BOS token before what it reads. ``pieces``: the special tokens
+    are words of its vocabulary, and a space is put before every text (sentencepiece). ``model`` is
+    what the model has that the tiny one of random pixels has not, by part ("text", "vision",
+    "top"). ``parts`` are other parts of the processor: their classes and settings.
     """
 
     processor: str
@@ -50,6 +62,7 @@ class Real(NamedTuple):
     videos: str | None = None
     start: tuple[str, ...] = ()
     begins: bool = False
+    pieces: bool = False
     model: Mapping[str, Mapping[str, Any]] = {}
     parts: Mapping[str, tuple[str, Mapping[str, Any]]] = {}
 
@@ -77,9 +90,9 @@ def chatml(image: str, lead: str = "") -> str:
 
 
 @cache
-def _words(tokens: tuple[str, ...], bos: str | None) -> str:
+def _words(tokens: tuple[str, ...], bos: str | None, pieces: bool) -> str:
     """Return a byte-level tokenizer, trained on a few words, as JSON."""
-    core = Tokenizer(models.BPE())
+    core = Tokenizer(models.BPE(ignore_merges=pieces))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -93,7 +106,17 @@ def _words(tokens: tuple[str, ...], bos: str | None) -> str:
         core.post_processor = processors.TemplateProcessing(
             f"{bos} $A", special_tokens=[(bos, tokens.index(bos))]
         )
-    return core.to_str()
+    if not pieces:
+        return core.to_str()
+    core.normalizer = normalizers.Prepend(" ")
+    between = Regex("|".join(re.escape(token) for token in tokens))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(between, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return json.dumps({**json.loads(core.to_str()), "added_tokens": []})
 
 
 def special_tokens(real: Real) -> tuple[str, ...]:
@@ -107,14 +130,16 @@ def tokenizer(real: Real) -> PreTrainedTokenizerFast:
     tokens = special_tokens(real)
     pad, bos, eos, unk, _ = tokens[:5]
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_words(tokens, bos if real.begins else None)),
+        tokenizer_object=Tokenizer.from_str(
+            _words(tokens, bos if real.begins else None, real.pieces)
+        ),
         pad_token=pad,
         bos_token=bos,
         eos_token=eos,
         unk_token=unk,
         padding_side="left",
         extra_special_tokens=dict(real.named),
-        additional_special_tokens=list(real.tokens),
+        additional_special_tokens=[] if real.pieces else list(real.tokens),
     )
 
 
