@@ -14,6 +14,7 @@ from clva_lens.lens.load import LensModel
 from clva_lens.lens.reading import first_line
 from clva_lens.methods.base import METHODS
 from clva_lens.models.family import Site
+from clva_lens.models.pieces import Piece
 from clva_lens.models.prompt import Prompt
 
 QUESTION = "Is there a cup in the image?"
@@ -45,6 +46,8 @@ def facts(model: LensModel, prompt: Prompt) -> Iterator[str]:
         yield f"image tokens at the {site}: {_runs(prompt, site)}"
         if isinstance(tokens.grid, str):
             yield f"no grid at the {site}: {tokens.grid}"
+            if not isinstance(tokens.pieces, str):
+                yield f"pieces at the {site}: {', '.join(map(_piece_fact, tokens.pieces))}"
         else:
             yield f"grid at the {site}: {tokens.grid[0]} × {tokens.grid[1]}"
 
@@ -92,6 +95,12 @@ def _site_fact(site: Site) -> str:
     count = f"{len(site.layers)} of {site.depth}" if len(site.layers) < site.depth else site.depth
     kernel = site.config._attn_implementation
     return f"site '{site.name}': {count} layers, {heads} heads{shared}, kernel '{kernel}'"
+
+
+def _piece_fact(piece: Piece) -> str:
+    left, top, right, bottom = (round(edge) for edge in piece.box)
+    kind = "thumbnail " if piece.thumbnail else ""
+    return f"{kind}{piece.rows} × {piece.columns} over [{left}, {top}, {right}, {bottom}]"
 
 
 def _runs(prompt: Prompt, site: str) -> str:

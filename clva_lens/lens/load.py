@@ -25,9 +25,9 @@ from clva_lens.lens.checkpoint import check_finite
 from clva_lens.lens.reading import first_line, read_named
 from clva_lens.methods.base import MethodLike
 from clva_lens.models.family import ModelFamily, Site, find_family
-from clva_lens.models.pictures import ImageLike, read_image
+from clva_lens.models.pictures import ImageLike, as_lists, read_image
 from clva_lens.models.pieces import Given
-from clva_lens.models.prompt import Asked, Prompt, as_lists, prompt_of
+from clva_lens.models.prompt import Asked, Prompt, prompt_of
 from clva_lens.models.wording import check_words, conversation, texts_of
 from clva_lens.toy import pretrained
 

@@ -131,23 +131,29 @@ def square_grid(config: Any) -> tuple[int, int] | None:
     if size is None or not patch:
         return None
     patches = size // patch
-    pooled = getattr(config, "mm_tokens_per_image", None)
+    pooled = _setting(config, "mm_tokens_per_image")
     if pooled is not None:
         return isqrt(pooled), isqrt(pooled)
-    share = getattr(config, "downsample_ratio", getattr(vision, "pixel_shuffle_ratio", None))
+    share = _setting(config, "downsample_ratio", "pixel_shuffle_ratio")
     if share is not None:
-        side = int(patches * share)
-        return side, side
-    factor = getattr(config, "scale_factor", getattr(config, "downsample_factor", None))
+        return int(patches * share), int(patches * share)
+    factor = _setting(config, "scale_factor", "downsample_factor")
     if factor is not None:
         return patches // factor, patches // factor
-    stride = getattr(vision, "hidden_stride", None)
+    stride = _setting(config, "hidden_stride")
     if stride is not None:
         return ceil(patches / stride), ceil(patches / stride)
     if config.model_type in A_TOKEN_A_PATCH:
         full = getattr(config, "vision_feature_select_strategy", "default") != "default"
         return None if full else (patches, patches)
     return None
+
+
+def _setting(config: Any, *names: str) -> Any:
+    """Return the first of these settings that the configuration, or its tower's, has."""
+    parts = (config, getattr(config, "vision_config", None))
+    found = (getattr(part, name, None) for part in parts for name in names)
+    return next((one for one in found if one is not None), None)
 
 
 def _side(size: Any) -> int | None:

@@ -35,7 +35,7 @@ class Laid(NamedTuple):
     rows: int
     columns: int
     tokens: Int[Tensor, " token"]
-    cell: tuple[float, float, float, float]
+    cell: tuple[float | int, float | int, float | int, float | int]
     thumbnail: bool | None = None
 
 
@@ -116,7 +116,9 @@ def _shaped(config: Any, inputs: Mapping[str, Tensor], seen: Tensor) -> tuple[li
     found, token, factor = [], 0, config.downsample_factor
     for patches, (high, wide) in zip(seen, inputs["spatial_shapes"].tolist(), strict=True):
         rows, columns = high // factor, wide // factor
-        canvas = rearrange(patches[: high * wide], "(high wide) value -> value high wide", high=high)
+        canvas = rearrange(
+            patches[: high * wide], "(high wide) value -> value high wide", high=high
+        )
         places = token + torch.arange(rows * columns)
         found.append(Laid(canvas, rows, columns, places, (0, 0, factor, factor)))
         token += rows * columns

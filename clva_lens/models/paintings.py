@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clva_lens.ground.errors import PromptError
 
-Canvas = Float[Tensor, "4 high wide"]
+Canvas = Float[Tensor, "4 _high _wide"]
 """What the tower is given, as a rectangle of pixels or patches: how much of each is photo, and this
 times its x, its y and its photo's number, all in [0, 1]."""
 
@@ -43,7 +43,7 @@ class Fitted(NamedTuple):
     high: float
 
     def box(
-        self, cell: tuple[float, float, float, float], rows: int, columns: int
+        self, cell: tuple[float | int, ...], rows: int, columns: int
     ) -> tuple[float, float, float, float]:
         """Return the box of a grid whose first cell is (left, top, width, height) on the canvas."""
         left, top = self.left + cell[0] * self.wide, self.top + cell[1] * self.high
@@ -134,9 +134,7 @@ def _trimmed(inside: Bool[Tensor, "high wide"]) -> Bool[Tensor, "high wide"]:
     return kept
 
 
-def _fit(
-    canvas: Canvas, photos: Sequence[Image.Image], like: Fitted | None
-) -> Fitted | None:
+def _fit(canvas: Canvas, photos: Sequence[Image.Image], like: Fitted | None) -> Fitted | None:
     inside = _trimmed(canvas[0] > PHOTO)
     if not inside.any():
         raise PromptError(

@@ -5,16 +5,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from clva_lens.ground.errors import PromptError
 from clva_lens.models.family import ModelFamily, find_family
-from clva_lens.models.layouts import laid_out
-from clva_lens.models.paintings import fitted, painted
+from clva_lens.models.layouts import Laid, laid_out
+from clva_lens.models.paintings import Fitted, fitted, painted
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels of the photo; a pixel's own edges are whole numbers."""
@@ -41,7 +42,7 @@ class Piece:
     tokens: Int[Tensor, " token"]
     thumbnail: bool = False
 
-    def on_grid(self, values: Float[Tensor, "*axes visual"]) -> Float[Tensor, "*axes row column"]:
+    def on_grid(self, values: Shaped[Tensor, "*axes visual"]) -> Shaped[Tensor, "*axes row column"]:
         """Return values over all image tokens of the prompt as a map over the piece's box."""
         chosen = values[..., self.tokens.to(values.device)]
         return chosen.unflatten(-1, (self.rows, self.columns))
@@ -55,6 +56,29 @@ class Piece:
         row = torch.arange(self.rows).repeat_interleave(self.columns)
         column = torch.arange(self.columns).repeat(self.rows)
         return torch.stack([x[column], y[row], x[column + 1], y[row + 1]], dim=1).float()
+
+    def view(self, photo: Image.Image) -> Image.Image:
+        """Return the photo within the box, and black beyond it: what a map is drawn over."""
+        size = (max(1, round(self.box[2] - self.box[0])), max(1, round(self.box[3] - self.box[1])))
+        return photo.transform(size, Image.Transform.EXTENT, self.box)
+
+    def covered(self, mask: Bool[np.ndarray, "height width"]) -> Float[Tensor, " token"]:
+        """Return the share of each token's box on which a mask of the photo is true, in [0, 1]."""
+        height, width = mask.shape
+        below = np.pad(mask, ((1, 0), (1, 0))).astype(np.float64).cumsum(axis=0).cumsum(axis=1)
+
+        def upto(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+            """The mask's area above and to the left of points."""
+            x, y = x.clip(0, width), y.clip(0, height)
+            left, top = (np.floor(x).astype(int), np.floor(y).astype(int))
+            right, bottom = np.minimum(left + 1, width), np.minimum(top + 1, height)
+            u, v = x - left, y - top
+            upper = (1 - u) * below[top, left] + u * below[top, right]
+            return (1 - v) * upper + v * ((1 - u) * below[bottom, left] + u * below[bottom, right])
+
+        x0, y0, x1, y1 = self.cells.double().numpy().T
+        area = upto(x1, y1) - upto(x0, y1) - upto(x1, y0) + upto(x0, y0)
+        return torch.from_numpy(area / ((x1 - x0) * (y1 - y0))).float()
 
     def __repr__(self) -> str:
         """Return the grid and its box."""
@@ -84,17 +108,18 @@ def joined(pieces: Sequence[Piece]) -> Piece:
             f"the {len(pieces)} pieces do not lie edge to edge, so they are no mosaic. Draw them "
             "one by one: piece.on_grid(values)."
         )
-    rows = [
-        torch.cat([placed[y, x].tokens.unflatten(0, (first.rows, -1)) for x in range(across)], dim=1)
+    grids = [
+        [placed[y, x].tokens.unflatten(0, (first.rows, -1)) for x in range(across)]
         for y in range(down)
     ]
+    mosaic = torch.cat([torch.cat(row, dim=1) for row in grids])
     last = placed[down - 1, across - 1].box
     return Piece(
         first.picture,
         (left, top, last[2], last[3]),
         down * first.rows,
         across * first.columns,
-        torch.cat(rows).flatten(),
+        mosaic.flatten(),
     )
 
 
@@ -150,20 +175,7 @@ class Places:
                 "unknown which part of the picture each is of. Maps can be read, not drawn."
             )
         known = fitted([one.canvas for one in laid], photos)
-        pieces = [
-            Piece(
-                place.picture,
-                place.box(one.cell, one.rows, one.columns),
-                one.rows,
-                one.columns,
-                one.tokens,
-                bool(one.thumbnail),
-            )
-            for one, place in zip(laid, known, strict=True)
-        ]
-        if any(one.thumbnail is not None for one in laid):
-            return tuple(pieces)
-        return tuple(replace(one, thumbnail=_covers_all(one, pieces, photos[one.picture])) for one in pieces)
+        return tuple(_piece(*one, laid, known, photos) for one in zip(laid, known, strict=True))
 
     def _grid(self, family: ModelFamily) -> tuple[int, int] | None:
         try:
@@ -172,14 +184,26 @@ class Places:
             return None
 
 
-def _covers_all(piece: Piece, pieces: Sequence[Piece], photo: Image.Image) -> bool:
-    """Return whether a piece covers as much of its photo as all others do, and is not alone."""
-    own = torch.tensor([one.box for one in pieces if one.picture == piece.picture])
-    ends = torch.tensor(photo.size)
-    (left, top), (right, bottom) = (
-        own[:, :2].amin(dim=0).clamp(min=0),
-        own[:, 2:].amax(dim=0).minimum(ends),
-    )
-    x0, y0, x1, y1 = piece.box
-    wide, high = min(x1, float(right)) - max(x0, float(left)), min(y1, float(bottom)) - max(y0, float(top))
-    return len(own) > 1 and wide * high > WHOLE * float((right - left) * (bottom - top))
+def _piece(
+    own: Laid, where: Fitted, laid: list[Laid], known: list[Fitted], photos: Sequence[Image.Image]
+) -> Piece:
+    """Return a piece; it is the thumbnail if it covers as much of its photo as all of them do."""
+    ends = (0, 0, *photos[where.picture].size)
+    boxes = [
+        _within(other.box(one.cell, one.rows, one.columns), ends)
+        for one, other in zip(laid, known, strict=True)
+        if other.picture == where.picture
+    ]
+    box = where.box(own.cell, own.rows, own.columns)
+    whole = [end(one[side] for one in boxes) for side, end in enumerate((min, min, max, max))]
+    covers = len(boxes) > 1 and _area(_within(box, ends)) > WHOLE * _area(whole)
+    thumbnail = covers if own.thumbnail is None else own.thumbnail
+    return Piece(where.picture, box, own.rows, own.columns, own.tokens, thumbnail)
+
+
+def _within(box: Sequence[float | int], ends: Sequence[float | int]) -> list[float | int]:
+    return [*map(max, box[:2], ends[:2]), *map(min, box[2:], ends[2:])]
+
+
+def _area(box: Sequence[float | int]) -> float:
+    return float((box[2] - box[0]) * (box[3] - box[1]))

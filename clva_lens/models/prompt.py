@@ -1,10 +1,10 @@
 """Images and questions become a prompt: model inputs, token spans, and the image's grid."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clva_lens.ground.axes import TokenSpans
-from clva_lens.ground.errors import ClvaLensError, ParameterError, PromptError
+from clva_lens.ground.errors import ClvaLensError, PromptError
 from clva_lens.ground.registry import did_you_mean
 from clva_lens.models.family import find_family, transformers_model
-from clva_lens.models.pictures import ImageLike, read_image
+from clva_lens.models.pictures import ImageLike
 from clva_lens.models.pieces import Given, Piece, Places
+from clva_lens.models.visual_tokens import VisualTokens, visual_tokens
 
 Asked = (
     Mapping[str, Any]
@@ -24,116 +25,6 @@ Asked = (
     | tuple[ImageLike | Sequence[ImageLike], str | Sequence[str], str | None]
 )
 """What every function takes as a prompt: a ``Prompt`` too is a mapping. See ``as_prompt``."""
-
-
-NO_PHOTO = (
-    "it is unknown where on a photo the image tokens lie, because the prompt was not made of one. "
-    "Pass model.prompt(image, question)."
-)
-
-
-class VisualTokens(NamedTuple):
-    """The image tokens of one attention site: their spans among its keys, and their grid.
-
-    ``grid`` is (rows, columns), or a sentence that says why there is none. ``places`` knows the
-    pieces of the photos, if the prompt was made of some.
-    """
-
-    spans: TokenSpans
-    grid: tuple[int, int] | str
-    places: Places | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The grid.
-
-        Raises:
-            PromptError: if there is none.
-        """
-        if isinstance(self.grid, str):
-            raise PromptError(self.grid)
-        return self.grid
-
-    @property
-    def pieces(self) -> tuple[Piece, ...] | str:
-        """Where they lie on the photos, or a sentence that says why that is unknown."""
-        return NO_PHOTO if self.places is None else self.places.pieces
-
-    @property
-    def drawable(self) -> bool:
-        """Whether a map over them can be drawn, by their grid or as the mosaic of one photo."""
-        return not isinstance(self.grid, str) or (
-            not isinstance(self.pieces, str) and len({one.picture for one in self.pieces}) == 1
-        )
-
-    def piece(self, part: str = "tiles", picture: int | None = None) -> Piece:
-        """Return the tiles of a photo as one mosaic, or its thumbnail (``part``).
-
-        What is not cut has one piece, whatever ``part`` is. ``picture`` is the photo's number,
-        which may be left out where there is one.
-
-        Raises:
-            ParameterError: if ``part`` or ``picture`` is none of these.
-            PromptError: if the pieces are unknown.
-        """
-        if part not in ("tiles", "thumbnail"):
-            raise ParameterError(f"part is {part!r}. Pass 'tiles' or 'thumbnail'.")
-        if isinstance(self.pieces, str):
-            raise PromptError(self.grid if isinstance(self.grid, str) else self.pieces)
-        pictures = sorted({one.picture for one in self.pieces})
-        if picture is None and len(pictures) > 1 or picture not in (None, *pictures):
-            raise ParameterError(
-                f"the prompt has {len(pictures)} pictures, but picture is {picture}. Pass picture= "
-                f"0 to {len(pictures) - 1}."
-            )
-        own = [one for one in self.pieces if picture in (None, one.picture)]
-        asked = [one for one in own if one.thumbnail == (part == "thumbnail")]
-        return joined(asked or own)
-
-    def row(self, index: int) -> "VisualTokens":
-        """Return those of one row of the batch."""
-        places = None if self.places is None else self.places.row(index)
-        return VisualTokens(self.spans.row(index), self.grid, places)
-
-    def on_grid(self, values: Tensor, part: str | None = None, picture: int | None = None) -> Tensor:
-        """Return values over the image tokens as a map; see ``Prompt.on_grid``.
-
-        Raises:
-            PromptError: if it is unknown where the image tokens lie.
-        """
-        if part is None and picture is None and not isinstance(self.grid, str):
-            return values.unflatten(-1, self.grid)
-        return self.piece(part or "tiles", picture).on_grid(values)
-
-
-def visual_tokens(
-    model: PreTrainedModel,
-    site: str,
-    spans: TokenSpans,
-    inputs: Mapping[str, Tensor] | None = None,
-    places: Places | None = None,
-) -> VisualTokens:
-    """Return the image tokens of a site with their grid, or the reason why they lie on none.
-
-    Where the grid depends on the picture, it is known from the prompt's ``inputs`` only.
-    """
-    family = find_family(model)
-    try:
-        if inputs is None:
-            grid = family.grid(model, site)
-        else:
-            grid = family.prompt_grid(model, site, inputs)
-    except PromptError as error:
-        return VisualTokens(spans, str(error), places)
-    if spans.visual_count != grid[0] * grid[1]:
-        return VisualTokens(
-            spans,
-            f"the prompt has {spans.visual_count} image tokens, but the vision tower has a "
-            f"grid of {grid[0]} × {grid[1]}, so they lie on no grid. Check the processor's "
-            "patch_size, vision_feature_select_strategy and num_additional_image_tokens.",
-            places,
-        )
-    return VisualTokens(spans, grid, places)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -187,6 +78,12 @@ class Prompt(Mapping[str, Tensor]):
         return () if isinstance(pieces, str) else pieces
 
     @property
+    def photos(self) -> tuple[Image.Image, ...]:
+        """The photos that ``Piece.picture`` numbers: those of one row, earlier turns' first."""
+        places = next(iter(self.sites.values())).places
+        return self.images[:1] if places is None else places.given.photos[0]
+
+    @property
     def answer_start(self) -> int:
         """Where the answer begins in the ids that the model's ``generate`` returns."""
         rows = self.inputs.get("decoder_input_ids", self.inputs["input_ids"])
@@ -198,7 +95,7 @@ class Prompt(Mapping[str, Tensor]):
         Raises:
             PromptError: if there is no such site.
         """
-        return self._at(site).spans
+        return self.tokens_at(site).spans
 
     def grid_at(self, site: str) -> tuple[int, int]:
         """Return (rows, columns) of a site's image tokens.
@@ -206,7 +103,7 @@ class Prompt(Mapping[str, Tensor]):
         Raises:
             PromptError: if there is no such site, or its image tokens lie on no grid.
         """
-        return self._at(site).shape
+        return self.tokens_at(site).shape
 
     def piece_at(self, site: str, part: str = "tiles", picture: int | None = None) -> Piece:
         """Return the piece that ``on_grid`` makes a map over: its tiles, grid and box.
@@ -215,7 +112,7 @@ class Prompt(Mapping[str, Tensor]):
             PromptError: if there is no such site, or it is unknown where its image tokens lie.
             ParameterError: if there is no such part or picture.
         """
-        return self._at(site).piece(part, picture)
+        return self.tokens_at(site).piece(part, picture)
 
     def pieces_at(self, site: str) -> tuple[Piece, ...]:
         """Return where a site's image tokens lie on the photos.
@@ -223,12 +120,17 @@ class Prompt(Mapping[str, Tensor]):
         Raises:
             PromptError: if there is no such site, or it is unknown where they lie.
         """
-        pieces = self._at(site).pieces
+        pieces = self.tokens_at(site).pieces
         if isinstance(pieces, str):
             raise PromptError(pieces)
         return pieces
 
-    def _at(self, site: str) -> VisualTokens:
+    def tokens_at(self, site: str) -> VisualTokens:
+        """Return the image tokens of a site.
+
+        Raises:
+            PromptError: if there is no such site.
+        """
         if site not in self.sites:
             raise PromptError(
                 f"this model has no attention site {site!r}; it has {', '.join(self.sites)}. Pass "
@@ -289,10 +191,7 @@ class Prompt(Mapping[str, Tensor]):
         return replace(
             self,
             inputs={name: rows[one] for name, rows in self.inputs.items()},
-            sites={
-                name: found.row(index)
-                for name, found in self.sites.items()
-            },
+            sites={name: found.row(index) for name, found in self.sites.items()},
             batched=False,
             images=self.images[one],
             questions=self.questions[one],
@@ -467,41 +366,3 @@ def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
         raise PromptError(
             f"the prompt has {length} tokens, but the model has {longest} positions. Shorten it."
         )
-
-
-def as_lists(
-    image: ImageLike | Sequence[ImageLike] | None,
-    question: str | Sequence[str],
-    background: str | None = "white",
-) -> tuple[list[Image.Image], list[str], bool]:
-    """Return images and questions as lists of one length, and whether lists were given.
-
-    One image with several questions is asked all of them; one question is asked of all images.
-    ``background`` is behind what is transparent (``read_image``).
-
-    Raises:
-        PromptError: if an image is missing, a question is empty, or the lists differ in length.
-    """
-    if image is None:
-        raise PromptError(
-            "there is a question but no image. Pass a picture: model.prompt(image, question)."
-        )
-    images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
-    alone = isinstance(question, str) or not isinstance(question, Iterable)
-    questions: list[Any] = [question] if alone else list(question)
-    batched = isinstance(image, list | tuple) or not alone
-    if not images or not questions:
-        raise PromptError(
-            f"got {len(images)} images and {len(questions)} questions. Pass at least one of each."
-        )
-    if len(images) != len(questions) and 1 not in (len(images), len(questions)):
-        raise PromptError(
-            f"got {len(images)} images but {len(questions)} questions. Pass lists of one length, "
-            "or a single image or question for all."
-        )
-    for index, text in enumerate(questions):
-        if not isinstance(text, str) or not text.strip():
-            raise PromptError(f"question {index} is {text!r}. Pass a question that is not empty.")
-    count = max(len(images), len(questions))
-    read = [read_image(one, background) for one in images]
-    return read * (count // len(read)), questions * (count // len(questions)), batched

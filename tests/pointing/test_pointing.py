@@ -291,7 +291,8 @@ def test_a_prompt_gives_the_size_and_the_grid(one):
     # A processor's output has no picture to compare with.
     assert torch.equal(cl.patch_mask(one, half, prompt=as_prompt(one, dict(prompt))), found)
     # The grid is the prompt's own: where it is another, its patches are others.
-    narrow = replace(prompt, sites={n: t._replace(grid=(2, 2)) for n, t in prompt.sites.items()})
+    coarse = {n: t._replace(grid=(2, 2), places=None) for n, t in prompt.sites.items()}
+    narrow = replace(prompt, sites=coarse)
     assert cl.patch_mask(one, half, prompt=narrow).tolist() == [True, False, True, False]
     with pytest.raises(PromptError, match="no attention site 'eye'"):
         cl.patch_mask(one, half, "eye", prompt=prompt)
