@@ -21,6 +21,8 @@ Canvas = Float[Tensor, "4 _high _wide"]
 """What the tower is given, as a rectangle of pixels or patches: how much of each is photo, and this
 times its x, its y and its photo's number, all in [0, 1]."""
 
+ERROR = 1 / 1000
+"""How far from a whole pixel an edge may come out that is one, as a share of its photo's side."""
 PHOTO = 0.98
 """How much of a pixel of a canvas must be photo, for its greys to be read."""
 UNEVEN = 0.03
@@ -33,10 +35,11 @@ LEAST = 8
 class Fitted(NamedTuple):
     """Where a canvas lies on a photo: its left and top, and the size of its pixels, on the photo.
 
-    ``picture`` is the photo's number.
+    ``picture`` is the photo's number, ``size`` its width and height.
     """
 
     picture: int
+    size: tuple[int, int]
     left: float
     top: float
     wide: float
@@ -49,8 +52,14 @@ class Fitted(NamedTuple):
         left, top = self.left + cell[0] * self.wide, self.top + cell[1] * self.high
         right = left + columns * cell[2] * self.wide
         bottom = top + rows * cell[3] * self.high
-        left, top, right, bottom = (round(edge, 3) + 0.0 for edge in (left, top, right, bottom))
+        edges = zip((left, top, right, bottom), self.size * 2, strict=True)
+        left, top, right, bottom = (_whole(edge, side * ERROR) for edge, side in edges)
         return left, top, right, bottom
+
+
+def _whole(edge: float, error: float) -> float:
+    whole = float(round(edge))
+    return whole if abs(edge - whole) < error else round(edge, 3)
 
 
 def painted(
@@ -68,14 +77,14 @@ def painted(
     greys: list[Callable[[int, int, int], np.ndarray]] = [
         lambda number, high, wide: np.zeros((high, wide)),
         lambda number, high, wide: np.ones((high, wide)),
-        lambda number, high, wide: np.broadcast_to(np.linspace(0, 1, wide), (high, wide)),
-        lambda number, high, wide: np.broadcast_to(np.linspace(0, 1, high)[:, None], (high, wide)),
+        lambda number, high, wide: _ramp(wide, high).T,
+        lambda number, high, wide: _ramp(high, wide),
         lambda number, high, wide: np.full((high, wide), number / last),
     ]
     made = []
     for grey in greys:
         shown = [grey(number, one.height, one.width) for number, one in enumerate(photos)]
-        levels = [(255 * one).round().astype(np.uint8) for one in shown]
+        levels = [np.ascontiguousarray(np.floor(255 * one)).astype(np.uint8) for one in shown]
         made.append(encode([Image.fromarray(one).convert("RGB") for one in levels]))
     black, *others = (_means(inputs) for inputs in made)
     axis = -1 if _in_patches(made[0]) else -3
@@ -87,6 +96,12 @@ def painted(
             "where a picture's pixels go."
         )
     return made[0], seen / most
+
+
+def _ramp(long: int, across: int) -> np.ndarray:
+    """Return a ramp from 0 to 1, [long, across], which in whole greys is even on average."""
+    raised = np.arange(across) * (5**0.5 - 1) / 2 % 1
+    return (255 * np.linspace(0, 1, long)[:, None] + raised).clip(0, 255) / 255
 
 
 def _in_patches(inputs: Mapping[str, Tensor]) -> bool:
@@ -169,4 +184,4 @@ def _fit(canvas: Canvas, photos: Sequence[Image.Image], like: Fitted | None) -> 
             )
         ends.append((start, step))
     (left, wide), (top, high) = ends
-    return Fitted(picture, left, top, wide, high)
+    return Fitted(picture, size, left, top, wide, high)

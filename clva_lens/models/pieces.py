@@ -131,7 +131,7 @@ class Given(NamedTuple):
     texts: tuple[str, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Places:
     """Where a site's image tokens lie on the photos of a prompt, found when it is asked for."""
 

@@ -309,12 +309,14 @@ def test_the_toys_objects(name):
     """Through the processor, boxes become the patches that a scene knows."""
     model, checked = cl.load(name), 0
     for scene in sample_scenes(10, seed=3):
+        prompt = model.prompt(render(scene), "Is there a cup?")
         for kind in scene.kinds:
             covered = np.zeros((64, 64), dtype=bool)
             for thing in scene.of_kind(kind):
                 covered |= pixel_mask((64, 64), box=(thing.x, thing.y, thing.size, thing.size))
             wanted = torch.from_numpy(scene.patches(kind)).flatten()
             assert torch.equal(cl.patch_mask(model, covered), wanted)
+            assert torch.equal(cl.patch_mask(model, covered, prompt=prompt), wanted)
             checked += 1
     assert checked > 20
 
