@@ -736,11 +736,19 @@ REASONS = {
 """Model types that are refused; what their processor makes may still be run, as it is."""
 
 
+ON_TORCHVISION = {
+    "FuyuProcessor": "its own code for Pillow calls a tensor's transpose() as an array's",
+    "PixtralProcessor": "it asks for torchvision, though its image processor does not",
+}
+"""Processors that do not run on Pillow alone, though all their parts can be built."""
+
+
 def needs_torchvision(real: Real) -> bool:
-    """Return whether a processor cannot be built on Pillow alone."""
-    names = (real.processor, f"{real.images}Pil", *(name for name, _ in real.parts.values()))
-    on_pillow = all(hasattr(transformers, name) for name in names)
-    return not on_pillow or any("Video" in name for name in (real.videos or "", *names[2:]))
+    """Return whether a processor does not run on Pillow alone."""
+    parts = [name for name, _ in real.parts.values()]
+    videos = [name for name in (real.videos or "", *parts) if "Video" in name]
+    on_pillow = hasattr(transformers, f"{real.images}Pil")
+    return not on_pillow or bool(videos) or real.processor in ON_TORCHVISION
 
 
 def table() -> str:
