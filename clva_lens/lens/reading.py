@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+)
 from transformers.utils import is_torchvision_available, logging
 from transformers.utils.hub import extract_commit_hash
 
@@ -44,7 +50,9 @@ def read_named(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any
             hub["revision"] = commit  # everything from one snapshot, whatever is pushed meanwhile
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **hub)
         check_size(config, folder)
-        processor = _processor(name, where, hub | ({"backend": "pil"} if toy else {}))
+        processor = None
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # else from_pretrained refuses
+            processor = _processor(name, where, hub | ({"backend": "pil"} if toy else {}))
         made: Any = AutoModelForImageTextToText.from_pretrained(
             where,
             config=config,

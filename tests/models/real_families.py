@@ -1,8 +1,13 @@
 """The table of real processors: one entry a model type (``real_processors.py``)."""
 
+from typing import NamedTuple
+
+import transformers
 from real_processors import Real, chatml, turns
 from tiny_families import GEMMA4 as GEMMA4_TOP
 from tiny_families import GEMMA4_UNIFIED
+
+from clva_lens.ground.errors import ClvaLensError, ModelCheckError, PromptError
 
 SIDE = 32
 SQUARE = {"height": SIDE, "width": SIDE}
@@ -428,7 +433,7 @@ GOT = Real(
     {"size": {"height": 128, "width": 128}},
     ("<imgpad>", "<video>", "<img>", "</img>", *CHATML),
     None,
-    model={"vision": {"image_size": 128}},
+    model={"vision": {"image_size": 128, "num_hidden_layers": 1, "output_channels": 8}},
 )
 # Its published template asks one question, whatever it is asked.
 CHART = GOT._replace(
@@ -705,3 +710,60 @@ REAL: dict[str, Real] = {
     ),
     "vipllava": VIP,
 }
+
+
+class Reason(NamedTuple):
+    """Why a model type does not work with its processor: in words, and what ``cl.load`` raises."""
+
+    words: str
+    error: type[ClvaLensError]
+    message: str
+
+
+REASONS = {
+    "llama4": Reason(
+        "transformers' own model does not run", ModelCheckError, "has no attribute 'image_outputs'"
+    ),
+    "pp_chart2table": Reason(
+        "its template asks one question, whatever it is asked",
+        ModelCheckError,
+        r"different questions.*Probably the chat template drops it",
+    ),
+    "shieldgemma2": Reason(
+        "its processor asks its own questions, three for one", PromptError, "makes 3 prompts of 1,"
+    ),
+}
+"""Model types that are refused; what their processor makes may still be run, as it is."""
+
+
+ON_TORCHVISION = {
+    "FuyuProcessor": "its own code for Pillow calls a tensor's transpose() as an array's",
+    "PixtralProcessor": "it asks for torchvision, though its image processor does not",
+}
+"""Processors that do not run on Pillow alone, though all their parts can be built."""
+
+
+def needs_torchvision(real: Real) -> bool:
+    """Return whether a processor does not run on Pillow alone."""
+    parts = [name for name, _ in real.parts.values()]
+    videos = [name for name in (real.videos or "", *parts) if "Video" in name]
+    on_pillow = hasattr(transformers, f"{real.images}Pil")
+    return not on_pillow or bool(videos) or real.processor in ON_TORCHVISION
+
+
+def table() -> str:
+    """Return the table that the README shows."""
+    works = sorted(set(REAL) - set(REASONS))
+    rows = {
+        "end to end, with torchvision": [one for one in works if needs_torchvision(REAL[one])],
+        "end to end, with torchvision or Pillow alone": [
+            one for one in works if not needs_torchvision(REAL[one])
+        ],
+    }
+    for kind, reason in REASONS.items():
+        rows.setdefault(f"refused: {reason.words}", []).append(kind)
+    lines = [
+        f"| {words} ({len(kinds)}) | {', '.join(f'`{kind}`' for kind in kinds)} |"
+        for words, kinds in rows.items()
+    ]
+    return "\n".join(["| | model types |", "|---|---|", *lines])
