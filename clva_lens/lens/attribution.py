@@ -27,8 +27,8 @@ from clva_lens.models.prompt import (
     Prompt,
     VisualTokens,
     as_prompt,
+    read_tokens,
     readable,
-    visual_tokens,
 )
 from clva_lens.models.readout import CacheModel, token_ids
 from clva_lens.science.heads import HeadClasses
@@ -240,7 +240,7 @@ class _Reading:
             classes=self.observer.trace(batched).heads(),
             label=self.label,
             batched=batched,
-            visual=visual_tokens(self.model, "decoder", step.spans),
+            visual=read_tokens(self.model, step.spans, prompt),
             prompt=prompt,
         )
 

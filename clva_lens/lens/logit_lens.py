@@ -30,8 +30,8 @@ from clva_lens.models.prompt import (
     Prompt,
     VisualTokens,
     as_prompt,
+    read_tokens,
     readable,
-    visual_tokens,
 )
 from clva_lens.models.readout import CacheModel, read_out, token_ids
 from clva_lens.models.step import Step
@@ -345,7 +345,6 @@ class _Reading(Session):
         if not batched:
             top, probabilities, logits, margin = top[0], probabilities[0], logits[0], margin[0]
             positions = positions[0]
-        given = None if prompt is None else prompt.inputs
         return LogitLens(
             top=top,
             probabilities=probabilities,
@@ -357,7 +356,7 @@ class _Reading(Session):
             span=name,
             batched=batched,
             ids=step.ids,
-            visual=visual_tokens(self.model, "decoder", step.spans, given),
+            visual=read_tokens(self.model, step.spans, prompt),
             tokenizer=self.words,
         )
 

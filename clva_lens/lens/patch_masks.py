@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError, PromptError
 from clva_lens.lens.load import LensModel
 from clva_lens.models.pieces import Piece
 from clva_lens.models.prompt import Prompt, VisualTokens
@@ -202,6 +202,8 @@ def patch_mask(
         tokens = prompt.tokens_at(site)
         if not isinstance(tokens.pieces, str):
             return _on_pieces(mask, tokens, tokens.picture(picture))
+        if tokens.reason:
+            raise PromptError(tokens.reason)
         rows, columns = tokens.shape
     x, y = (np.linspace(0, 1, size, dtype=np.float32) for size in mask.shape[::-1])
     painted = [mask.astype(np.float32), (x[None] + y[:, None]) / 2, np.ones_like(mask, np.float32)]

@@ -48,10 +48,10 @@ def picture_grid(
     if grid is None:
         grid = square_grid(model.config)
     if grid is None:
+        its = "its image tokens" if count is None else f"its {count} image tokens"
         raise PromptError(
-            f"neither the processor nor the configuration of {type(model).__name__} says where its "
-            f"{count} image tokens lie on the picture, so there is no grid. Maps can be read, not "
-            "drawn."
+            f"neither the processor nor the configuration of {type(model).__name__} says where "
+            f"{its} lie on the picture, so there is no grid. Maps can be read, not drawn."
         )
     if count is not None and grid[0] * grid[1] != count:
         raise PromptError(

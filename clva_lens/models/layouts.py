@@ -40,12 +40,13 @@ class Laid(NamedTuple):
 
 
 def laid_out(
-    config: Any, inputs: Mapping[str, Tensor], seen: Tensor, grid: tuple[int, int] | None
+    config: Any, inputs: Mapping[str, Tensor], seen: Tensor, grid: tuple[int, int] | str
 ) -> tuple[list[Laid], int]:
     """Return the pieces of one prompt's pictures, and how many image tokens they account for.
 
     ``seen`` has the pixels of the inputs, with the values of a ``Canvas`` in place of colours
-    (``painted``). ``grid`` is that of a frame, where all frames have the same.
+    (``painted``). ``grid`` is that of a frame, where all frames have the same, or a sentence that
+    says why there is none.
 
     Raises:
         PromptError: if no rule knows.
@@ -58,12 +59,8 @@ def laid_out(
         return _any_resolution(config, inputs, seen)
     if "image_sizes" in inputs and pixels_of_a_token(config) is not None:
         return _own_sizes(config, inputs, seen)
-    if grid is None:
-        raise PromptError(
-            f"neither the processor nor the configuration of a '{config.model_type}' says which "
-            "part of the picture each image token is of, so there are no pieces. Maps can be read, "
-            "not drawn."
-        )
+    if isinstance(grid, str):
+        raise PromptError(grid)
     return _frames(config, seen, grid)
 
 

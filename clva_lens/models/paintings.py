@@ -80,13 +80,14 @@ def painted(
         lambda number, high, wide: _ramp(wide, high).T,
         lambda number, high, wide: _ramp(high, wide),
         lambda number, high, wide: np.full((high, wide), number / last),
-    ]
+    ][: 5 if len(photos) > 1 else 4]
     made = []
     for grey in greys:
         shown = [grey(number, one.height, one.width) for number, one in enumerate(photos)]
         levels = [np.ascontiguousarray(np.floor(255 * one)).astype(np.uint8) for one in shown]
         made.append(encode([Image.fromarray(one).convert("RGB") for one in levels]))
     black, *others = (_means(inputs) for inputs in made)
+    others += [black] * (len(photos) == 1)  # its number is 0
     axis = -1 if _in_patches(made[0]) else -3
     seen = torch.stack([one - black for one in others], dim=axis)
     most = float(seen.max())

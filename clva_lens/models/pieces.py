@@ -177,11 +177,11 @@ class Places:
         known = fitted([one.canvas for one in laid], photos)
         return tuple(_piece(*one, laid, known, photos) for one in zip(laid, known, strict=True))
 
-    def _grid(self, family: ModelFamily) -> tuple[int, int] | None:
+    def _grid(self, family: ModelFamily) -> tuple[int, int] | str:
         try:
             return family.grid(self.model, self.site)
-        except PromptError:
-            return None
+        except PromptError as error:
+            return str(error)
 
 
 def _piece(

@@ -157,16 +157,17 @@ class Prompt(Mapping[str, Tensor]):
                 if tokens.spans.visual_count == count:
                     if not isinstance(tokens.pieces, str):
                         return tokens.on_grid(values, part, picture)
-                    reasons.append(tokens.grid)
+                    reasons.append(tokens.reason)
+                grids.append(f"there are {tokens.spans.visual_count} tokens at the {site}")
             elif count == tokens.grid[0] * tokens.grid[1]:
                 return tokens.on_grid(values, part, picture)
             else:
-                grids.append(f"{tokens.grid[0]} × {tokens.grid[1]} at the {site}")
+                grids.append(f"the grid is {tokens.grid[0]} × {tokens.grid[1]} at the {site}")
         if reasons:
             raise PromptError(reasons[0])
         raise PromptError(
-            f"the map has {count} values, but the grid is {' or '.join(grids)}. Pass a map over "
-            "this prompt's image tokens."
+            f"the map has {count} values, but {' or '.join(grids)}. Pass a map over this prompt's "
+            "image tokens."
         )
 
     def row(self, index: int) -> "Prompt":
@@ -215,6 +216,13 @@ class Prompt(Mapping[str, Tensor]):
 
 def _listed(rows: Mapping[str, int]) -> str:
     return " and ".join(f"{name} has {count}" for name, count in rows.items())
+
+
+def read_tokens(model: PreTrainedModel, spans: TokenSpans, prompt: Prompt | None) -> VisualTokens:
+    """Return the image tokens that a run's decoder read, and what its prompt knows of them."""
+    if prompt is None:
+        return visual_tokens(model, "decoder", spans)
+    return prompt.tokens_at("decoder")._replace(spans=spans)
 
 
 def prompt_of(

@@ -51,6 +51,13 @@ class VisualTokens(NamedTuple):
             not isinstance(self.pieces, str) and len({one.picture for one in self.pieces}) == 1
         )
 
+    @property
+    def reason(self) -> str:
+        """Why a map over them cannot be drawn; "" if it can."""
+        if not isinstance(self.grid, str) or not isinstance(self.pieces, str):
+            return ""
+        return self.grid if self.places is None else self.pieces
+
     def picture(self, number: int | None) -> int:
         """Return the number of a photo, which may be left out where there is one.
 
@@ -78,7 +85,7 @@ class VisualTokens(NamedTuple):
         if part not in ("tiles", "thumbnail"):
             raise ParameterError(f"part is {part!r}. Pass 'tiles' or 'thumbnail'.")
         if isinstance(self.pieces, str):
-            raise PromptError(self.grid if isinstance(self.grid, str) else self.pieces)
+            raise PromptError(self.reason or self.pieces)
         picture = self.picture(picture)
         own = [one for one in self.pieces if one.picture == picture]
         asked = [one for one in own if one.thumbnail == (part == "thumbnail")]

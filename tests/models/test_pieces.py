@@ -12,8 +12,11 @@ from real_families import REAL
 from real_processors import TORCHVISION, make_model, make_processor
 
 import clva_lens as cl
+from clva_lens.figures.saliency import saliency_overlays
 from clva_lens.ground.errors import ParameterError, PromptError
+from clva_lens.lens.side_by_side import Look, saliency_picture
 from clva_lens.models.prompt import as_prompt
+from clva_lens.science.anchors import VisualAnchors
 
 SIZES = ((90, 60), (60, 100))
 SPOTS = ((0.2, 0.2), (0.45, 0.3), (0.8, 0.25), (0.3, 0.55), (0.6, 0.7), (0.15, 0.85), (0.85, 0.8))
@@ -107,7 +110,7 @@ def test_a_spot_moves_the_tokens_whose_boxes_it_touches(kind):
         prompt = lens.prompt(pixels, QUESTION)
         if kind in NO_PIECES:
             assert prompt.pieces == ()
-            with pytest.raises(PromptError, match="which part of the picture each"):
+            with pytest.raises(PromptError, match="says where its image tokens lie"):
                 prompt.pieces_at("decoder")
             return
         pieces = prompt.pieces_at("decoder")
@@ -246,3 +249,30 @@ def test_what_is_unknown_is_said(cut):
         prompt.piece_at("decoder", "mosaic")
     with pytest.raises(ParameterError, match="has 1 pictures, but picture is 3"):
         prompt.piece_at("decoder", picture=3)
+
+
+def test_lenses_and_overlays_draw_pieces(cut):
+    pixels = photo((90, 60))
+    prompt = cut.prompt(pixels, QUESTION)
+    shapes = {part: prompt.piece_at("decoder", part) for part in ("tiles", "thumbnail")}
+    seen = cl.logit_lens(cut, prompt, span="image")
+    for part, piece in shapes.items():
+        drawn = seen.on_grid(part=part)
+        assert drawn.shape[-2:] == (piece.rows, piece.columns)
+        assert torch.equal(drawn.flatten(-2), seen.margin[..., piece.tokens])
+    assert seen.draw()._repr_png_()
+    with pytest.raises(PromptError, match=r"has 3 values, but there are \d+ tokens at the decoder"):
+        prompt.on_grid(torch.zeros(3))
+    trace = cl.trace_attention(cut, prompt)
+    positive = torch.arange(prompt.spans.visual_count) % 3 == 0
+    anchors = VisualAnchors(positive, ~positive, *trace.saliency("all")[:2], None, 1, 0)
+    picture = saliency_picture(cut, Look(prompt, trace, trace, anchors, None))
+    mosaic = shapes["tiles"]
+    assert picture.before.shape[-2:] == picture.positive.shape == (mosaic.rows, mosaic.columns)
+    # Over the photo within the mosaic's box; where padding goes beyond it, there is black.
+    left, top, right, bottom = (round(edge) for edge in mosaic.box)
+    assert picture.image.shape == (bottom - top, right - left, 3) and (left, right) == (0, 90)
+    assert not picture.image[: max(0, -top - 1)].any()
+    middle = (picture.image[30 - top] * 255).round()
+    assert min(np.abs(middle - row).max() for row in pixels[29:32]) == 0
+    assert saliency_overlays([picture], range(6))._repr_png_()

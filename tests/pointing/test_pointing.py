@@ -19,7 +19,7 @@ from clva_lens.lens.patch_masks import coco_mask, pixel_mask
 from clva_lens.models.prompt import as_prompt
 from clva_lens.science.pointing import pointing
 from clva_lens.toy.questions import exist_question
-from clva_lens.toy.scenes import sample_scenes
+from clva_lens.toy.scenes import render, sample_scenes
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 COCO = DATA / "coco_mini" / "annotations" / "instances_mini.json"
