@@ -6,7 +6,7 @@ from itertools import groupby
 import numpy as np
 
 from clva_lens.ground.errors import ClvaLensError
-from clva_lens.lens.check import check_asked, check_family
+from clva_lens.lens.check import check_model
 from clva_lens.lens.decoding import Beam, Greedy
 from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.generate import generate
@@ -58,8 +58,7 @@ def check(model: LensModel) -> str:
     Raises:
         ModelCheckError: naming what does not fit.
     """
-    moved = check_family(model.hf_model, model.prompt)
-    check_asked(model.hf_model, model.prompt)
+    moved = check_model(model.hf_model, model.prompt, model.name)
     return (
         "rows of every layer sum to 1, and hiding the image moves the logits by "
         f"{moved:.3g} or more"

@@ -13,14 +13,13 @@ from transformers import PreTrainedModel
 
 from clva_lens.ground.errors import (
     ClvaLensError,
-    ModelCheckError,
     ModelLoadError,
     ParameterError,
     PromptError,
 )
 from clva_lens.ground.registry import known_as
 from clva_lens.lens.cache import CachedRun, NamesFilter, run_with_cache
-from clva_lens.lens.check import check_asked, check_family
+from clva_lens.lens.check import check_model
 from clva_lens.lens.checkpoint import check_finite
 from clva_lens.lens.reading import first_line, read_named
 from clva_lens.methods.base import MethodLike
@@ -208,6 +207,7 @@ def load(
             of another shape or not finite; or if its files lead elsewhere, or cannot be read.
         ParameterError: if this machine does not have the device.
         ModelCheckError: if the check fails.
+        PromptError: if its processor does not make a prompt of a picture and a question.
     """
     if trust_remote_code:
         raise ModelLoadError(
@@ -235,9 +235,7 @@ def load(
         lens = LensModel(hf_model.eval(), processor, name, revision)
     if check:
         check_finite(hf_model, name)
-        with _in_words(f"'{name}' was loaded, but does not run", ModelCheckError):
-            check_family(lens.hf_model, lens.prompt)
-            check_asked(lens.hf_model, lens.prompt)
+        check_model(lens.hf_model, lens.prompt, name)
     return lens
 
 
