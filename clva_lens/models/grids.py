@@ -25,6 +25,9 @@ A_TOKEN_A_PATCH = (
 )
 """Model types that make one image token of each patch of a square picture."""
 
+CONVOLVED = {"got_ocr2": 4, "pp_chart2table": 4}
+"""Model types whose convolutions make one image token of so many patches a side."""
+
 
 def picture_grid(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], count: int | None
@@ -123,8 +126,8 @@ def square_grid(config: Any) -> tuple[int, int] | None:
     """Return (rows, columns) of the tokens of one square picture or tile; None if nothing says.
 
     A side's patches are pooled to √``mm_tokens_per_image``; or shrunk by ``downsample_ratio``,
-    ``pixel_shuffle_ratio``, ``scale_factor``, ``downsample_factor`` or ``hidden_stride``; or kept,
-    in model types that do so (``A_TOKEN_A_PATCH``).
+    ``pixel_shuffle_ratio``, ``scale_factor``, ``downsample_factor`` or ``hidden_stride``, or as a
+    model type's convolutions do (``CONVOLVED``); or kept (``A_TOKEN_A_PATCH``).
     """
     vision = getattr(config, "vision_config", None)
     size, patch = _side(getattr(vision, "image_size", None)), patch_side(config)
@@ -137,7 +140,7 @@ def square_grid(config: Any) -> tuple[int, int] | None:
     share = _setting(config, "downsample_ratio", "pixel_shuffle_ratio")
     if share is not None:
         return int(patches * share), int(patches * share)
-    factor = _setting(config, "scale_factor", "downsample_factor")
+    factor = CONVOLVED.get(config.model_type, _setting(config, "scale_factor", "downsample_factor"))
     if factor is not None:
         return patches // factor, patches // factor
     stride = _setting(config, "hidden_stride")

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from clva_lens.ground.errors import PromptError
-from clva_lens.models.grids import merge_sizes, patch_side, pixels_of_a_token
+from clva_lens.models.grids import CONVOLVED, merge_sizes, patch_side, pixels_of_a_token
 from clva_lens.models.paintings import Canvas
 
 ROWS_END = {"hunyuan_vl": 1}
@@ -140,13 +140,15 @@ def _frames(config: Any, seen: Tensor, grid: tuple[int, int]) -> tuple[list[Laid
     side, patch = seen.shape[-1], patch_side(config)
     # What is left of a side that the patches do not divide, no patch sees.
     cell = side / columns if not patch else ceil(side // patch / columns) * patch
+    # Kernels of 3 × 3 at steps of 2 are centred on the first of the two patches of a step.
+    ahead = -patch * (CONVOLVED.get(config.model_type, 1) - 1) / 2
     found = [
         Laid(
             frame,
             rows,
             columns,
             number * rows * columns + torch.arange(rows * columns),
-            (0, 0, cell, cell),
+            (ahead, ahead, cell, cell),
         )
         for number, frame in enumerate(seen)
     ]
