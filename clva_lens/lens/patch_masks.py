@@ -207,14 +207,14 @@ def patch_mask(
         rows, columns = tokens.shape
     x, y = (np.linspace(0, 1, size, dtype=np.float32) for size in mask.shape[::-1])
     painted = [mask.astype(np.float32), (x[None] + y[:, None]) / 2, np.ones_like(mask, np.float32)]
-    thing, ramp, picture = _followed(model, np.stack(painted, axis=2))
-    if not 0.8 < float(picture.max()) < 1.2:
+    thing, ramp, whole = _followed(model, np.stack(painted, axis=2))
+    if not 0.8 < float(whole.max()) < 1.2:
         raise BenchmarkError(
             "the image processor changes colours although do_normalize and do_rescale are off, so "
             "an object cannot be followed through it. Make the mask of image tokens yourself."
         )
-    _check_even(ramp, picture, 1 / max(1, min(mask.shape) - 1))
-    share = ((thing + picture) / 2).clamp(0, 1)
+    _check_even(ramp, whole, 1 / max(1, min(mask.shape) - 1))
+    share = ((thing + whole) / 2).clamp(0, 1)
     high, wide = share.shape[0] // rows, share.shape[1] // columns
     share = share[: rows * high, : columns * wide].reshape(rows, high, columns, wide)
     return (share.mean(dim=(1, 3)) >= COVERED).flatten()
