@@ -190,7 +190,8 @@ def _any_resolution(
         places = torch.arange(rows * columns)
         places = token + places + places // columns
         cell = (left * pixels / side, top * pixels / side, step_x, step_y)
-        found.append(Laid(mosaic, rows, columns, places, cell, False))
+        if len(places):  # of a narrow strip, nothing is left without the padding
+            found.append(Laid(mosaic, rows, columns, places, cell, False))
         token += rows * (columns + 1)
     return found, token
 

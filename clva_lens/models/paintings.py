@@ -28,8 +28,13 @@ PHOTO = 0.98
 UNEVEN = 0.03
 """How far off, as a share of the photo, a pixel may be from where even scaling would put it, beyond
 the step to the next pixel, which resizing may blur."""
-LEAST = 8
+TILT = 0.1
+"""How much a ramp also rises across: rows that round their greys alike would be off alike."""
+LEAST = 4
 """Rows and columns that a scale is measured from, where there are that many."""
+RIM = 2
+"""Rows and columns at each side that are left out where there are many: resizing has no neighbours
+to mix them with."""
 
 
 class Fitted(NamedTuple):
@@ -84,12 +89,16 @@ def painted(
     made = []
     for grey in greys:
         shown = [grey(number, one.height, one.width) for number, one in enumerate(photos)]
-        levels = [np.ascontiguousarray(np.floor(255 * one)).astype(np.uint8) for one in shown]
+        levels = [np.ascontiguousarray(255 * one).round().astype(np.uint8) for one in shown]
         made.append(encode([Image.fromarray(one).convert("RGB") for one in levels]))
     black, *others = (_means(inputs) for inputs in made)
     others += [black] * (len(photos) == 1)  # its number is 0
+    white, across, down, number = (one - black for one in others)
+    across, down = (
+        (one - TILT * two) / (1 - TILT) for one, two in ((across, down), (down, across))
+    )
     axis = -1 if _in_patches(made[0]) else -3
-    seen = torch.stack([one - black for one in others], dim=axis)
+    seen = torch.stack([white, across, down, number], dim=axis)
     most = float(seen.max())
     if not most > 0:
         raise PromptError(
@@ -100,9 +109,9 @@ def painted(
 
 
 def _ramp(long: int, across: int) -> np.ndarray:
-    """Return a ramp from 0 to 1, [long, across], which in whole greys is even on average."""
-    raised = np.arange(across) * (5**0.5 - 1) / 2 % 1
-    return (255 * np.linspace(0, 1, long)[:, None] + raised).clip(0, 255) / 255
+    """Return a ramp from 0 to 1, [long, across], that is tilted across."""
+    tilted = np.linspace(0, 1, long)[:, None] + TILT * np.linspace(0, 1, across)
+    return tilted / (1 + TILT)
 
 
 def _in_patches(inputs: Mapping[str, Tensor]) -> bool:
@@ -141,12 +150,12 @@ def fitted(canvases: Sequence[Canvas], photos: Sequence[Image.Image]) -> list[Fi
 
 
 def _trimmed(inside: Bool[Tensor, "high wide"]) -> Bool[Tensor, "high wide"]:
-    """Return it without two pixels at each side, where resizing has no neighbours to mix with."""
+    """Return it without its rim, where it is large."""
     kept = inside.clone()
     for axis in (0, 1):
         lines = inside.any(dim=1 - axis).nonzero()[:, 0]
-        if len(lines) >= 2 * LEAST:
-            kept.index_fill_(axis, torch.cat([lines[:2], lines[-2:]]), False)
+        if len(lines) >= 8 * RIM:
+            kept.index_fill_(axis, torch.cat([lines[:RIM], lines[-RIM:]]), False)
     return kept
 
 
