@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import clva_lens as cl
 from clva_lens.__main__ import app
-from clva_lens.ground.errors import SpanError
+from clva_lens.ground.errors import PromptError, SpanError
 from clva_lens.methods.base import METHODS
 
 QUESTION, OTHER, SYSTEM = "Is there a cup in the image?", "What is it?", "You are helpful."
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
     # numpy 2 of torch's tensors, within transformers' processors
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",
 )
+CLOSED = ("fuyu", "paligemma")  # their processors end the text
 # Without torchvision, these are enough.
 ALWAYS = ("idefics3", "paligemma", "shieldgemma2")
 
@@ -86,6 +87,7 @@ def test_end_to_end(kind, tmp_path):
     answered(lens, prompt)
     batched(lens, kind)
     led(lens, prompt)
+    begun(lens, kind)
     kept(lens, prompt, tmp_path)
 
 
@@ -146,6 +148,16 @@ def led(lens, prompt):
     assert text.index(SYSTEM) < text.index(QUESTION)
     assert told.spans.visual_count == prompt.spans.visual_count
     assert apart(last(lens.hf_model, told), last(lens.hf_model, prompt)) > 1e-3
+
+
+def begun(lens, kind):
+    """The beginning of an answer is the last that is read, or there is no place for it."""
+    if kind in CLOSED:
+        with pytest.raises(PromptError, match=r"ends every text with something of its own"):
+            lens.prompt(WIDE, QUESTION, answer="Yes")
+        return
+    asked = lens.prompt(WIDE, QUESTION, answer="Yes")
+    assert lens.words.decode(asked["input_ids"][0, -6:]).endswith("Yes")
 
 
 def kept(lens, prompt, folder):
