@@ -172,7 +172,7 @@ def kept(lens, prompt, folder):
     found = CliRunner().invoke(app, ["check-model", str(folder)])
     assert found.exit_code == 0, found.stderr
     shown = " ".join(found.stdout.split())
-    assert "hiding the image moves" in shown
+    assert "hiding the image moves" in shown and "does not run here" not in shown
     assert all(re.search(rf" {name}: (applies|refused\. )", shown) for name in METHODS.names())
 
 
