@@ -110,7 +110,7 @@ class LensModel(TransformersModel):
         Raises:
             PromptError: if an image cannot be read, a text is empty, has a control token or no
                 image, the lists differ in length, it is longer than the model's positions, or the
-                model has no place for the turns.
+                model has no place for the turns or for the beginning of an answer.
             ParameterError: if the background is no opaque colour.
         """
         images, questions, batched = as_lists(image, question, background)
@@ -135,10 +135,13 @@ class LensModel(TransformersModel):
             texts = [family.ask(processor, text, system) for text in questions]
         if answer is not None:
             texts = [family.begin(text, answer) for text in texts]
+        inputs = family.encode(model, processor, shown, texts)
+        if answer is not None:
+            family.check_begun(processor, texts, inputs)
         rows = tuple(tuple(row) if isinstance(row, list) else (row,) for row in shown)
         return prompt_of(
             model,
-            family.encode(model, processor, shown, texts),
+            inputs,
             Given(processor, rows, tuple(texts)),
             batched=batched,
             images=tuple(images),

@@ -140,6 +140,14 @@ class ModelFamily(ABC):
         """Return a prompt's text with the beginning of the answer, as ``encode`` takes it."""
         return continued(text, answer)
 
+    def check_begun(self, processor: Any, texts: list[str], inputs: Inputs) -> None:
+        """Check that inputs of texts with the beginning of an answer end with it.
+
+        Raises:
+            PromptError: if the processor writes something after it.
+        """
+        return
+
     @abstractmethod
     def ask(self, processor: ProcessorMixin, question: str, system: str | None) -> str:
         """Return the text of a prompt: image placeholder, question and assistant cue.

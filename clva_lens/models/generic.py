@@ -200,6 +200,19 @@ class Generic(ModelFamily):
         )
         return f"{system} {place}\n{question}" if system else f"{place}\n{question}"
 
+    def check_begun(self, processor: Any, texts: list[str], inputs: Mapping[str, Tensor]) -> None:
+        """Check that the last token of each text is the last that the model reads.
+
+        Raises:
+            PromptError: if the processor writes something after it, as PaliGemma's and Fuyu's do.
+        """
+        for text, row in zip(texts, inputs["input_ids"].tolist(), strict=True):
+            if processor.tokenizer(text, add_special_tokens=False).input_ids[-1:] != row[-1:]:
+                raise PromptError(
+                    f"the {type(processor).__name__} ends every text with something of its own, so "
+                    "the model would not go on with the answer. Leave answer= out."
+                )
+
     def encode(
         self, model: PreTrainedModel, processor: Any, images: list[Any], texts: list[str]
     ) -> dict[str, Tensor]:

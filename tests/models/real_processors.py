@@ -1,8 +1,8 @@
 """A real processor for each model type: its own classes, with small pictures and few words.
 
-What is real: the classes of processor, image and video processor, the names of the special tokens,
-and how a chat template writes a conversation. What is made small: pictures, and the vocabulary, a
-byte-level one trained here on a few words. Pictures and words fit the tiny models
+What is real: the classes of processor, image and video processor. Special tokens and chat templates
+have the published ones' shape. What is made small: pictures, and the vocabulary, a byte-level one
+trained here on a few words. Pictures and words fit the tiny models
 (``tiny_families.py``), whose image token has id 5. ``real_families.py`` has the table.
 """
 

@@ -13,7 +13,7 @@ import tiny_families as tiny
 import torch
 from PIL import Image
 from test_survey import apart, write
-from tiny_models import QUESTIONS, tokenizer
+from tiny_models import QUESTIONS, lens_of, make_processor, tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -28,8 +28,8 @@ from typer.testing import CliRunner
 
 import clva_lens as cl
 from clva_lens.__main__ import app
-from clva_lens.ground.errors import ModelLoadError
-from clva_lens.lens import reading
+from clva_lens.ground.errors import InterventionError, ModelLoadError
+from clva_lens.lens import facts, reading
 from clva_lens.methods.base import METHODS
 from clva_lens.toy import pretrained
 from clva_lens.toy.build import image_processor
@@ -107,7 +107,7 @@ def test_from_a_folder(folders, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "facts"),
+    ("kind", "told"),
     [
         (
             "gemma3",
@@ -130,13 +130,41 @@ def test_from_a_folder(folders, kind):
         ),
     ],
 )
-def test_check_model(folders, kind, facts):
+def test_check_model(folders, kind, told):
     found = CliRunner().invoke(app, ["check-model", str(folders[kind])])
     assert found.exit_code == 0, found.stderr
     shown = " ".join(found.stdout.split())
-    for fact in (*facts, "check: rows of every layer sum to 1, and hiding the image moves"):
+    for fact in (*told, "check: rows of every layer sum to 1, and hiding the image moves"):
         assert fact in shown, shown
     assert all(f" {name}: " in shown for name in METHODS.names())
+
+
+def test_a_method_that_fails_is_refused(monkeypatch):
+    """With what the model's code says; faults of the machine are raised."""
+    lens = lens_of("full", "sdpa")
+    prompt = lens.prompt(noise(32, 32), QUESTIONS[0])
+
+    def fail(error):
+        def raises(*given, **options):
+            raise error
+
+        monkeypatch.setattr(facts, "generate", raises)
+
+    fail(TypeError("crop() takes 1\npositional argument"))
+    found = dict(facts.refusals(lens, prompt))
+    assert set(found) == set(METHODS.names())
+    assert set(found.values()) == {"it does not run here (TypeError: crop() takes 1.)"}
+    fail(MemoryError())
+    with pytest.raises(MemoryError):
+        dict(facts.refusals(lens, prompt))
+
+
+def test_a_cache_that_does_not_go_back():
+    """OPERA looks ahead; layers without softmax attention forget what was before."""
+    lens = cl.load((tiny.tiny_model("qwen3_5"), make_processor()), check=False)
+    how = cl.Beam(num_beams=2, max_new_tokens=2)
+    with pytest.raises(InterventionError, match=r"keeps no past to go back to.*another method"):
+        cl.generate(lens, tiny.sample("qwen3_5", 0), cl.OPERA(), how)
 
 
 # ── torchvision ──

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import clva_lens as cl
 from clva_lens.__main__ import app
-from clva_lens.ground.errors import SpanError
+from clva_lens.ground.errors import PromptError, SpanError
 from clva_lens.methods.base import METHODS
 
 QUESTION, OTHER, SYSTEM = "Is there a cup in the image?", "What is it?", "You are helpful."
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
     # numpy 2 of torch's tensors, within transformers' processors
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",
 )
+CLOSED = ("fuyu", "paligemma")  # their processors end the text
 # Without torchvision, these are enough.
 ALWAYS = ("idefics3", "paligemma", "shieldgemma2")
 
@@ -86,6 +87,7 @@ def test_end_to_end(kind, tmp_path):
     answered(lens, prompt)
     batched(lens, kind)
     led(lens, prompt)
+    begun(lens, kind)
     kept(lens, prompt, tmp_path)
 
 
@@ -148,6 +150,16 @@ def led(lens, prompt):
     assert apart(last(lens.hf_model, told), last(lens.hf_model, prompt)) > 1e-3
 
 
+def begun(lens, kind):
+    """The beginning of an answer is the last that is read, or there is no place for it."""
+    if kind in CLOSED:
+        with pytest.raises(PromptError, match=r"ends every text with something of its own"):
+            lens.prompt(WIDE, QUESTION, answer="Yes")
+        return
+    asked = lens.prompt(WIDE, QUESTION, answer="Yes")
+    assert lens.words.decode(asked["input_ids"][0, -6:]).endswith("Yes")
+
+
 def kept(lens, prompt, folder):
     """From a folder, all is the same; check-model says of every method whether it applies."""
     lens.hf_model.save_pretrained(folder)
@@ -160,7 +172,7 @@ def kept(lens, prompt, folder):
     found = CliRunner().invoke(app, ["check-model", str(folder)])
     assert found.exit_code == 0, found.stderr
     shown = " ".join(found.stdout.split())
-    assert "hiding the image moves" in shown
+    assert "hiding the image moves" in shown and "does not run here" not in shown
     assert all(re.search(rf" {name}: (applies|refused\. )", shown) for name in METHODS.names())
 
 
