@@ -139,14 +139,14 @@ def fitted(canvases: Sequence[Canvas], photos: Sequence[Image.Image]) -> list[Fi
     Raises:
         PromptError: if one is all padding, or its parts are moved unevenly.
     """
-    found = [_fit(one, photos, None) for one in canvases]
-    sure = [one for one in found if one is not None]
+    steps = [_steps(one, photos) for one in canvases]
+    sure = [one for one in steps if one is not None]
     if not sure:
         raise PromptError("too little of the picture is left by the processor to be found in it.")
-    largest = min(sure, key=lambda one: one.wide * one.high)
+    finest = min(sure, key=lambda step: step[0] * step[1])
     return [
-        one or _fit(canvas, photos, largest) for one, canvas in zip(found, canvases, strict=True)
-    ]  # pyright: ignore[reportReturnType]
+        _fit(canvas, photos, step or finest) for canvas, step in zip(canvases, steps, strict=True)
+    ]
 
 
 def _trimmed(inside: Bool[Tensor, "high wide"]) -> Bool[Tensor, "high wide"]:
@@ -159,39 +159,67 @@ def _trimmed(inside: Bool[Tensor, "high wide"]) -> Bool[Tensor, "high wide"]:
     return kept
 
 
-def _fit(canvas: Canvas, photos: Sequence[Image.Image], like: Fitted | None) -> Fitted | None:
+class _Seen(NamedTuple):
+    """What a canvas shows: which of its pixels are photo, their x and y, in [0, 1], and of which.
+
+    ``lines`` are the middles of columns and of rows that have some, and the mean x and y in each.
+    """
+
+    inside: Bool[Tensor, "high wide"]
+    values: tuple[Tensor, Tensor]
+    lines: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+    picture: int
+
+
+def _seen(canvas: Canvas, photos: Sequence[Image.Image]) -> _Seen:
     inside = _trimmed(canvas[0] > PHOTO)
     if not inside.any():
         raise PromptError(
             "the processor made a tile that is all padding, so where it lies is unknown."
         )
     across, down, number = canvas[1:] / canvas[0].clamp(min=PHOTO)
+
+    def lines(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        any_photo = inside.any(dim=axis)
+        means = (values * inside).sum(dim=axis)[any_photo] / inside.sum(dim=axis)[any_photo]
+        return any_photo.nonzero()[:, 0].double() + 0.5, means
+
     picture = round(float(number[inside].mean()) * max(1, len(photos) - 1))
-    size = photos[picture].size
-    ends = []
-    for values, axis, pixels in ((across, 0, size[0]), (down, 1, size[1])):
-        line = inside.any(dim=axis)
-        places = line.nonzero()[:, 0].double() + 0.5
-        seen = (values * inside).sum(dim=axis)[line] / inside.sum(dim=axis)[line]
-        # Grey 0 is the middle of the first pixel, grey 1 that of the last.
-        seen = seen * (pixels - 1) + 0.5
-        if len(places) < min(LEAST, max(2, len(line) // 2)) and like is None:
+    return _Seen(inside, (across, down), (lines(across, 0), lines(down, 1)), picture)
+
+
+def _steps(canvas: Canvas, photos: Sequence[Image.Image]) -> tuple[float, float] | None:
+    """Return the size of a canvas's pixels on its photo; None if too little of it is seen."""
+    seen = _seen(canvas, photos)
+    steps = []
+    for (places, means), long, pixels in zip(
+        seen.lines, canvas.shape[:0:-1], photos[seen.picture].size, strict=True
+    ):
+        if len(places) < min(LEAST, max(2, long // 2)):
             return None
-        if like is not None:
-            step = (like.wide, like.high)[axis]
-        else:
-            centred = places - places.mean()
-            step = float((centred * seen).sum() / centred.square().sum())
-        start = float(seen.mean() - step * places.mean())
-        every = (start + step * (torch.arange(len(line)) + 0.5) - 0.5) / max(1, pixels - 1)
-        wanted = every[None].expand_as(values) if axis == 0 else every[:, None].expand_as(values)
-        off = float((values - wanted)[inside].abs().max())
-        if off > UNEVEN + (abs(step) + 1) / pixels:
+        centred = places - places.mean()
+        steps.append(float((centred * means).sum() / centred.square().sum()) * (pixels - 1))
+    return steps[0], steps[1]
+
+
+def _fit(canvas: Canvas, photos: Sequence[Image.Image], steps: tuple[float, float]) -> Fitted:
+    """Return where a canvas with pixels of a known size lies."""
+    seen = _seen(canvas, photos)
+    size = photos[seen.picture].size
+    starts = []
+    for axis, step in enumerate(steps):
+        places, means = seen.lines[axis]
+        # Grey 0 is the middle of the first pixel, grey 1 that of the last.
+        start = float(means.mean()) * (size[axis] - 1) + 0.5 - step * float(places.mean())
+        starts.append(start)
+        every = torch.arange(canvas.shape[2 - axis]) + 0.5
+        even = (start + step * every - 0.5) / max(1, size[axis] - 1)
+        wanted = even[None] if axis == 0 else even[:, None]
+        off = float((seen.values[axis] - wanted)[seen.inside].abs().max())
+        if off > UNEVEN + (abs(step) + 1) / size[axis]:
             raise PromptError(
                 f"the image processor moves parts of a picture by {off:.0%} of its size from where "
                 "even scaling would put them (it may pad with the picture itself, or cut and "
                 "rearrange it), so it is unknown where image tokens lie on it."
             )
-        ends.append((start, step))
-    (left, wide), (top, high) = ends
-    return Fitted(picture, size, left, top, wide, high)
+    return Fitted(seen.picture, size, *starts, *steps)

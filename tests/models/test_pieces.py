@@ -8,6 +8,7 @@ attention is silenced, so that a token sees its own patches (and what a convolut
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from real_families import REAL
 from real_processors import TORCHVISION, make_model, make_processor
 
@@ -15,6 +16,7 @@ import clva_lens as cl
 from clva_lens.figures.saliency import saliency_overlays
 from clva_lens.ground.errors import ParameterError, PromptError
 from clva_lens.lens.side_by_side import Look, saliency_picture
+from clva_lens.models.paintings import fitted, painted
 from clva_lens.models.prompt import as_prompt
 from clva_lens.science.anchors import VisualAnchors
 
@@ -148,6 +150,44 @@ def test_a_spot_moves_the_tokens_whose_boxes_it_touches(kind):
     assert len(hits) > 10  # a crop may leave spots out
     assert min(hits) > 0
     assert shift.abs().max() < 0.25  # of a cell
+
+
+# ── what is measured ──
+
+EXACT = {
+    "cropped": (lambda one: one[10:50, 5:65], (5, 10, 65, 50)),
+    "padded": (lambda one: np.pad(one, ((0, 0), (20, 12), (0, 0))), (-20, 0, 102, 60)),
+    "larger": (lambda one: one.repeat(3, axis=0).repeat(2, axis=1), (0, 0, 90, 60)),
+    "a corner": (lambda one: np.pad(one[:9, :7], ((23, 0), (25, 0), (0, 0))), (-25, -23, 7, 9)),
+}
+
+
+def measured(change):
+    """Return what is seen of a picture of 90 × 60, changed and normalised by channel."""
+
+    def encode(shown):
+        colours = change(np.asarray(shown[0])) / 255
+        normal = (colours - (0.5, 0.4, 0.3)) / (0.2, 0.3, 0.4)
+        return {"pixel_values": torch.from_numpy(normal).permute(2, 0, 1)[None]}
+
+    pictures = [Image.fromarray(photo((90, 60)))]
+    return fitted(list(painted(pictures, encode)[1]), pictures)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_boxes_are_exact(name):
+    change, box = EXACT[name]
+    high, wide = change(photo((90, 60))).shape[:2]
+    (found,) = measured(change)
+    near = found.box((0, 0, wide / 4, high / 4), 4, 4)
+    assert near == (pytest.approx(box, abs=0.1) if name == "a corner" else box)
+
+
+def test_what_cannot_be_followed_is_refused():
+    with pytest.raises(PromptError, match=r"moves parts of a picture by \d+%"):
+        measured(lambda one: np.pad(one, ((0, 0), (30, 30), (0, 0)), mode="reflect"))
+    with pytest.raises(PromptError, match=r"all padding|comes out of the processor as a black one"):
+        measured(np.zeros_like)
 
 
 # ── what is drawn and asked of pieces ──
