@@ -139,14 +139,13 @@ def fitted(canvases: Sequence[Canvas], photos: Sequence[Image.Image]) -> list[Fi
     Raises:
         PromptError: if one is all padding, or its parts are moved unevenly.
     """
-    steps = [_steps(one, photos) for one in canvases]
+    shown = [_seen(one, photos) for one in canvases]
+    steps = [_steps(one, photos) for one in shown]
     sure = [one for one in steps if one is not None]
     if not sure:
         raise PromptError("too little of the picture is left by the processor to be found in it.")
     finest = min(sure, key=lambda step: step[0] * step[1])
-    return [
-        _fit(canvas, photos, step or finest) for canvas, step in zip(canvases, steps, strict=True)
-    ]
+    return [_fit(one, photos, step or finest) for one, step in zip(shown, steps, strict=True)]
 
 
 def _trimmed(inside: Bool[Tensor, "high wide"]) -> Bool[Tensor, "high wide"]:
@@ -188,12 +187,11 @@ def _seen(canvas: Canvas, photos: Sequence[Image.Image]) -> _Seen:
     return _Seen(inside, (across, down), (lines(across, 0), lines(down, 1)), picture)
 
 
-def _steps(canvas: Canvas, photos: Sequence[Image.Image]) -> tuple[float, float] | None:
+def _steps(seen: _Seen, photos: Sequence[Image.Image]) -> tuple[float, float] | None:
     """Return the size of a canvas's pixels on its photo; None if too little of it is seen."""
-    seen = _seen(canvas, photos)
     steps = []
     for (places, means), long, pixels in zip(
-        seen.lines, canvas.shape[:0:-1], photos[seen.picture].size, strict=True
+        seen.lines, seen.inside.shape[::-1], photos[seen.picture].size, strict=True
     ):
         if len(places) < min(LEAST, max(2, long // 2)):
             return None
@@ -202,9 +200,8 @@ def _steps(canvas: Canvas, photos: Sequence[Image.Image]) -> tuple[float, float]
     return steps[0], steps[1]
 
 
-def _fit(canvas: Canvas, photos: Sequence[Image.Image], steps: tuple[float, float]) -> Fitted:
+def _fit(seen: _Seen, photos: Sequence[Image.Image], steps: tuple[float, float]) -> Fitted:
     """Return where a canvas with pixels of a known size lies."""
-    seen = _seen(canvas, photos)
     size = photos[seen.picture].size
     starts = []
     for axis, step in enumerate(steps):
@@ -212,7 +209,7 @@ def _fit(canvas: Canvas, photos: Sequence[Image.Image], steps: tuple[float, floa
         # Grey 0 is the middle of the first pixel, grey 1 that of the last.
         start = float(means.mean()) * (size[axis] - 1) + 0.5 - step * float(places.mean())
         starts.append(start)
-        every = torch.arange(canvas.shape[2 - axis]) + 0.5
+        every = torch.arange(seen.inside.shape[1 - axis]) + 0.5
         even = (start + step * every - 0.5) / max(1, size[axis] - 1)
         wanted = even[None] if axis == 0 else even[:, None]
         off = float((seen.values[axis] - wanted)[seen.inside].abs().max())
@@ -222,4 +219,4 @@ def _fit(canvas: Canvas, photos: Sequence[Image.Image], steps: tuple[float, floa
                 "even scaling would put them (it may pad with the picture itself, or cut and "
                 "rearrange it), so it is unknown where image tokens lie on it."
             )
-    return Fitted(seen.picture, size, *starts, *steps)
+    return Fitted(seen.picture, size, starts[0], starts[1], steps[0], steps[1])
