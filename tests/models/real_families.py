@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import transformers
 from real_processors import Real, chatml, turns
+from survey_table import REASONS as SURVEYED
 from tiny_families import GEMMA4 as GEMMA4_TOP
 from tiny_families import GEMMA4_UNIFIED
 
@@ -593,7 +594,7 @@ REAL: dict[str, Real] = {
         sizes=STILL,
         videos="Cosmos3EdgeVideoProcessor",
     ),
-    "cosmos3_omni": QWEN3,
+    "cosmos3_omni": QWEN3._replace(model={"vision": {"deepstack_visual_indexes": [0, 1]}}),
     "deepseek_vl": DEEPSEEK,
     "deepseek_vl_hybrid": DEEPSEEK._replace(
         processor="DeepseekVLHybridProcessor",
@@ -721,9 +722,6 @@ class Reason(NamedTuple):
 
 
 REASONS = {
-    "llama4": Reason(
-        "transformers' own model does not run", ModelCheckError, "has no attribute 'image_outputs'"
-    ),
     "pp_chart2table": Reason(
         "its template asks one question, whatever it is asked",
         ModelCheckError,
@@ -733,6 +731,10 @@ REASONS = {
         "its processor asks its own questions, three for one", PromptError, "makes 3 prompts of 1,"
     ),
 }
+if "llama4" in SURVEYED:
+    REASONS["llama4"] = Reason(
+        SURVEYED["llama4"].words, ModelCheckError, SURVEYED["llama4"].message
+    )
 """Model types that are refused; what their processor makes may still be run, as it is."""
 
 
