@@ -36,6 +36,7 @@ pytestmark = [
     )
 ]
 APART = UNBATCHED if installed("5.23") else (*UNBATCHED, "minimax_m3_vl")
+BEAMLESS = ("granite_docling",)  # transformers' own beam search fails on it, so OPERA does
 CLOSED = ("fuyu", "paligemma")  # their processors end the text
 # Without torchvision, these are enough.
 ALWAYS = ("idefics3", "paligemma", "shieldgemma2")
@@ -94,7 +95,7 @@ def test_end_to_end(kind, tmp_path):
     batched(lens, kind)
     led(lens, prompt)
     begun(lens, kind)
-    kept(lens, prompt, tmp_path)
+    kept(lens, prompt, tmp_path, kind)
 
 
 def looked_at(lens, prompt, kind):
@@ -167,7 +168,7 @@ def begun(lens, kind):
     assert lens.words.decode(asked["input_ids"][0, -6:]).endswith("Yes")
 
 
-def kept(lens, prompt, folder):
+def kept(lens, prompt, folder, kind):
     """From a folder, all is the same; check-model says of every method whether it applies."""
     lens.hf_model.save_pretrained(folder)
     lens.processor.save_pretrained(folder)
@@ -180,7 +181,7 @@ def kept(lens, prompt, folder):
     assert found.exit_code == 0, found.stderr
     shown = " ".join(found.stdout.split())
     assert "hiding the image moves" in shown
-    assert "does not run here" not in shown or not installed("5.24")
+    assert "does not run here" not in shown or kind in BEAMLESS or not installed("5.24")
     assert all(re.search(rf" {name}: (applies|refused\. )", shown) for name in METHODS.names())
 
 
