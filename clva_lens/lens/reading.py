@@ -14,8 +14,9 @@ from transformers import (
     AutoProcessor,
     PreTrainedModel,
 )
-from transformers.utils import is_torchvision_available, logging
+from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
+from transformers.utils.import_utils import is_torchvision_available
 
 from clva_lens.ground.errors import ModelLoadError
 from clva_lens.ground.registry import did_you_mean

