@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from real_families import REAL
 from real_processors import TORCHVISION, make_model, make_processor
+from survey_table import ABSENT
 
 import clva_lens as cl
 from clva_lens.figures.saliency import saliency_overlays
@@ -114,7 +115,7 @@ def spotted(lens, pixels, pieces, before):
         yield x, y, (entering(lens, lens.prompt(shown, QUESTION)) - before).norm(dim=-1)
 
 
-@pytest.mark.parametrize("kind", sorted(set(PROCESSORS) - set(ELSEWHERE)))
+@pytest.mark.parametrize("kind", sorted(set(PROCESSORS) - set(ELSEWHERE) - ABSENT))
 def test_a_spot_moves_the_tokens_whose_boxes_it_touches(kind):
     lens, hits, off = lens_of(kind), [], []
     for size in SIZES:
