@@ -27,8 +27,8 @@ from clva_lens.models.prompt import (
     Prompt,
     VisualTokens,
     as_prompt,
+    read_tokens,
     readable,
-    visual_tokens,
 )
 from clva_lens.models.readout import CacheModel, token_ids
 from clva_lens.science.heads import HeadClasses
@@ -76,13 +76,15 @@ class LogitAttribution:
         """What each layer's heads together bring from each image token, in logits."""
         return self.image.sum(dim=-2)
 
-    def on_grid(self) -> Float[Tensor, "*batch layer row column"]:
-        """Return ``image_tokens`` on the patch grid.
+    def on_grid(
+        self, part: str | None = None, picture: int | None = None
+    ) -> Float[Tensor, "*batch layer row column"]:
+        """Return ``image_tokens`` as maps (``Prompt.on_grid``).
 
         Raises:
             PromptError: if the image tokens lie on no grid.
         """
-        return self.image_tokens.unflatten(-1, self.visual.shape)
+        return self.visual.on_grid(self.image_tokens, part, picture)
 
     def draw(self) -> Drawing:
         """Return the heat map of layers and heads, with the head classes marked.
@@ -238,7 +240,7 @@ class _Reading:
             classes=self.observer.trace(batched).heads(),
             label=self.label,
             batched=batched,
-            visual=visual_tokens(self.model, "decoder", step.spans),
+            visual=read_tokens(self.model, step.spans, prompt),
             prompt=prompt,
         )
 

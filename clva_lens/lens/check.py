@@ -15,7 +15,9 @@ from clva_lens.ground.errors import (
     ModelCheckError,
     PromptError,
 )
+from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.observers import Observer
+from clva_lens.lens.reading import first_line
 from clva_lens.methods.knockout import KnockOut
 from clva_lens.methods.target import Target, shape_of
 from clva_lens.models.family import ModelFamily, find_family
@@ -23,6 +25,29 @@ from clva_lens.models.prompt import Prompt
 
 QUESTIONS = ("What is in the image?", "Is there a cup in the image?")
 _Ask = Callable[[np.ndarray, str], Prompt]
+
+
+def check_model(model: PreTrainedModel, prompt: _Ask, name: str) -> float:
+    """Return what ``check_family`` does, after both checks.
+
+    Raises:
+        ModelCheckError: naming what does not fit, or what the model's own code raises.
+        PromptError: if no prompt can be made.
+    """
+    try:
+        moved = check_family(model, prompt)
+        check_asked(model, prompt)
+    except ClvaLensError:
+        raise
+    except Exception as error:  # the model's code may raise anything
+        if machine_fault(error) == "memory":
+            raise
+        raise ModelCheckError(
+            f"'{name}' was loaded, but does not run: {first_line(error)} "
+            f"({type(error).__name__}). Call it on what its processor makes: if it fails there "
+            "too, mend its files or use another version of transformers."
+        ) from error
+    return moved
 
 
 @undisturbed()

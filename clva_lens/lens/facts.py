@@ -6,12 +6,15 @@ from itertools import groupby
 import numpy as np
 
 from clva_lens.ground.errors import ClvaLensError
-from clva_lens.lens.check import check_asked, check_family
+from clva_lens.lens.check import check_model
 from clva_lens.lens.decoding import Beam, Greedy
+from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.generate import generate
 from clva_lens.lens.load import LensModel
+from clva_lens.lens.reading import first_line
 from clva_lens.methods.base import METHODS
 from clva_lens.models.family import Site
+from clva_lens.models.pieces import Piece
 from clva_lens.models.prompt import Prompt
 
 QUESTION = "Is there a cup in the image?"
@@ -43,6 +46,8 @@ def facts(model: LensModel, prompt: Prompt) -> Iterator[str]:
         yield f"image tokens at the {site}: {_runs(prompt, site)}"
         if isinstance(tokens.grid, str):
             yield f"no grid at the {site}: {tokens.grid}"
+            if not isinstance(tokens.pieces, str):
+                yield f"pieces at the {site}: {', '.join(map(_piece_fact, tokens.pieces))}"
         else:
             yield f"grid at the {site}: {tokens.grid[0]} × {tokens.grid[1]}"
 
@@ -53,8 +58,7 @@ def check(model: LensModel) -> str:
     Raises:
         ModelCheckError: naming what does not fit.
     """
-    moved = check_family(model.hf_model, model.prompt)
-    check_asked(model.hf_model, model.prompt)
+    moved = check_model(model.hf_model, model.prompt, model.name)
     return (
         "rows of every layer sum to 1, and hiding the image moves the logits by "
         f"{moved:.3g} or more"
@@ -65,7 +69,8 @@ def refusals(model: LensModel, prompt: Prompt) -> Iterator[tuple[str, str | None
     """Yield each registered method's name, and why the model refuses it; None if it applies.
 
     Found by answering with it, with its default parameters, in two tokens: greedily, or by the
-    beam search that a method is. An error that is none of clva_lens' own is raised.
+    beam search that a method is. An error of the model's own code is a reason too, named as such;
+    faults of the machine (see ``faults``) are raised.
     """
     for name, kind in METHODS.items():
         greedy = "greedy" in kind.decodings
@@ -74,6 +79,10 @@ def refusals(model: LensModel, prompt: Prompt) -> Iterator[tuple[str, str | None
             generate(model, prompt, method=kind(), decoding=decoding)
         except ClvaLensError as error:
             yield name, str(error)
+        except Exception as error:  # the model's code may raise anything
+            if machine_fault(error) is not None:
+                raise
+            yield name, f"it does not run here ({type(error).__name__}: {first_line(error)})"
         else:
             yield name, None
 
@@ -85,6 +94,12 @@ def _site_fact(site: Site) -> str:
     count = f"{len(site.layers)} of {site.depth}" if len(site.layers) < site.depth else site.depth
     kernel = site.config._attn_implementation
     return f"site '{site.name}': {count} layers, {heads} heads{shared}, kernel '{kernel}'"
+
+
+def _piece_fact(piece: Piece) -> str:
+    left, top, right, bottom = (round(edge) for edge in piece.box)
+    kind = "thumbnail " if piece.thumbnail else ""
+    return f"{kind}{piece.rows} × {piece.columns} over [{left}, {top}, {right}, {bottom}]"
 
 
 def _runs(prompt: Prompt, site: str) -> str:

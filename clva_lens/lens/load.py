@@ -13,20 +13,20 @@ from transformers import PreTrainedModel
 
 from clva_lens.ground.errors import (
     ClvaLensError,
-    ModelCheckError,
     ModelLoadError,
     ParameterError,
     PromptError,
 )
 from clva_lens.ground.registry import known_as
 from clva_lens.lens.cache import CachedRun, NamesFilter, run_with_cache
-from clva_lens.lens.check import check_asked, check_family
+from clva_lens.lens.check import check_model
 from clva_lens.lens.checkpoint import check_finite
 from clva_lens.lens.reading import first_line, read_named
 from clva_lens.methods.base import MethodLike
 from clva_lens.models.family import ModelFamily, Site, find_family
-from clva_lens.models.pictures import ImageLike, read_image
-from clva_lens.models.prompt import Asked, Prompt, as_lists, prompt_of
+from clva_lens.models.pictures import ImageLike, as_lists, read_image
+from clva_lens.models.pieces import Given
+from clva_lens.models.prompt import Asked, Prompt, prompt_of
 from clva_lens.models.wording import check_words, conversation, texts_of
 from clva_lens.toy import pretrained
 
@@ -112,7 +112,7 @@ class LensModel(TransformersModel):
         Raises:
             PromptError: if an image cannot be read, a text is empty, has a control token or no
                 image, the lists differ in length, it is longer than the model's positions, or the
-                model has no place for the turns.
+                model has no place for the turns or for the beginning of an answer.
             ParameterError: if the background is no opaque colour.
         """
         images, questions, batched = as_lists(image, question, background)
@@ -137,9 +137,14 @@ class LensModel(TransformersModel):
             texts = [family.ask(processor, text, system) for text in questions]
         if answer is not None:
             texts = [family.begin(text, answer) for text in texts]
+        inputs = family.encode(model, processor, shown, texts)
+        if answer is not None:
+            family.check_begun(processor, texts, inputs)
+        rows = tuple(tuple(row) if isinstance(row, list) else (row,) for row in shown)
         return prompt_of(
             model,
-            family.encode(model, processor, shown, texts),
+            inputs,
+            Given(processor, rows, tuple(texts)),
             batched=batched,
             images=tuple(images),
             questions=tuple(questions),
@@ -207,6 +212,7 @@ def load(
             of another shape or not finite; or if its files lead elsewhere, or cannot be read.
         ParameterError: if this machine does not have the device.
         ModelCheckError: if the check fails.
+        PromptError: if its processor does not make a prompt of a picture and a question.
     """
     if trust_remote_code:
         raise ModelLoadError(
@@ -234,9 +240,7 @@ def load(
         lens = LensModel(hf_model.eval(), processor, name, revision)
     if check:
         check_finite(hf_model, name)
-        with _in_words(f"'{name}' was loaded, but does not run", ModelCheckError):
-            check_family(lens.hf_model, lens.prompt)
-            check_asked(lens.hf_model, lens.prompt)
+        check_model(lens.hf_model, lens.prompt, name)
     return lens
 
 

@@ -30,8 +30,8 @@ from clva_lens.models.prompt import (
     Prompt,
     VisualTokens,
     as_prompt,
+    read_tokens,
     readable,
-    visual_tokens,
 )
 from clva_lens.models.readout import CacheModel, read_out, token_ids
 from clva_lens.models.step import Step
@@ -66,9 +66,12 @@ class LogitLens:
     tokenizer: Any
 
     def on_grid(
-        self, values: Float[Tensor, "*axes visual"] | None = None
+        self,
+        values: Float[Tensor, "*axes visual"] | None = None,
+        part: str | None = None,
+        picture: int | None = None,
     ) -> Float[Tensor, "*axes row column"]:
-        """Return values over the image tokens (None: the margin) on the patch grid.
+        """Return values over the image tokens (None: the margin) as maps (``Prompt.on_grid``).
 
         Raises:
             ParameterError: if the span is not the image, or there is no margin.
@@ -79,14 +82,13 @@ class LogitLens:
                 f"the span is '{self.span}', but only image tokens lie on a grid. Call "
                 "logit_lens(model, prompt, span='image')."
             )
-        grid = self.visual.shape
         values = self.margin if values is None else values
         if values is None:
             raise ParameterError(
                 "the tokenizer has no single token for yes or no, so there is no margin. Pass "
                 "tokens= to logit_lens, and on_grid(lens.logits[..., 0])."
             )
-        return values.unflatten(-1, grid)
+        return self.visual.on_grid(values, part, picture)
 
     def words(self, rank: int = 0) -> list[list[str]]:
         """Return the text of the likeliest tokens of a single prompt, by layer and position.
@@ -115,7 +117,7 @@ class LogitLens:
         """
         self._single()
         values, label = self._shown()
-        if self.span == "image" and not isinstance(self.visual.grid, str):
+        if self.span == "image" and self.visual.drawable:
             chosen = evenly(len(self.layers), MOST_MAPS)
             maps = self.on_grid(values[chosen]).cpu().numpy()
             numbered = [self.layers[row] for row in chosen]
@@ -343,7 +345,6 @@ class _Reading(Session):
         if not batched:
             top, probabilities, logits, margin = top[0], probabilities[0], logits[0], margin[0]
             positions = positions[0]
-        given = None if prompt is None else prompt.inputs
         return LogitLens(
             top=top,
             probabilities=probabilities,
@@ -355,7 +356,7 @@ class _Reading(Session):
             span=name,
             batched=batched,
             ids=step.ids,
-            visual=visual_tokens(self.model, "decoder", step.spans, given),
+            visual=read_tokens(self.model, step.spans, prompt),
             tokenizer=self.words,
         )
 

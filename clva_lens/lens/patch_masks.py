@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError, PromptError
 from clva_lens.lens.load import LensModel
-from clva_lens.models.prompt import Prompt
+from clva_lens.models.pieces import Piece
+from clva_lens.models.prompt import Prompt, VisualTokens
 
 COVERED = 0.25
 """The share of a patch that an object has to cover."""
@@ -174,46 +175,68 @@ def patch_mask(
     site: str | None = None,
     *,
     prompt: Prompt | None = None,
+    picture: int | None = None,
 ) -> Bool[Tensor, " visual"]:
     """Return the image tokens of which an object covers a quarter or more.
 
     ``mask`` has the object's pixels in the picture as it is before the processor; ``site`` is the
     attention site whose image tokens are meant, None the family's own. ``prompt`` is one about the
-    picture: the mask must have its size, and the grid is the prompt's, which is needed where it
-    depends on the picture. What the processor crops away is on no patch; what it pads, in whatever
-    colour, is no object.
+    picture, which is needed where the image tokens depend on it; of several pictures, ``picture``
+    is the number. The mask must have the picture's size. Tokens of tiles and of the thumbnail are
+    marked alike, those that end rows never. What the processor crops away is on no patch; what it
+    pads, in whatever colour, is no object.
 
     Raises:
-        PromptError: if the site's image tokens lie on no grid.
-        BenchmarkError: if the mask has another size than the prompt's picture, or the processor
-            does not make one picture of one picture, changes its colours although asked for raw
-            ones, or does more than scale, crop, turn and pad it with a colour (repeats its edge,
-            for example).
+        PromptError: if it is unknown where the site's image tokens lie.
+        ParameterError: if the prompt has several pictures, and none is named.
+        BenchmarkError: if the mask has another size than the prompt's picture; or, where no piece
+            is known, if the processor does not make one picture of one picture, changes its colours
+            although asked for raw ones, or does more than scale, crop, turn and pad it with a
+            colour (repeats its edge, for example).
     """
     site = model.site.name if site is None else site
     if prompt is None:
         rows, columns = model.family.grid(model.hf_model, site)
     else:
-        _check_size(mask, prompt)
-        rows, columns = prompt.grid_at(site)
+        _check_size(mask, prompt, picture)
+        tokens = prompt.tokens_at(site)
+        if not isinstance(tokens.pieces, str):
+            return _on_pieces(mask, tokens, tokens.picture(picture))
+        if tokens.reason:
+            raise PromptError(tokens.reason)
+        rows, columns = tokens.shape
     x, y = (np.linspace(0, 1, size, dtype=np.float32) for size in mask.shape[::-1])
     painted = [mask.astype(np.float32), (x[None] + y[:, None]) / 2, np.ones_like(mask, np.float32)]
-    thing, ramp, picture = _followed(model, np.stack(painted, axis=2))
-    if not 0.8 < float(picture.max()) < 1.2:
+    thing, ramp, whole = _followed(model, np.stack(painted, axis=2))
+    if not 0.8 < float(whole.max()) < 1.2:
         raise BenchmarkError(
             "the image processor changes colours although do_normalize and do_rescale are off, so "
             "an object cannot be followed through it. Make the mask of image tokens yourself."
         )
-    _check_even(ramp, picture, 1 / max(1, min(mask.shape) - 1))
-    share = ((thing + picture) / 2).clamp(0, 1)
+    _check_even(ramp, whole, 1 / max(1, min(mask.shape) - 1))
+    share = ((thing + whole) / 2).clamp(0, 1)
     high, wide = share.shape[0] // rows, share.shape[1] // columns
     share = share[: rows * high, : columns * wide].reshape(rows, high, columns, wide)
     return (share.mean(dim=(1, 3)) >= COVERED).flatten()
 
 
-def _check_size(mask: Bool[np.ndarray, "height width"], prompt: Prompt) -> None:
+def _on_pieces(
+    mask: Bool[np.ndarray, "height width"], tokens: VisualTokens, picture: int
+) -> Bool[Tensor, " visual"]:
+    found = torch.zeros(tokens.spans.visual_count, dtype=torch.bool)
+    for piece in tokens.pieces:
+        assert isinstance(piece, Piece)
+        if piece.picture == picture:
+            found[piece.tokens] = piece.covered(mask) >= COVERED
+    return found
+
+
+def _check_size(
+    mask: Bool[np.ndarray, "height width"], prompt: Prompt, picture: int | None
+) -> None:
     """Raise BenchmarkError unless a mask has the size of a prompt's pictures, where it has them."""
-    other = next((one.size for one in prompt.images if one.size != mask.shape[::-1]), None)
+    shown = prompt.images if picture is None else prompt.photos[picture : picture + 1]
+    other = next((one.size for one in shown if one.size != mask.shape[::-1]), None)
     if other is not None:
         raise BenchmarkError(
             f"the mask has {mask.shape[0]} × {mask.shape[1]} pixels (height × width), but the "

@@ -107,7 +107,7 @@ class PatchingResult:
     def _gridded(
         self, effects: Float[Tensor, "*batch layer token"]
     ) -> Float[Tensor, "*batch layer row column"]:
-        return effects.unflatten(-1, self.prompt.grid_at("decoder"))
+        return self.prompt.sites["decoder"].on_grid(effects)
 
     def draw(self) -> Drawing:
         """Return the normalised effect, drawn: image tokens on the patch grid, else a heat map.
@@ -132,7 +132,7 @@ class PatchingResult:
             else f"in {unit}, as source − target is only {apart:+.2g}"
         )
         label = f"effect of {self.part} on {self.label}\n{note}"
-        gridded = not isinstance(self.prompt.sites["decoder"].grid, str)
+        gridded = self.prompt.sites["decoder"].drawable
         if (self.each, self.span) == ("position", "image") and gridded:
             maps = self._gridded(effects)
             chosen = evenly(len(maps), MOST_MAPS)

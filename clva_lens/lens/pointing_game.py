@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index, weighted_mean
 from clva_lens.figures import Drawing
 from clva_lens.figures import pointing as draw_pointing
-from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError, ParameterError
+from clva_lens.models.prompt import Prompt
 from clva_lens.science.pointing import pointing
 
 
@@ -83,6 +84,8 @@ def pointing_game(
     saliency: Float[Tensor, "*sample_axes visual"],
     mask: Bool[Tensor, "*sample visual"],
     *,
+    prompt: Prompt | None = None,
+    part: str | None = None,
     layers: Sequence[int] | None = None,
     groups: Sequence[Hashable] | None = None,
     resamples: int = 2000,
@@ -96,11 +99,20 @@ def pointing_game(
     a scene's own. […, layer, head, visual] plays head by head (``trace.maps``). ``layers`` are the
     0-based numbers of the layers, where they are not 0, 1, 2, … (``trace.layers``). Objects of one
     picture are not independent: ``groups`` names the picture of each, and pictures are resampled.
+    With a ``prompt`` whose image tokens lie as those of all samples do, only those that are patches
+    play, not those that end rows; ``part`` plays on the "tiles" or on the "thumbnail" alone.
 
     Raises:
+        PromptError: if it is unknown where the prompt's image tokens lie.
+        ParameterError: if ``part`` is neither, or there is no prompt to know it from.
         BenchmarkError: if the sizes differ, an object covers no patch, or a map is negative, not
             finite or empty.
     """
+    if prompt is not None:
+        playing = _patches(prompt, saliency.shape[-1], part)
+        saliency, mask = (one[..., playing.to(one.device)] for one in (saliency, mask))
+    elif part is not None:
+        raise ParameterError(f"part is {part!r}, but there is no prompt. Pass prompt= too.")
     found = pointing(saliency, mask)
     count = found.hit.shape[mask.ndim - 1] if found.hit.ndim >= mask.ndim else 1
     numbered = tuple(range(count) if layers is None else layers)
@@ -124,6 +136,20 @@ def pointing_game(
         objects,
         float(confidence),
         numbered,
+    )
+
+
+def _patches(prompt: Prompt, count: int, part: str | None) -> Int[Tensor, " patch"]:
+    """Return the places of those of ``count`` image tokens that are patches."""
+    for site, tokens in prompt.sites.items():
+        if tokens.spans.visual_count == count:
+            if part is not None:
+                return tokens.piece(part).tokens
+            return torch.cat([one.tokens for one in prompt.pieces_at(site)]).sort().values
+    counts = ", ".join(str(tokens.spans.visual_count) for tokens in prompt.sites.values())
+    raise BenchmarkError(
+        f"the maps have {count} values, but the prompt has {counts} image tokens. Pass maps over "
+        "this prompt's image tokens."
     )
 
 

@@ -7,15 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
+from transformers.utils.import_utils import is_torchvision_available
 
 from clva_lens.ground.errors import ModelLoadError
 from clva_lens.ground.registry import did_you_mean
 from clva_lens.lens.checkpoint import HUB, check_files, check_size, check_weights
 from clva_lens.models.qwen_files import published_folder, register_classes
 from clva_lens.toy import pretrained
+
+VISION = 'Install what processors of pictures need: pip install "clva-lens[vision]".'
 
 
 def read_named(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any, str | None]:
@@ -42,6 +51,9 @@ def read_named(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any
             hub["revision"] = commit  # everything from one snapshot, whatever is pushed meanwhile
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **hub)
         check_size(config, folder)
+        processor = None
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # else from_pretrained refuses
+            processor = _processor(name, where, hub | ({"backend": "pil"} if toy else {}))
         made: Any = AutoModelForImageTextToText.from_pretrained(
             where,
             config=config,
@@ -54,7 +66,7 @@ def read_named(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Any
         )
         model, info = made
         check_weights(model, info, folder)
-        return model, _processor(name, where, hub), commit
+        return model, processor, commit
 
 
 @contextmanager
@@ -109,17 +121,36 @@ def _source(name: str, subfolder: str = "") -> Path:
     return folder
 
 
-def _processor(name: str, where: str, hub: dict[str, Any]) -> Any:
+def _processor(name: str, where: str, options: dict[str, Any]) -> Any:
+    """Return the processor, before any weight is read.
+
+    Of toys, the one that prepares pictures with Pillow: torchvision, where it is installed, scales
+    them otherwise.
+    """
     try:
-        return AutoProcessor.from_pretrained(where, trust_remote_code=False, **hub)
+        return AutoProcessor.from_pretrained(where, trust_remote_code=False, **options)
     except Exception as error:  # a broken file may raise anything
+        said = first_line(error)
+        if not is_torchvision_available() and "torchvision" in str(error).lower():
+            raise ModelLoadError(
+                f"the processor of '{name}' needs torchvision, which is not installed: {said} "
+                f"{VISION}"
+            ) from error
+        if isinstance(error, ImportError):
+            raise ModelLoadError(
+                f"the processor of '{name}' needs a package that is not installed: {said} {VISION}"
+            ) from error
         raise ModelLoadError(
-            f"the processor of '{name}' could not be loaded: {first_line(error)} Save it beside "
+            f"the processor of '{name}' could not be loaded: {said} Save it beside "
             "the weights with processor.save_pretrained(folder), or pass (hf_model, processor)."
         ) from error
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, as a sentence."""
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return line if line.endswith((".", "!", "?")) else f"{line}."
+    """Return the first line of an error's message, as whole sentences."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = lines[0].strip()
+    if line.endswith((".", "!", "?")):
+        return line
+    whole = line.rfind(". ") + 1 if len(lines) > 1 else 0  # the last sentence goes on below
+    return line[:whole] or f"{line}."

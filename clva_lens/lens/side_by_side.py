@@ -77,7 +77,7 @@ def saliency_picture(
         made = generate(model, prompt, method, Greedy(max_new_tokens=24))
         answers[name] = (made.texts[0], made.margins[0])
     return SaliencyPicture(
-        image=seen_pixels(model, prompt["pixel_values"]),
+        image=_drawn_over(model, look),
         before=before,
         after=after,
         question=prompt.questions[0] if prompt.questions else "",
@@ -87,6 +87,15 @@ def saliency_picture(
         negative=prompt.on_grid(look.anchors.negative).cpu().numpy(),
         objects=objects,
     )
+
+
+def _drawn_over(model: LensModel, look: Look) -> np.ndarray:
+    """Return what lies under the maps: what the tower got, or the photo where that is in pieces."""
+    prompt = look.prompt
+    if model.family.picture_size(model.hf_model) is not None or not prompt.photos:
+        return seen_pixels(model, prompt["pixel_values"])
+    piece = prompt.piece_at(look.plain.site)
+    return np.asarray(piece.view(prompt.photos[piece.picture])) / 255
 
 
 def seen_pixels(model: LensModel, pixel_values: torch.Tensor) -> np.ndarray:

@@ -45,7 +45,7 @@ from clva_lens.methods.beams import Beams
 from clva_lens.methods.target import Target
 from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import find_site
-from clva_lens.models.kv_cache import cache_of
+from clva_lens.models.kv_cache import cache_of, take_off
 
 FLOOR = 1e-7
 # Of a logarithm: the largest penalty is e^600, far below float64's largest number.
@@ -224,6 +224,7 @@ class OperaSearch(Session):
         Raises:
             ParameterError: if it is to sample, or to read several prompts or a cache of a fixed
                 size.
+            InterventionError: if the model's cache does not go back.
         """
         _check(input_ids, generation_config, options)
         self._searching, memory = True, _Memory()
@@ -332,7 +333,7 @@ class _Reader:
         assert self._next is not None
         self._run(ids, self._next)
         if self._next["use_cache"]:
-            cache_of(self._next).crop(-1)
+            take_off(cache_of(self._next), 1)
 
     def reread(self, steps: list[_Past], place: int) -> Logits:
         """Go back to a step, whose answer so far is read again; return its logits."""
@@ -340,7 +341,7 @@ class _Reader:
         self._next = None
         if options["use_cache"]:
             cache = cache_of(options)
-            cache.crop(self.prompt_rows - cache.get_seq_length())
+            take_off(cache, cache.get_seq_length() - self.prompt_rows)
             for step in range(1, place):
                 self._run(ids[:, : self.prompt_rows + step], steps[step].options)
         self.options = options

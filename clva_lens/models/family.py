@@ -1,5 +1,6 @@
 """What clva_lens has to know about a family of models: facts, no algorithms."""
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -139,6 +140,14 @@ class ModelFamily(ABC):
         """Return a prompt's text with the beginning of the answer, as ``encode`` takes it."""
         return continued(text, answer)
 
+    def check_begun(self, processor: Any, texts: list[str], inputs: Inputs) -> None:
+        """Check that inputs of texts with the beginning of an answer end with it.
+
+        Raises:
+            PromptError: if the processor writes something after it.
+        """
+        return
+
     @abstractmethod
     def ask(self, processor: ProcessorMixin, question: str, system: str | None) -> str:
         """Return the text of a prompt: image placeholder, question and assistant cue.
@@ -163,7 +172,11 @@ class ModelFamily(ABC):
     ) -> dict[str, Tensor]:
         """Return the model's inputs for pictures and texts, padded on the left.
 
-        ``images`` has a picture for each text, or a list of them.
+        ``images`` has a picture for each text, or a list of them. Labels, which some processors
+        always make and which decide no answer, are left out.
+
+        Raises:
+            PromptError: if the processor makes more or fewer prompts than there are texts.
         """
         flat = [one for row in images for one in (row if isinstance(row, list) else [row])]
         # A chat template that writes the BOS token itself must not get a second one.
@@ -175,8 +188,20 @@ class ModelFamily(ABC):
             padding=True,
             padding_side="left",
             add_special_tokens=not (bos and texts[0].startswith(bos)),
+            **_kinds_of_tokens(model, processor),
         )
-        return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+        rows = len(encoded["input_ids"])
+        if rows != len(texts):
+            raise PromptError(
+                f"the {type(processor).__name__} makes {rows} prompts of {len(texts)}, with texts "
+                "of its own, so answers would not be to the question. Load the model with "
+                "check=False, and pass what its processor makes: they are prompts."
+            )
+        return {
+            name: value
+            for name, value in encoded.items()
+            if isinstance(value, Tensor) and name != "labels"
+        }
 
     def watch(self, model: PreTrainedModel, seen: dict[str, Tensor]) -> list[RemovableHandle]:
         """Keep in ``seen`` what the model is given besides token ids, by the names of its inputs.
@@ -228,6 +253,17 @@ class ModelFamily(ABC):
             "attention_mask": torch.ones_like(ids)[None],
             "pixel_values": torch.randn(1, 3, side, side, generator=noise),
         }
+
+
+def _kinds_of_tokens(model: PreTrainedModel, processor: Any) -> dict[str, bool]:
+    """Return the option that says which tokens are of pictures, where the model is to be told.
+
+    A processor may name it among its outputs and yet make it only if asked (Cosmos3-Edge's).
+    """
+    name = "mm_token_type_ids"
+    taken = inspect.signature(type(model).forward).parameters
+    made = getattr(processor, "model_input_names", ())
+    return {f"return_{name}": True} if name in taken and name in made else {}
 
 
 def ask_by_template(processor: Any, question: str, system: str | None) -> str:

@@ -42,6 +42,10 @@ from clva_lens.models.family import (
 from clva_lens.models.grids import picture_grid
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+PLACING = ("FuyuProcessor",)
+"""Processors that write the picture's place into every text."""
+PAGED = ("GotOcr2Processor",)
+"""Processors to which a list of pictures is the pages of one."""
 VIDEO = (
     "the prompt has video tokens, whose attention is not told from that of a picture's. Pass "
     "pictures only."
@@ -195,18 +199,48 @@ class Generic(ModelFamily):
         """Return the chat template's prompt; without one, the picture and the question."""
         if getattr(processor, "chat_template", None) is not None:
             return ask_by_template(processor, question, system)
+        if type(processor).__name__ in PLACING:
+            return f"{system}\n{question}" if system else question
         # Where a picture's tokens stand between two others, the first of these stands for it.
         place = getattr(processor, "boi_token", None) or getattr(
             processor, "image_token", "<image>"
         )
         return f"{system} {place}\n{question}" if system else f"{place}\n{question}"
 
+    def check_begun(self, processor: Any, texts: list[str], inputs: Mapping[str, Tensor]) -> None:
+        """Check that the last token of each text is the last that the model reads.
+
+        Raises:
+            PromptError: if the processor writes something after it, as PaliGemma's and Fuyu's do.
+        """
+        for text, row in zip(texts, inputs["input_ids"].tolist(), strict=True):
+            if processor.tokenizer(text, add_special_tokens=False).input_ids[-1:] != row[-1:]:
+                raise PromptError(
+                    f"the {type(processor).__name__} ends every text with something of its own, so "
+                    "the model would not go on with the answer. Leave answer= out."
+                )
+
     def encode(
         self, model: PreTrainedModel, processor: Any, images: list[Any], texts: list[str]
     ) -> dict[str, Tensor]:
-        """Return the model's inputs; each text has a list of pictures."""
+        """Return the model's inputs; each text has a list of pictures.
+
+        Raises:
+            PromptError: if the processor refuses them, or makes other prompts of them.
+        """
         rows = [row if isinstance(row, list) else [row] for row in images]
-        return super().encode(model, processor, rows, texts)
+        paged = type(processor).__name__ in PAGED
+        if paged and all(len(row) == 1 for row in rows):
+            rows = [row[0] for row in rows]
+        try:
+            return super().encode(model, processor, rows, texts)
+        except PromptError:
+            raise
+        except ValueError as error:
+            raise PromptError(
+                f"the {type(processor).__name__} cannot read this: {' '.join(str(error).split())} "
+                "Pass another picture or text, or what the processor itself makes."
+            ) from error
 
     def tiny(self, **text_config: Any) -> Gemma3ForConditionalGeneration:
         """Return a 12-layer, 4-head Gemma 3 with 16 image tokens and windows of 64."""

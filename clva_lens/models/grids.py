@@ -1,11 +1,12 @@
-"""Where image tokens lie on the picture, from what the processor and the configuration say of it.
+"""Which grid the image tokens of a picture have, from the processor and the configuration alone.
 
-Only what is known is said: tiles, crops, resamplers and poolings without a stated factor have no
-grid. A count that happens to be a square is no grid.
+Only what is known is said: resamplers and poolings without a stated factor have no grid. A count
+that happens to be a square is no grid. Where on the photo a grid lies, and pictures that are cut
+into tiles, are in ``pieces``.
 """
 
 from collections.abc import Mapping
-from math import isqrt
+from math import ceil, isqrt
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ from transformers import PreTrainedModel
 
 from clva_lens.ground.errors import PromptError
 
+A_TOKEN_A_PATCH = (
+    "deepseek_vl",
+    "deepseek_vl_hybrid",
+    "janus",
+    "paligemma",
+    "video_llava",
+    "vipllava",
+)
+"""Model types that make one image token of each patch of a square picture."""
+
+CONVOLVED = {"got_ocr2": 4, "pp_chart2table": 4}
+"""Model types whose convolutions make one image token of so many patches a side."""
+
 
 def picture_grid(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], count: int | None
@@ -21,24 +35,26 @@ def picture_grid(
     """Return (rows, columns) of the ``count`` image tokens of each sample's one picture.
 
     From, in this order: the processor's ``image_grid_thw`` (patches by time, height and width)
-    and the tower's ``spatial_merge_size``; its ``image_sizes`` in pixels, with the patch size and
-    ``spatial_merge_size``, where rows end in a token of their own (Pixtral); a square picture of
-    which ``side × side`` patches become one token each, or one for each square of them
-    (``mm_tokens_per_image``, ``downsample_ratio``, ``scale_factor``, ``pixel_unshuffle``).
+    and by how many patches a side the tower merges; its ``spatial_shapes`` in patches and
+    ``downsample_factor``; its ``image_sizes`` in pixels, with the patch size and
+    ``spatial_merge_size``, where rows end in a token of their own (Pixtral); a square picture or
+    tile of which each patch becomes a token, or each square of patches (``square_grid``).
 
     Raises:
         PromptError: if the samples differ, there are several pictures or tiles, or nothing says.
     """
     grid = _from_patches(model, inputs)
     if grid is None:
+        grid = _from_shapes(model, inputs)
+    if grid is None:
         grid = _from_pixels(model, inputs)
     if grid is None:
-        grid = _from_square(model)
+        grid = square_grid(model.config)
     if grid is None:
+        its = "its image tokens" if count is None else f"its {count} image tokens"
         raise PromptError(
-            f"neither the processor nor the configuration of {type(model).__name__} says where its "
-            f"{count} image tokens lie on the picture, so there is no grid. Maps can be read, not "
-            "drawn."
+            f"neither the processor nor the configuration of {type(model).__name__} says where "
+            f"{its} lie on the picture, so there is no grid. Maps can be read, not drawn."
         )
     if count is not None and grid[0] * grid[1] != count:
         raise PromptError(
@@ -51,24 +67,48 @@ def picture_grid(
 
 def _from_patches(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[int, int] | None:
     sizes = inputs.get("image_grid_thw")
-    vision = getattr(model.config, "vision_config", None)
-    merge = getattr(vision, "spatial_merge_size", None)
-    if sizes is None or merge is None:
+    if sizes is None:
+        return None
+    merges = merge_sizes(model.config, inputs)
+    if merges is None:
         return None
     _, height, width = _only(sizes, "patches")
-    return height // merge, width // merge
+    return height // merges[0], width // merges[0]
+
+
+def merge_sizes(config: Any, inputs: Mapping[str, Tensor]) -> list[int] | None:
+    """Return by how many patches a side each picture of ``image_grid_thw`` is merged, if known."""
+    own, vision = inputs.get("image_merge_sizes"), getattr(config, "vision_config", None)
+    if own is not None:
+        return own.tolist()
+    kernel = _side(getattr(vision, "merge_kernel_size", None))
+    merge = getattr(vision, "spatial_merge_size", kernel)
+    return None if merge is None else [merge] * len(inputs["image_grid_thw"])
+
+
+def _from_shapes(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    shapes, factor = inputs.get("spatial_shapes"), getattr(model.config, "downsample_factor", None)
+    if shapes is None or factor is None:
+        return None
+    height, width = shapes[-1].tolist()
+    return height // factor, width // factor
 
 
 def _from_pixels(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    sizes, vision = inputs.get("image_sizes"), getattr(model.config, "vision_config", None)
-    merge = getattr(model.config, "spatial_merge_size", None)
-    if merge is None and getattr(vision, "model_type", None) == "pixtral":
-        merge = 1
-    if sizes is None or merge is None:
+    sizes, side = inputs.get("image_sizes"), pixels_of_a_token(model.config)
+    if sizes is None or side is None:
         return None
-    side = _patch(vision) * merge
     height, width = _only(sizes, "pixels")
     return height // side, width // side
+
+
+def pixels_of_a_token(config: Any) -> int | None:
+    """Return the side of an image token where pictures keep their size (Pixtral's), in pixels."""
+    vision = getattr(config, "vision_config", None)
+    merge = getattr(config, "spatial_merge_size", None)
+    if merge is None and getattr(vision, "model_type", None) == "pixtral":
+        merge = 1
+    return None if merge is None else patch_side(config) * merge
 
 
 def _only(sizes: Tensor, unit: str) -> list[int]:
@@ -82,25 +122,41 @@ def _only(sizes: Tensor, unit: str) -> list[int]:
     return different[0]
 
 
-def _from_square(model: PreTrainedModel) -> tuple[int, int] | None:
-    config, vision = model.config, getattr(model.config, "vision_config", None)
-    size, patch = _side(getattr(vision, "image_size", None)), _patch(vision)
+def square_grid(config: Any) -> tuple[int, int] | None:
+    """Return (rows, columns) of the tokens of one square picture or tile; None if nothing says.
+
+    A side's patches are pooled to √``mm_tokens_per_image``; or shrunk by ``downsample_ratio``,
+    ``pixel_shuffle_ratio``, ``scale_factor``, ``downsample_factor`` or ``hidden_stride``, or as a
+    model type's convolutions do (``CONVOLVED``); or kept (``A_TOKEN_A_PATCH``).
+    """
+    vision = getattr(config, "vision_config", None)
+    size, patch = _side(getattr(vision, "image_size", None)), patch_side(config)
     if size is None or not patch:
         return None
     patches = size // patch
-    pooled = getattr(config, "mm_tokens_per_image", None)
+    pooled = _setting(config, "mm_tokens_per_image")
     if pooled is not None:
         return isqrt(pooled), isqrt(pooled)
-    ratio = getattr(config, "downsample_ratio", None)
-    if ratio is not None:
-        side = int(patches * ratio)
-        return side, side
-    factor = getattr(config, "scale_factor", None)
+    share = _setting(config, "downsample_ratio", "pixel_shuffle_ratio")
+    if share is not None:
+        return int(patches * share), int(patches * share)
+    factor = CONVOLVED.get(config.model_type, _setting(config, "scale_factor", "downsample_factor"))
     if factor is not None:
         return patches // factor, patches // factor
-    if getattr(config, "projection_dim", None) is not None and config.model_type == "paligemma":
-        return patches, patches
+    stride = _setting(config, "hidden_stride")
+    if stride is not None:
+        return ceil(patches / stride), ceil(patches / stride)
+    if config.model_type in A_TOKEN_A_PATCH:
+        full = getattr(config, "vision_feature_select_strategy", "default") != "default"
+        return None if full else (patches, patches)
     return None
+
+
+def _setting(config: Any, *names: str) -> Any:
+    """Return the first of these settings that the configuration, or its tower's, has."""
+    parts = (config, getattr(config, "vision_config", None))
+    found = (getattr(part, name, None) for part in parts for name in names)
+    return next((one for one in found if one is not None), None)
 
 
 def _side(size: Any) -> int | None:
@@ -110,5 +166,6 @@ def _side(size: Any) -> int | None:
     return size
 
 
-def _patch(vision: Any) -> int:
-    return _side(getattr(vision, "patch_size", None)) or 0
+def patch_side(config: Any) -> int:
+    """Return the side of the tower's patches, in pixels; 0 if they are no squares."""
+    return _side(getattr(getattr(config, "vision_config", None), "patch_size", None)) or 0

@@ -7,7 +7,7 @@ opened picture differ.)
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO, IOBase
 from pathlib import Path
@@ -168,3 +168,41 @@ def _rgb(opened: Image.Image, background: str | None) -> Image.Image:
         return opened.convert("RGB")
     behind = Image.new("RGBA", opened.size, background)
     return Image.alpha_composite(behind, opened.convert("RGBA")).convert("RGB")
+
+
+def as_lists(
+    image: ImageLike | Sequence[ImageLike] | None,
+    question: str | Sequence[str],
+    background: str | None = "white",
+) -> tuple[list[Image.Image], list[str], bool]:
+    """Return images and questions as lists of one length, and whether lists were given.
+
+    One image with several questions is asked all of them; one question is asked of all images.
+    ``background`` is behind what is transparent (``read_image``).
+
+    Raises:
+        PromptError: if an image is missing, a question is empty, or the lists differ in length.
+    """
+    if image is None:
+        raise PromptError(
+            "there is a question but no image. Pass a picture: model.prompt(image, question)."
+        )
+    images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
+    alone = isinstance(question, str) or not isinstance(question, Iterable)
+    questions: list[Any] = [question] if alone else list(question)
+    batched = isinstance(image, list | tuple) or not alone
+    if not images or not questions:
+        raise PromptError(
+            f"got {len(images)} images and {len(questions)} questions. Pass at least one of each."
+        )
+    if len(images) != len(questions) and 1 not in (len(images), len(questions)):
+        raise PromptError(
+            f"got {len(images)} images but {len(questions)} questions. Pass lists of one length, "
+            "or a single image or question for all."
+        )
+    for index, text in enumerate(questions):
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError(f"question {index} is {text!r}. Pass a question that is not empty.")
+    count = max(len(images), len(questions))
+    read = [read_image(one, background) for one in images]
+    return read * (count // len(read)), questions * (count // len(questions)), batched

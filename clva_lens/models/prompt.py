@@ -1,10 +1,10 @@
 """Images and questions become a prompt: model inputs, token spans, and the image's grid."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -15,7 +15,9 @@ from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import ClvaLensError, PromptError
 from clva_lens.ground.registry import did_you_mean
 from clva_lens.models.family import find_family, transformers_model
-from clva_lens.models.pictures import ImageLike, read_image
+from clva_lens.models.pictures import ImageLike
+from clva_lens.models.pieces import Given, Piece, Places
+from clva_lens.models.visual_tokens import VisualTokens, visual_tokens
 
 Asked = (
     Mapping[str, Any]
@@ -23,55 +25,6 @@ Asked = (
     | tuple[ImageLike | Sequence[ImageLike], str | Sequence[str], str | None]
 )
 """What every function takes as a prompt: a ``Prompt`` too is a mapping. See ``as_prompt``."""
-
-
-class VisualTokens(NamedTuple):
-    """The image tokens of one attention site: their spans among its keys, and their grid.
-
-    ``grid`` is (rows, columns), or a sentence that says why there is none.
-    """
-
-    spans: TokenSpans
-    grid: tuple[int, int] | str
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The grid.
-
-        Raises:
-            PromptError: if there is none.
-        """
-        if isinstance(self.grid, str):
-            raise PromptError(self.grid)
-        return self.grid
-
-
-def visual_tokens(
-    model: PreTrainedModel,
-    site: str,
-    spans: TokenSpans,
-    inputs: Mapping[str, Tensor] | None = None,
-) -> VisualTokens:
-    """Return the image tokens of a site with their grid, or the reason why they lie on none.
-
-    Where the grid depends on the picture, it is known from the prompt's ``inputs`` only.
-    """
-    family = find_family(model)
-    try:
-        if inputs is None:
-            grid = family.grid(model, site)
-        else:
-            grid = family.prompt_grid(model, site, inputs)
-    except PromptError as error:
-        return VisualTokens(spans, str(error))
-    if spans.visual_count != grid[0] * grid[1]:
-        return VisualTokens(
-            spans,
-            f"the prompt has {spans.visual_count} image tokens, but the vision tower has a "
-            f"grid of {grid[0]} × {grid[1]}, so they lie on no grid. Check the processor's "
-            "patch_size, vision_feature_select_strategy and num_additional_image_tokens.",
-        )
-    return VisualTokens(spans, grid)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -116,6 +69,22 @@ class Prompt(Mapping[str, Tensor]):
         return None if isinstance(grid, str) else grid
 
     @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Where the image tokens at the family's own site lie on the photos, measured when asked.
+
+        One for each photo, or for each of its tiles and its thumbnail; none where that is unknown
+        (``pieces_at`` says why). The rows of a batch share them.
+        """
+        pieces = next(iter(self.sites.values())).pieces
+        return () if isinstance(pieces, str) else pieces
+
+    @property
+    def photos(self) -> tuple[Image.Image, ...]:
+        """The photos that ``Piece.picture`` numbers: those of one row, earlier turns' first."""
+        places = next(iter(self.sites.values())).places
+        return self.images[:1] if places is None else places.given.photos[0]
+
+    @property
     def answer_start(self) -> int:
         """Where the answer begins in the ids that the model's ``generate`` returns."""
         rows = self.inputs.get("decoder_input_ids", self.inputs["input_ids"])
@@ -127,7 +96,7 @@ class Prompt(Mapping[str, Tensor]):
         Raises:
             PromptError: if there is no such site.
         """
-        return self._at(site).spans
+        return self.tokens_at(site).spans
 
     def grid_at(self, site: str) -> tuple[int, int]:
         """Return (rows, columns) of a site's image tokens.
@@ -135,9 +104,34 @@ class Prompt(Mapping[str, Tensor]):
         Raises:
             PromptError: if there is no such site, or its image tokens lie on no grid.
         """
-        return self._at(site).shape
+        return self.tokens_at(site).shape
 
-    def _at(self, site: str) -> VisualTokens:
+    def piece_at(self, site: str, part: str = "tiles", picture: int | None = None) -> Piece:
+        """Return the piece that ``on_grid`` makes a map over: its tiles, grid and box.
+
+        Raises:
+            PromptError: if there is no such site, or it is unknown where its image tokens lie.
+            ParameterError: if there is no such part or picture.
+        """
+        return self.tokens_at(site).piece(part, picture)
+
+    def pieces_at(self, site: str) -> tuple[Piece, ...]:
+        """Return where a site's image tokens lie on the photos.
+
+        Raises:
+            PromptError: if there is no such site, or it is unknown where they lie.
+        """
+        pieces = self.tokens_at(site).pieces
+        if isinstance(pieces, str):
+            raise PromptError(pieces)
+        return pieces
+
+    def tokens_at(self, site: str) -> VisualTokens:
+        """Return the image tokens of a site.
+
+        Raises:
+            PromptError: if there is no such site.
+        """
         if site not in self.sites:
             raise PromptError(
                 f"this model has no attention site {site!r}; it has {', '.join(self.sites)}. Pass "
@@ -145,28 +139,36 @@ class Prompt(Mapping[str, Tensor]):
             )
         return self.sites[site]
 
-    def on_grid(self, values: Tensor) -> Tensor:
+    def on_grid(
+        self, values: Tensor, part: str | None = None, picture: int | None = None
+    ) -> Tensor:
         """Return values over the image tokens as a map that can be drawn on the picture.
 
-        The last axis of ``values`` becomes (rows, columns).
+        The last axis of ``values`` becomes (rows, columns). Where the picture was cut, ``part``
+        says of which pieces: "tiles" (the default) as one mosaic, or the "thumbnail"; ``piece_at``
+        has the box of the photo that they cover. Of several pictures, ``picture`` says which.
 
         Raises:
-            PromptError: if the image tokens lie on no grid, or their number is another.
+            PromptError: if it is unknown where the image tokens lie, or their number is another.
+            ParameterError: if there is no such part or picture.
         """
         count, reasons, grids = values.shape[-1], [], []
         for site, tokens in self.sites.items():
             if isinstance(tokens.grid, str):
                 if tokens.spans.visual_count == count:
-                    reasons.append(tokens.grid)
+                    if not isinstance(tokens.pieces, str):
+                        return tokens.on_grid(values, part, picture)
+                    reasons.append(tokens.reason)
+                grids.append(f"there are {tokens.spans.visual_count} tokens at the {site}")
             elif count == tokens.grid[0] * tokens.grid[1]:
-                return values.unflatten(-1, tokens.grid)
+                return tokens.on_grid(values, part, picture)
             else:
-                grids.append(f"{tokens.grid[0]} × {tokens.grid[1]} at the {site}")
+                grids.append(f"the grid is {tokens.grid[0]} × {tokens.grid[1]} at the {site}")
         if reasons:
             raise PromptError(reasons[0])
         raise PromptError(
-            f"the map has {count} values, but the grid is {' or '.join(grids)}. Pass a map over "
-            "this prompt's image tokens."
+            f"the map has {count} values, but {' or '.join(grids)}. Pass a map over this prompt's "
+            "image tokens."
         )
 
     def row(self, index: int) -> "Prompt":
@@ -191,10 +193,7 @@ class Prompt(Mapping[str, Tensor]):
         return replace(
             self,
             inputs={name: rows[one] for name, rows in self.inputs.items()},
-            sites={
-                name: VisualTokens(found.spans.row(index), found.grid)
-                for name, found in self.sites.items()
-            },
+            sites={name: found.row(index) for name, found in self.sites.items()},
             batched=False,
             images=self.images[one],
             questions=self.questions[one],
@@ -220,10 +219,22 @@ def _listed(rows: Mapping[str, int]) -> str:
     return " and ".join(f"{name} has {count}" for name, count in rows.items())
 
 
-def prompt_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], **made_from: Any) -> Prompt:
+def read_tokens(model: PreTrainedModel, spans: TokenSpans, prompt: Prompt | None) -> VisualTokens:
+    """Return the image tokens that a run's decoder read, and what its prompt knows of them."""
+    if prompt is None:
+        return visual_tokens(model, "decoder", spans)
+    return prompt.tokens_at("decoder")._replace(spans=spans)
+
+
+def prompt_of(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    given: Given | None = None,
+    **made_from: Any,
+) -> Prompt:
     """Return a prompt of a model's inputs, on the model's device; floats in the model's dtype.
 
-    ``made_from`` are the other fields of ``Prompt``.
+    ``given`` is what a processor made them of. ``made_from`` are the other fields of ``Prompt``.
 
     Raises:
         PromptError: if it is longer than the model's positions.
@@ -236,7 +247,13 @@ def prompt_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], **made_from:
     check_length(model, placed)
     family = find_family(model)
     sites = {
-        site.name: visual_tokens(model, site.name, family.spans(model, site.name, placed), placed)
+        site.name: visual_tokens(
+            model,
+            site.name,
+            family.spans(model, site.name, placed),
+            placed,
+            None if given is None else Places(model, given, site.name),
+        )
         for site in family.sites(model)
     }
     return Prompt(placed, sites, **made_from)
@@ -364,41 +381,3 @@ def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
         raise PromptError(
             f"the prompt has {length} tokens, but the model has {longest} positions. Shorten it."
         )
-
-
-def as_lists(
-    image: ImageLike | Sequence[ImageLike] | None,
-    question: str | Sequence[str],
-    background: str | None = "white",
-) -> tuple[list[Image.Image], list[str], bool]:
-    """Return images and questions as lists of one length, and whether lists were given.
-
-    One image with several questions is asked all of them; one question is asked of all images.
-    ``background`` is behind what is transparent (``read_image``).
-
-    Raises:
-        PromptError: if an image is missing, a question is empty, or the lists differ in length.
-    """
-    if image is None:
-        raise PromptError(
-            "there is a question but no image. Pass a picture: model.prompt(image, question)."
-        )
-    images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
-    alone = isinstance(question, str) or not isinstance(question, Iterable)
-    questions: list[Any] = [question] if alone else list(question)
-    batched = isinstance(image, list | tuple) or not alone
-    if not images or not questions:
-        raise PromptError(
-            f"got {len(images)} images and {len(questions)} questions. Pass at least one of each."
-        )
-    if len(images) != len(questions) and 1 not in (len(images), len(questions)):
-        raise PromptError(
-            f"got {len(images)} images but {len(questions)} questions. Pass lists of one length, "
-            "or a single image or question for all."
-        )
-    for index, text in enumerate(questions):
-        if not isinstance(text, str) or not text.strip():
-            raise PromptError(f"question {index} is {text!r}. Pass a question that is not empty.")
-    count = max(len(images), len(questions))
-    read = [read_image(one, background) for one in images]
-    return read * (count // len(read)), questions * (count // len(questions)), batched

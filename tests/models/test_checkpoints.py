@@ -118,7 +118,7 @@ def test_a_snapshot_is_read_whole_and_recorded(folder, tmp_path, subfolder):
     where = {"cache_dir": str(tmp_path / "cache"), "subfolder": subfolder}
     lens = cl.load("someone/toy", revision="v1", **where)
     assert identity(lens)["revision"] == COMMIT
-    assert identity(lens)["probe"] == identity(cl.load("toy-llava"))["probe"]
+    assert identity(lens)["probe"] == identity(cl.load(folder))["probe"]
     with pytest.raises(ModelLoadError, match="someone/toy"):
         cl.load("someone/toy", **where)
 
@@ -218,7 +218,7 @@ def test_a_configuration_without_its_sizes_is_refused_before_it_fills_the_memory
 
 
 def test_whatever_the_check_raises_is_said(folder, monkeypatch):
-    monkeypatch.setattr("clva_lens.lens.load.check_family", lambda *given: {}["gone"])
+    monkeypatch.setattr("clva_lens.lens.check.check_family", lambda *given: {}["gone"])
     with pytest.raises(ModelCheckError, match=r"does not run: 'gone'"):
         cl.load(folder)
 

@@ -282,10 +282,10 @@ TINY: dict[str, Tiny] = {
 }
 
 
-def configuration(kind: str) -> PreTrainedConfig:
-    """Return the tiny configuration of a model type."""
+def configuration(kind: str, tiny: Tiny | None = None) -> PreTrainedConfig:
+    """Return the tiny configuration of a model type, by its own settings or by others."""
     # Configurations write into the dictionaries that they are given.
-    tiny, made = deepcopy(TINY.get(kind, Tiny())), CONFIG_MAPPING[kind.split()[0]]
+    tiny, made = deepcopy(tiny or TINY.get(kind, Tiny())), CONFIG_MAPPING[kind.split()[0]]
     default, parts = made(), {}
     for name in made.sub_configs:
         part = getattr(default, name, None)
@@ -297,7 +297,7 @@ def configuration(kind: str) -> PreTrainedConfig:
     names = made.attribute_map
     top = {key: value for key, value in TOP.items() if hasattr(default, key) and key not in names}
     if not parts:
-        top = TEXT | top
+        top = TEXT | top | dict(tiny.text)
     return made(**(parts | top | dict(tiny.top)))
 
 
@@ -334,8 +334,12 @@ def default_model(kind: str) -> PreTrainedModel:
 
 @cache
 def tiny_model(kind: str) -> PreTrainedModel:
+    """Return the tiny model of a model type."""
+    return lively_model(configuration(kind))
+
+
+def lively_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model, with weights at which attention is peaked and the picture matters."""
-    config = configuration(kind)
     with torch.device("meta"):
         size = sum(one.numel() for one in made_from(config).parameters())
     if size > LARGEST:

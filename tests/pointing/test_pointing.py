@@ -19,7 +19,7 @@ from clva_lens.lens.patch_masks import coco_mask, pixel_mask
 from clva_lens.models.prompt import as_prompt
 from clva_lens.science.pointing import pointing
 from clva_lens.toy.questions import exist_question
-from clva_lens.toy.scenes import sample_scenes
+from clva_lens.toy.scenes import render, sample_scenes
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 COCO = DATA / "coco_mini" / "annotations" / "instances_mini.json"
@@ -291,7 +291,8 @@ def test_a_prompt_gives_the_size_and_the_grid(one):
     # A processor's output has no picture to compare with.
     assert torch.equal(cl.patch_mask(one, half, prompt=as_prompt(one, dict(prompt))), found)
     # The grid is the prompt's own: where it is another, its patches are others.
-    narrow = replace(prompt, sites={n: t._replace(grid=(2, 2)) for n, t in prompt.sites.items()})
+    coarse = {n: t._replace(grid=(2, 2), places=None) for n, t in prompt.sites.items()}
+    narrow = replace(prompt, sites=coarse)
     assert cl.patch_mask(one, half, prompt=narrow).tolist() == [True, False, True, False]
     with pytest.raises(PromptError, match="no attention site 'eye'"):
         cl.patch_mask(one, half, "eye", prompt=prompt)
@@ -308,12 +309,14 @@ def test_the_toys_objects(name):
     """Through the processor, boxes become the patches that a scene knows."""
     model, checked = cl.load(name), 0
     for scene in sample_scenes(10, seed=3):
+        prompt = model.prompt(render(scene), "Is there a cup?")
         for kind in scene.kinds:
             covered = np.zeros((64, 64), dtype=bool)
             for thing in scene.of_kind(kind):
                 covered |= pixel_mask((64, 64), box=(thing.x, thing.y, thing.size, thing.size))
             wanted = torch.from_numpy(scene.patches(kind)).flatten()
             assert torch.equal(cl.patch_mask(model, covered), wanted)
+            assert torch.equal(cl.patch_mask(model, covered, prompt=prompt), wanted)
             checked += 1
     assert checked > 20
 

@@ -1,8 +1,8 @@
 """Qwen-VL as a transformers model: Qwen2's layers, two rules for long sequences, and the eyes.
 
 Facts from Qwen's released code (``modeling_qwen.py`` of Qwen/Qwen-VL-Chat), which no longer runs on
-current transformers and is never run here. Up to ``seq_length`` (2,048) tokens the language model
-is a Qwen2. Beyond it:
+current transformers and is never run here (``tests/qwen_vl/parity_with_published.py`` compares with
+it, run elsewhere). Up to ``seq_length`` (2,048) tokens the language model is a Qwen2. Beyond it:
 
 * **log-n attention**: the query at position p (1-based) is multiplied by log(p) / log(seq_length);
 * **NTK rule**: a prompt of n tokens is read with the rotary base b·α^(d/(d−2)), where

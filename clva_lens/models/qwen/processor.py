@@ -19,7 +19,9 @@ SYSTEM = "You are a helpful assistant."
 """What the released ``model.chat`` says where nothing else is given."""
 
 # ChatML as in Qwen-VL-Chat's qwen_generation_utils.py; a picture as in its from_list_format(),
-# which in an Int4 release has no space after "Picture 1:".
+# which in an Int4 release has no space after "Picture 1:". make_context() makes the tokens of each
+# message by itself: "<|im_end|>" in a message is plain text there, and a newline at its start is a
+# token of its own; here both are read with the rest of the prompt.
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}"
     "<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
