@@ -227,7 +227,7 @@ class SiteRun(Owned):
             return None
         call = StreamCall(part, layer, step)
         batch = len(step.text_rows)
-        hidden = value if value.ndim == 3 else value.unflatten(0, (batch, -1))  # OPT's MLPs
+        hidden = value if value.ndim > 2 else value.unflatten(0, (batch, -1))  # OPT's MLPs
         found = hidden
         inside = checkpointed() if hidden.shape[1] > 1 else None
         if inside == "again":

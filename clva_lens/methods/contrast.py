@@ -33,8 +33,8 @@ from clva_lens.engine.session import Session
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.models.family import Inputs, find_family, find_site
 from clva_lens.models.kv_cache import CACHE
+from clva_lens.models.norms import wide
 from clva_lens.models.passes import DecoderPasses
-from clva_lens.models.readout import wide
 from clva_lens.models.step import Step
 from clva_lens.models.twin import twin
 

@@ -28,7 +28,8 @@ from clva_lens.ground.errors import ParameterError
 from clva_lens.methods.base import Kernel, Method, check_layers, register_method
 from clva_lens.methods.target import Target
 from clva_lens.models.activations import Readout
-from clva_lens.models.readout import read_out, wide
+from clva_lens.models.norms import wide
+from clva_lens.models.readout import read_out
 from clva_lens.models.step import Step
 
 FIRST, LAST, DEPTH = 19, 27, 32

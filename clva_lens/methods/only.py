@@ -43,14 +43,14 @@ from torch import Tensor
 from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.engine.stream import Part, Stream, StreamCall
 from clva_lens.ground.axes import TokenSpans
-from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.errors import ModelLoadError, ParameterError
 from clva_lens.methods.base import Kernel, Method, check_layers, register_method
 from clva_lens.methods.contrast import ContrastRule
 from clva_lens.methods.scores import span_keys
 from clva_lens.methods.target import Target
 from clva_lens.models.activations import Readout, Sublayers
 from clva_lens.models.family import matching_family
-from clva_lens.models.readout import wide
+from clva_lens.models.norms import wide
 from clva_lens.models.step import Step
 from clva_lens.models.twin import twin
 
@@ -153,10 +153,25 @@ class _SecondOpinion(Session):
 
     def begin(self) -> None:
         """Take the modules a second time, without what hangs on them."""
-        project, parts = self.readout.layers[self.method.layer].project, self.readout.layers[-1]
+        project, parts = self._sublayers(self.method.layer).project, self._sublayers(-1)
         feed = tuple(twin(one) for one in parts.feed)
         self._parts = Sublayers(twin(parts.norm), twin(project), twin(parts.norm_feed), feed)
         self._norm, self._unembed = twin(self.readout.norm), twin(self.readout.unembed)
+
+    def _sublayers(self, layer: int) -> Sublayers:
+        """Return the modules of a layer.
+
+        Raises:
+            ModelLoadError: if it has more in it than the formula.
+        """
+        found = self.readout.sublayers[layer] if self.readout.sublayers else None
+        if found is None:
+            raise ModelLoadError(
+                f"ONLY goes through a norm, the heads' projection, a norm and an MLP, but layer "
+                f"{layer} of this decoder has more or others (gates, norms after its blocks, "
+                "experts). Use a model whose layers are as Llama's."
+            )
+        return found
 
     def end(self) -> None:
         """Forget what was read, and let go of the modules."""

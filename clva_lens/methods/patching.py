@@ -8,7 +8,7 @@ arXiv:2211.00593; TransformerLens' ``transformer_lens.patching``).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from einops import rearrange
@@ -26,7 +26,7 @@ from clva_lens.models.prompt import as_prompt
 from clva_lens.models.step import Step
 from clva_lens.science.heads import SomeHeads
 
-PatchedPart = Part | Literal["z"]
+PatchedPart = Part
 """What is patched: a part of the residual stream, or the heads' outputs z."""
 
 SOURCE = "cache must be that of model.run_with_cache(source)"
@@ -74,7 +74,7 @@ class PatchActivations(Method):
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        known = (*get_args(Part), "z")
+        known = get_args(Part)
         if self.part not in known:
             raise ParameterError(
                 f"part must be one of {', '.join(known)}, but is {self.part!r}. Pass "

@@ -1,0 +1,200 @@
+"""The logit lens, the cache and the attribution in every family: against plain hooks and logits.
+
+Norms are drawn at random, since those of a new model multiply by 1; so are caps, factors and gates
+of the stream that are off by default.
+"""
+
+import copy
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tiny_families as tiny
+import torch
+import transformers
+from survey_table import PROVEN
+
+import clva_lens as cl
+from clva_lens.ground.errors import ModelLoadError, UnknownName
+from clva_lens.lens.cache import run_with_cache
+from clva_lens.models.family import find_family
+
+KINDS = (*PROVEN, "llava (pixtral)")
+UNSUMMED = {"gemma4": "embeddings of its own", "glm5_next": "several copies"}
+WHOLE = "every name"
+
+
+@cache
+def drawn(kind):
+    """A model whose norms, factors and final cap are not those of a new one; and its logits."""
+    model = copy.deepcopy(tiny.tiny_model(kind))
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for one in model.parameters():
+            if one.ndim == 1:
+                one.add_(torch.rand(one.shape, generator=noise), alpha=0.5)
+        for name, one in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                one.fill_(0.9)
+    text = model.config.get_text_config()
+    if kind.startswith("gemma4"):
+        text.final_logit_softcapping = 5.0
+    if hasattr(text, "logits_scaling"):
+        text.logits_scaling = 1.7
+    inputs = tiny.sample(kind, 0)
+    with torch.no_grad():
+        return model, inputs, model(**inputs).logits[0, -1]
+
+
+def decoder_of(model):
+    """The module with the layers."""
+    found = model.get_decoder()
+    return found if hasattr(found, "layers") else found.model
+
+
+def seen_by_hooks(model, inputs):
+    """What plain hooks see of each layer, and of the projection of its heads."""
+    seen, hooks = {}, []
+    attending = find_family(model).sites(model)[0].layers
+
+    def first(one):
+        return one[0] if isinstance(one, tuple) else one
+
+    def watch(module, name, side):
+        def before(_, args, kwargs):
+            seen[name] = (*args, *kwargs.values())[0]
+
+        def after(_, args, output):
+            seen[name] = first(output)
+
+        if side == "in":
+            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        else:
+            hooks.append(module.register_forward_hook(after))
+
+    for i, layer in enumerate(decoder_of(model).layers):
+        watch(layer, f"blocks.{i}.hook_resid_pre", "in")
+        watch(layer, f"blocks.{i}.hook_resid_post", "out")
+        for path, part in layer.named_modules():
+            if i in attending and re.fullmatch(r"self_attn\.(o_proj|out_proj|dense)", path):
+                watch(part, f"blocks.{i}.attn.hook_z", "in")
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def test_the_last_layers_lens_is_the_logits(kind):
+    model, inputs, logits = drawn(kind)
+    read = cl.logit_lens(model, inputs, tokens=list(range(len(logits))))
+    depth = len(decoder_of(model).layers)
+    assert read.layers == tuple(range(depth)) and read.logits.shape[:2] == (depth, 1)
+    error = float((read.logits[-1, 0] - logits).abs().max())
+    effect = float((read.logits[-2, 0] - logits).abs().max())
+    print(f"{kind}: error {error:.1e}, the layer before {effect:.2f}")
+    assert error < 2e-6 * float(logits.abs().max().clamp_min(1)) * 5
+    assert effect > 0.05
+
+
+def test_entries_are_what_hooks_see(kind):
+    """And sums: the stream after a block is that before it and what the block puts out."""
+    model, inputs, logits = drawn(kind)
+    out, cache_ = run_with_cache(model, inputs)
+    assert torch.equal(out[0, -1], logits)
+    seen = seen_by_hooks(model, inputs)
+    for name, value in seen.items():
+        if name.startswith("blocks"):
+            found = cache_[name]
+            found = found.flatten(2) if name.endswith("hook_z") else found
+            torch.testing.assert_close(found, value, rtol=0, atol=0, msg=name)
+    scalars = [float(getattr(one, "layer_scalar", 1.0)) for one in decoder_of(model).layers]
+    summed = 0
+    for i, scalar in enumerate(scalars):
+        pre, mid, post, attn, mlp = (
+            cache_.cache_dict.get(f"blocks.{i}.hook_{one}")
+            for one in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+        )
+        if attn is not None and mid is not None:
+            assert float((pre + attn - mid).abs().max()) < 1e-5
+            assert float(attn.abs().max()) > 1e-3
+        if attn is not None and mlp is not None and kind not in UNSUMMED:
+            assert float((scalar * (pre + attn + mlp) - post).abs().max()) < 1e-5
+            assert float(mlp.abs().max()) > 1e-3
+            summed += 1
+    assert summed == (0 if kind in UNSUMMED else len(scalars))
+
+
+def test_parts_sum_to_the_logits(kind):
+    model, inputs, logits = drawn(kind)
+    if kind in UNSUMMED:
+        with pytest.raises(ModelLoadError, match=UNSUMMED[kind]):
+            cl.direct_logit_attribution(model, inputs, (11, 12))
+        return
+    read = cl.direct_logit_attribution(model, inputs, (11, 12))
+    own = float(logits[11] - logits[12])
+    errors = [
+        float(read.difference) - own,
+        float(read.total) - own,
+        float(read.edits.abs().max()),
+        float((read.image.sum(dim=-1) + read.elsewhere - read.heads).abs().max()),
+    ]
+    heads, image = float(read.heads.abs().max()), float(read.image.abs().max())
+    print(f"{kind}: errors {max(map(abs, errors)):.1e}, heads {heads:.3f}, image {image:.4f}")
+    assert max(map(abs, errors)) < 2e-5
+    assert heads > 0.01 and image > 1e-3
+    others = [i for i in range(len(read.mlps)) if i not in read.layers]
+    assert bool((read.mixers[others].abs() > 1e-4).all())
+    assert not read.mixers[list(read.layers)].any()
+
+
+def table():
+    """Return the table of docs/activations.md."""
+    rows = {WHOLE: []}
+    for kind in sorted(PROVEN):
+        found = find_family(tiny.tiny_model(kind)).activations(tiny.tiny_model(kind)).missing
+        for one in found:
+            some = "" if one.layers is None else "in some layers, "
+            words = f"no `{'`, `'.join(one.names)}`: {some}{one.reason}"
+            rows.setdefault(words, []).append(kind)
+        if not found:
+            rows[WHOLE].append(kind)
+    lines = [
+        f"| {words} | {', '.join(f'`{one}`' for one in kinds)} |" for words, kinds in rows.items()
+    ]
+    return "\n".join(["| | model types |", "|---|---|", *lines])
+
+
+def test_what_is_missing_is_said(kind):
+    model, inputs, _ = drawn(kind)
+    activations = find_family(model).activations(model)
+    names = {place.name for place in activations.places}
+    for one in activations.missing:
+        for layer in one.layers or range(len(decoder_of(model).layers)):
+            for stem in one.names:
+                start = f"blocks.{layer}.{stem}"
+                assert not any(name == start or name.startswith(f"{start}.") for name in names)
+    if activations.missing:
+        one = activations.missing[0]
+        asked = f"blocks.{(one.layers or (0,))[0]}.{one.names[0]}"
+        with pytest.raises(UnknownName, match=re.escape(one.reason)):
+            run_with_cache(model, inputs, asked)
+
+
+def test_docs_show_what_is_missing():
+    """The table is that of one version, which it names."""
+    docs = (Path(__file__).parents[2] / "docs" / "activations.md").read_text(encoding="utf-8")
+    (version,) = re.findall(r"transformers (\d+\.\d+)", docs)
+    if not transformers.__version__.startswith(f"{version}."):
+        pytest.skip(f"un-skip with transformers {version}")
+    assert table() in docs
+    sums = ", ".join(f"`{kind}` ({words})" for kind, words in UNSUMMED.items())
+    assert f"{len(PROVEN) - len(UNSUMMED)} of {len(PROVEN)}: all but {sums}" in docs
