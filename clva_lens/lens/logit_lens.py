@@ -161,7 +161,7 @@ class LogitLens:
 
 
 def lens_logits(
-    model: Any, residual: Float[Tensor, "*places d_model"]
+    model: Any, residual: Float[Tensor, "*stream d_model"]
 ) -> Float[Tensor, "*places vocabulary"]:
     """Return the logits of a residual stream through the model's own final norm and unembedding.
 

@@ -34,8 +34,8 @@ class AttentionTrace:
 
     ``intensity`` is Eq. 1: the mean over the text rows of the mass on the image; ``system`` and
     ``text`` are the masses elsewhere, and the three sum to 1. ``maps`` are the last text row's
-    attention to each image token. ``layers`` are the traced ones, 0-based, of a stack of
-    ``num_layers``. With ``batched`` there is a batch axis first.
+    attention to each image token. ``layers`` are the traced ones, 0-based, of the ``site_layers``
+    that have attention, in a stack of ``num_layers``. With ``batched`` there is a batch axis first.
 
     At the ``site`` "qformer" the rows are the learned queries, which have no last one: ``maps``
     are their mean, and ``system`` is the mass on the CLS token.
@@ -50,6 +50,7 @@ class AttentionTrace:
     batched: bool
     site: str = "decoder"
     logits: Float[Tensor, "*batch vocabulary"] | None = None
+    site_layers: tuple[int, ...] = ()
 
     @classmethod
     def concatenate(cls, traces: Sequence["AttentionTrace"]) -> "AttentionTrace":
@@ -222,8 +223,15 @@ class Observer(Session):
             stacked = [one[0] for one in stacked]
             logits = None if logits is None else logits[0]
         image, system, text, maps = stacked
+        shape = self.shape
         return AttentionTrace(
-            image, system, text, maps, self.layers, self.shape.depth, batched, self.site, logits
+            *(image, system, text, maps),
+            layers=self.layers,
+            num_layers=shape.depth,
+            batched=batched,
+            site=self.site,
+            logits=logits,
+            site_layers=shape.layers,
         )
 
     def steps(self) -> list[Float[Tensor, "layer batch head row visual"]]:

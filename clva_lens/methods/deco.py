@@ -89,7 +89,8 @@ class DeCo(Method):
         layers = self.layers
         if layers is None:
             layers = range(FIRST * depth // DEPTH, LAST * depth // DEPTH + 1)
-        return [_Correcting(self, check_layers("layers", layers, shape), target.readout())]
+        every = shape._replace(layers=tuple(range(depth)))  # also layers without attention
+        return [_Correcting(self, check_layers("layers", layers, every), target.readout())]
 
 
 class _Correcting(Session):

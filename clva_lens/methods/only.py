@@ -126,15 +126,16 @@ class ONLY(Method):
         if self.support == self.contrast == 0:
             return []
         shape = target.at("decoder")
-        check_layers("layer", (self.layer,), shape)
-        if self.layer == shape.depth - 1:
+        layer = shape.first(self.layer)
+        check_layers("layer", (layer,), shape)
+        if layer == shape.depth - 1:
             raise ParameterError(
-                f"layer={self.layer} is the decoder's last one, which what it reads goes through. "
+                f"layer={layer} is the decoder's last one, which what it reads goes through. "
                 "Pass an earlier one, as layer=0."
             )
         family = matching_family(target.model)
         way = RELEASED_ELSE if family is None else RELEASED.get(family.name, RELEASED_ELSE)
-        return [_SecondOpinion(self, shape.depth - 1, target.readout(), way)]
+        return [_SecondOpinion(self, (layer, shape.depth - 1), target.readout(), way)]
 
 
 class _SecondOpinion(Session):
@@ -143,9 +144,10 @@ class _SecondOpinion(Session):
     edits_logits = True
     cuts_off = True
 
-    def __init__(self, method: ONLY, last: int, readout: Readout, way: Way) -> None:
+    def __init__(self, method: ONLY, layers: tuple[int, int], readout: Readout, way: Way) -> None:
         self.method, self.readout, self.way = method, readout, way
-        self.layers = (method.layer,)
+        self.layer, last = layers
+        self.layers = (self.layer,)
         self.streams = {(way.added, last), ("resid_post", last)}
         self._last: dict[str, Float[Tensor, "batch width"]] = {}
         self._z: Float[Tensor, "batch head_width"] | None = None
@@ -153,7 +155,7 @@ class _SecondOpinion(Session):
 
     def begin(self) -> None:
         """Take the modules a second time, without what hangs on them."""
-        project, parts = self._sublayers(self.method.layer).project, self._sublayers(-1)
+        project, parts = self._sublayers(self.layer).project, self._sublayers(-1)
         feed = tuple(twin(one) for one in parts.feed)
         self._parts = Sublayers(twin(parts.norm), twin(project), twin(parts.norm_feed), feed)
         self._norm, self._unembed = twin(self.readout.norm), twin(self.readout.unembed)
@@ -180,7 +182,7 @@ class _SecondOpinion(Session):
 
     def output(self, call: AttentionCall, out: Float[Tensor, "batch query head width"]) -> None:
         """Keep what the last row's chosen heads read."""
-        if call.layer != self.method.layer:
+        if call.layer != self.layer:
             return
         assert call.value is not None
         count, spans = call.query.shape[2], call.step.spans

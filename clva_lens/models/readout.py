@@ -163,7 +163,7 @@ def _bias(linear: Any) -> Tensor:
 
 
 def read_out(
-    readout: Readout, residual: Float[Tensor, "*places d_model"]
+    readout: Readout, residual: Float[Tensor, "*stream d_model"]
 ) -> Float[Tensor, "*places vocabulary"]:
     """Return the logits of a residual stream: the model's own final norm, unembedding and cap.
 
