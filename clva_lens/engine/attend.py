@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from clva_lens.engine import windows
-from clva_lens.ground.errors import InterventionError
+from clva_lens.engine.kernels import Formula
 from clva_lens.models.belonging import HERE
 
 
@@ -27,17 +27,44 @@ KERNELS = {"sdpa": sdpa_mask, "eager": eager_mask}
 """The kernels that can be intercepted, with what builds their masks."""
 
 
-def _check_formula(site: str, kwargs: dict[str, Any]) -> None:
-    """Refuse attention that is no softmax of scaled products under a mask."""
-    if "softcap" not in kwargs and "s_aux" not in kwargs:
-        return
-    odd = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    if odd:
-        raise InterventionError(
-            f"the {site}'s attention has more in it than queries, keys and a mask ({odd[0]}: "
-            "capped scores, or sinks), so its rows cannot be formed from these. Use a model "
-            "without."
-        )
+class KernelName(str):
+    """The name of an attention function here, which is its base kernel's to a model that asks.
+
+    Some models build a mask of their own if their kernel's name is "sdpa" or "eager". Tables of
+    kernels are looked up by the hash, which is that of the function here.
+    """
+
+    base: str
+
+    def __new__(cls, base: str) -> "KernelName":
+        """Return the name for a base kernel."""
+        made = super().__new__(cls, f"clva_{base}")
+        made.base = base
+        return made
+
+    def __getnewargs__(self) -> tuple[str]:
+        """Return what a copy is made of."""
+        return (self.base,)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether a text is this name or the base kernel's."""
+        return str(self) == other or self.base == other
+
+    def __ne__(self, other: object) -> bool:
+        """Return the opposite."""
+        return not self == other
+
+    def __str__(self) -> str:
+        """Return the name as a plain text."""
+        return f"clva_{self.base}"
+
+    __hash__ = str.__hash__
+
+
+def _formula(kernel: str, kwargs: dict[str, Any]) -> Formula:
+    """Return what else is in a layer's attention; the fused kernel leaves sinks out."""
+    sinks = None if kernel == "sdpa" else kwargs.get("s_aux")
+    return Formula(kwargs.get("sliding_window"), kwargs.get("softcap"), sinks)
 
 
 def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -59,7 +86,6 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         ready = run.merging.ready(acting, run.passes.step, key, attention_mask)
         if ready is not None:
             return base(module, query, key, value, ready, scaling=scaling, **kwargs)
-        _check_formula(run.site.name, kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         count, step, mask, values = query.shape[2], run.passes.step, attention_mask, value
         seen = key
@@ -68,8 +94,8 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
         if step is not None and step.causal:
             seen, values, mask = windows.widen(seen, values, mask, step.offset + count, count)
-        window = kwargs.get("sliding_window")
-        call = run.edit(acting, query, seen, values, mask, scale, window)
+        formula = _formula(kernel, kwargs)
+        call = run.edit(acting, query, seen, values, mask, scale, formula)
         if call is None:
             out, weights = base(
                 module, query, key, value, attention_mask, scaling=scaling, **kwargs

@@ -128,7 +128,8 @@ def choose_form(
 ) -> BiasForm:
     """Return the form that costs least on this device, of those that are possible.
 
-    ``from_start``: the attention is causal and its rows are all there are so far.
+    ``from_start``: the attention is causal, its rows are all there are so far, and its scores are
+    not capped.
     """
     count, keys = query.shape[2], key.shape[2]
     if not isinstance(bias, KeyBias) or not from_start or count == 1 or count != keys:

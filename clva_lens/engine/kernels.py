@@ -18,6 +18,17 @@ AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor
 """An attention kernel: queries, keys, values and a mask to outputs by row, and weights if any."""
 
 
+class Formula(NamedTuple):
+    """What a layer's attention has besides queries, keys and a mask; see ``AttentionCall``."""
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+PLAIN = Formula()
+
+
 class Acting(NamedTuple):
     """The sessions that act on one layer's attention.
 
@@ -93,6 +104,7 @@ class Merging:
                 self._ready = _Ready(call.step, acting.sessions, key.shape[2], mask, both)
             return kernel(query, key, value, both)
         starts = call.step.causal and call.step.offset == 0 and self.fused
+        starts = starts and call.softcap is None
         form = folding.choose_form(bias, query, key, mask, from_start=starts)
         if form == "split" and _looks_ahead(mask, call.bias):
             form = "masked"

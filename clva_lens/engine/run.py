@@ -26,9 +26,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from clva_lens.engine import bias as folding
-from clva_lens.engine.attend import KERNELS
+from clva_lens.engine.attend import KERNELS, KernelName
 from clva_lens.engine.checkpointing import checkpointed, refuse_checkpoint
-from clva_lens.engine.kernels import Acting, Merging
+from clva_lens.engine.kernels import PLAIN, Acting, Formula, Merging
 from clva_lens.engine.logits import watch_logits
 from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.engine.stream import Part, StreamCall, stream_hooks, stream_name
@@ -79,7 +79,7 @@ class SiteRun(Owned):
         """Route the site's attention through this run, and watch the model's inputs."""
         self._hooks = self.passes.hooks()
         self.enter()
-        self.site.config._attn_implementation = f"clva_{self.kernel}"
+        self.site.config._attn_implementation = KernelName(self.kernel)
         for module in self.site.modules:
             _ACTIVE.setdefault(id(module), []).append(self)
 
@@ -168,7 +168,7 @@ class SiteRun(Owned):
         value: Tensor,
         mask: Tensor | None,
         scaling: float,
-        window: int | None = None,
+        formula: Formula = PLAIN,
     ) -> AttentionCall | None:
         """Show one layer to the sessions; return it with their biases, None without any.
 
@@ -192,7 +192,9 @@ class SiteRun(Owned):
                 f"{query.shape[2]} of them, so they cannot be told apart. Call the model without "
                 "logits_to_keep, or with use_cache=False."
             )
-        call = AttentionCall(layer, step, query, key, mask, None, scaling, value, window=window)
+        call = AttentionCall(
+            layer, step, query, key, mask, None, scaling, value, **formula._asdict()
+        )
         inside = checkpointed() if query.shape[2] > 1 else None
         if inside == "again":
             return None

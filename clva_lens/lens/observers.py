@@ -33,7 +33,8 @@ class AttentionTrace:
     """Attention of the text rows, by layer and head, in fractions of attention mass.
 
     ``intensity`` is Eq. 1: the mean over the text rows of the mass on the image; ``system`` and
-    ``text`` are the masses elsewhere, and the three sum to 1. ``maps`` are the last text row's
+    ``text`` are the masses elsewhere, and the three sum to 1; in a model with ``sinks`` to less, by
+    what its attention sinks take. ``maps`` are the last text row's
     attention to each image token. ``layers`` are the traced ones, 0-based, of the ``site_layers``
     that have attention, in a stack of ``num_layers``. With ``batched`` there is a batch axis first.
 
@@ -51,6 +52,7 @@ class AttentionTrace:
     site: str = "decoder"
     logits: Float[Tensor, "*batch vocabulary"] | None = None
     site_layers: tuple[int, ...] = ()
+    sinks: bool = False
 
     @classmethod
     def concatenate(cls, traces: Sequence["AttentionTrace"]) -> "AttentionTrace":
@@ -166,6 +168,7 @@ class Observer(Session):
         self.differentiable = differentiable
         self._prompt: dict[int, PromptRows] = {}
         self._generated: list[dict[int, Float[Tensor, "batch head row visual"]]] = []
+        self._sinks = False
         self._beams = Histories()
         self._reordering: Reordering | None = None
 
@@ -191,6 +194,7 @@ class Observer(Session):
                 self._read(call)
 
     def _read(self, call: AttentionCall) -> None:
+        self._sinks = self._sinks or call.sinks is not None
         if call.layer == self.layers[0]:
             self._beams.read(call.step)
         if call.step.number == 0:
@@ -232,6 +236,7 @@ class Observer(Session):
             site=self.site,
             logits=logits,
             site_layers=shape.layers,
+            sinks=self._sinks,
         )
 
     def steps(self) -> list[Float[Tensor, "layer batch head row visual"]]:

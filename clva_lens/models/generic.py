@@ -7,8 +7,7 @@ Image tokens may lie apart (several pictures, tiles, tokens that end rows). Laye
 window keep their own mask. Layers without softmax attention (linear attention, convolutions) are
 left out of the site; the numbers of the others stay, and so does the depth that L/2 − 2 is of.
 
-What is refused: encoder-decoder models, pictures that are read by cross-attention, videos, and
-attention with capped scores or sinks.
+What is refused: encoder-decoder models, pictures that are read by cross-attention, and videos.
 
 Untested for want of devices: a model that is split over real ones (two are emulated in the tests),
 and quantised weights on a GPU.
