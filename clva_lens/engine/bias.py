@@ -75,7 +75,8 @@ class KeyBias:
             high = summand.to(kind)
             keys = torch.stack([high, (summand - high).to(kind)], dim=2)
             keys = functional.pad(keys, (0, COLUMNS - 2))
-            ones = rearrange(self.rows, "b q -> b 1 q 1").to(kind).expand(-1, -1, -1, COLUMNS)
+            rows = self.rows if self.rows.shape[1] > 1 else torch.ones_like(self.rows)
+            ones = rearrange(rows, "b q -> b 1 q 1").to(kind).expand(-1, -1, -1, COLUMNS)
             made[scaling, kind] = ones, rearrange(keys, "b k c -> b 1 k c")
         return made[scaling, kind]
 

@@ -4,7 +4,7 @@ What is made for one layer of a pass serves the next ones, which mostly have the
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,9 +78,7 @@ class Merging:
         self._merged: _Merged | None = None
         self._ready: _Ready | None = None
 
-    def ready(
-        self, acting: Acting, step: Step | None, key: Tensor, mask: Tensor | None
-    ) -> Tensor | None:
+    def ready(self, acting: Acting, step: Step | None, key: Tensor, mask: Any) -> Tensor | None:
         """Return the mask of a steady layer's single row, if one like it came before in the pass.
 
         To ask the sessions again at every layer would be most of what a decoding step costs.

@@ -64,8 +64,8 @@ class SiteRun(Owned):
         if self.kernel not in KERNELS:
             raise InterventionError(
                 f"the {site.name} runs attention kernel '{self.kernel}', which cannot be "
-                f"intercepted (only {' and '.join(sorted(KERNELS))} can). Load the model with "
-                "attn_implementation='sdpa'."
+                f"intercepted (only {', '.join(sorted(KERNELS))} can). Load the model with "
+                "attn_implementation='sdpa', or 'eager'."
             )
         self._layers = dict(zip(map(id, site.modules), site.layers, strict=True))
         self.merging = Merging(fused=self.kernel == "sdpa")
