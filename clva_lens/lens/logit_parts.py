@@ -59,7 +59,8 @@ class LogitParts(Session):
         self.depth = tuple(depth)
         self.streams = {("resid_pre", 0)}
         self.streams |= {(part, i) for i in depth for part in ("mlp_out", "resid_post")}
-        self.streams |= {("z", i) for i in self.layers} | {("attn_out", i) for i in self.others}
+        self.streams |= {("z", i) for i in self.layers}
+        self.streams |= {("attn_out", i) for i in self.others}
         self.ids = torch.tensor([one for group in groups for one in group])
         plain = standing.W_U.T[self.ids].double() * (readout.final.times / readout.final.over)
         self.constant = standing.b_U[self.ids].double() * (readout.final.times / readout.final.over)

@@ -114,6 +114,8 @@ class PatchActivations(Method):
                     f"{SOURCE}, with a names_filter that keeps it."
                 )
         layers = check_layers("layers", layers, shape._replace(layers=stack))
+        if self.part == "z" and self.site == "decoder":
+            self._refuse_gates(target, layers)
         heads = None
         if self.heads is not None:
             heads = ChosenHeads(chosen_heads(self.heads), layers, shape)
@@ -121,6 +123,17 @@ class PatchActivations(Method):
         spans = _source_spans(target.model, self.source)
         values = {layer: self._taken(layer, spans) for layer in layers}
         return [_PatchSession(self, shape, values, heads)]
+
+    def _refuse_gates(self, target: Target, layers: Sequence[int]) -> None:
+        """Refuse to put what is after the gates of a layer's heads before them."""
+        written = target.readout().written
+        gated = [layer for layer in layers if written[layer].gated]
+        if gated:
+            raise ParameterError(
+                f"the heads of layer {gated[0]} are multiplied by gates before they are projected, "
+                "and hook_z is after these, so it cannot be put in place of what the heads put "
+                "out. Pass part='attn_out'."
+            )
 
     def _taken(self, layer: int, spans: TokenSpans) -> Float[Tensor, "source position *width"]:
         """Return the source's values at the span."""

@@ -80,7 +80,8 @@ class Written(NamedTuple):
     ``heads`` is the projection of what its heads put out, each ``d_head`` wide; None without any.
     Attention is added after the norm ``after``, if there is one; what is added is ``times`` that,
     also of the MLP, whose last projection is ``mlp`` (None: it is not one). The whole stream leaves
-    the layer ``leaves`` times as large.
+    the layer ``leaves`` times as large. ``gated``: what the heads put out is multiplied by gates
+    before it is projected.
     """
 
     heads: nn.Module | None
@@ -89,6 +90,7 @@ class Written(NamedTuple):
     times: float = 1.0
     leaves: float = 1.0
     mlp: nn.Module | None = None
+    gated: bool = False
 
 
 class Readout(NamedTuple):

@@ -259,6 +259,7 @@ class _Layer:
             times=self.times,
             leaves=1.0 if scalar is None else float(scalar),
             mlp=self.down,
+            gated=self.gated,
         )
 
     def sublayers(self) -> Sublayers | None:

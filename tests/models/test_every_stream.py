@@ -16,9 +16,10 @@ import transformers
 from survey_table import PROVEN
 
 import clva_lens as cl
-from clva_lens.ground.errors import ModelLoadError, UnknownName
+from clva_lens.ground.errors import ModelLoadError, ParameterError, UnknownName
 from clva_lens.lens.cache import run_with_cache
 from clva_lens.models.family import find_family
+from clva_lens.models.prompt import Prompt, VisualTokens
 
 KINDS = (*PROVEN, "llava (pixtral)")
 UNSUMMED = {
@@ -207,3 +208,33 @@ def test_docs_show_what_is_missing():
         pytest.skip(f"un-skip with transformers {version}")
     assert table() in docs
     assert all_but() in " ".join(docs.split())
+
+
+@pytest.mark.parametrize("kind", sorted({"gemma3", "granite_docling", "qwen3_5"} & set(PROVEN)))
+def test_a_patch_with_itself_changes_nothing(kind):
+    """Also where what is added to the stream is not what a module puts out."""
+    model, inputs, logits = drawn(kind)
+    other = tiny.sample(kind, 1)
+    names = ("hook_attn_out", "hook_mlp_out", "hook_resid_post", "hook_z")
+    caches = [
+        run_with_cache(model, one, lambda name: name.endswith(names)).cache
+        for one in (inputs, other)
+    ]
+    for part in ("attn_out", "mlp_out", "resid_post", "z"):
+        moved = []
+        for source, cache_ in zip((inputs, other), caches, strict=True):
+            source = Prompt(source, {"decoder": spans_of(model, source)}, False, (), (), None)
+            patch = cl.PatchActivations(source=source, cache=cache_, part=part, span="text")
+            if part == "z" and kind == "qwen3_5":
+                with pytest.raises(ParameterError, match=r"by gates.*part='attn_out'"):
+                    cl.intervening(model, patch).__enter__()
+                continue
+            with torch.inference_mode(), cl.intervening(model, patch):
+                moved.append(float((model(**inputs).logits[0, -1] - logits).abs().max()))
+        if moved:
+            print(f"{kind}, {part}: {moved[0]:.1e}, another prompt's {moved[1]:.3f}")
+            assert moved[0] < 1e-5 and moved[1] > 1e-2
+
+
+def spans_of(model, inputs):
+    return VisualTokens(find_family(model).spans(model, "decoder", inputs), "none is looked at")
