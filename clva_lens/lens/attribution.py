@@ -97,7 +97,8 @@ class LogitAttribution:
         """
         self._single()
         marked = [one.cpu().numpy() for one in (self.classes.sensitive, self.classes.insensitive)]
-        return head_attribution(self.heads.cpu().numpy(), *marked, label=self.label)
+        values = self.heads.cpu().numpy()
+        return head_attribution(values, *marked, layers=self.layers, label=self.label)
 
     def draw_image(self) -> Drawing:
         """Return the image tokens' parts on the patch grid, for up to 12 evenly spaced layers.
@@ -110,7 +111,8 @@ class LogitAttribution:
         maps = self.on_grid()
         chosen = evenly(len(maps), MOST_MAPS)
         label = f"part of {self.label} (logits)"
-        return patch_maps(maps[chosen].cpu().numpy(), layers=chosen, label=label)
+        numbered = [self.layers[row] for row in chosen]
+        return patch_maps(maps[chosen].cpu().numpy(), layers=numbered, label=label)
 
     def _single(self) -> None:
         if self.batched:
@@ -128,11 +130,14 @@ class LogitAttribution:
         def mean(values: Tensor) -> str:
             return f"{float(values.mean()):+.2f}"
 
+        other = len(self.layers) < self.mixers.shape[-1]
+        mixers = f"mixers {mean(self.mixers.sum(dim=-1))}, " if other else ""
         return (
             f"LogitAttribution({self.label} {mean(self.difference)} = embedding "
             f"{mean(self.embedding)}, heads {mean(self.heads.sum(dim=(-2, -1)))} (of it image "
-            f"{mean(self.image.sum(dim=(-3, -2, -1)))}), MLPs {mean(self.mlps.sum(dim=-1))}, edits "
-            f"{mean(self.edits.sum(dim=-1))}, bias {mean(self.bias)})"
+            f"{mean(self.image.sum(dim=(-3, -2, -1)))}), {mixers}MLPs "
+            f"{mean(self.mlps.sum(dim=-1))}, edits {mean(self.edits.sum(dim=-1))}, bias "
+            f"{mean(self.bias)})"
         )
 
 

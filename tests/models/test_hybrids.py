@@ -94,6 +94,17 @@ def test_what_is_traced_has_the_same_anchors(kind):
         cl.attention_drift(some)
 
 
+def test_an_attribution_names_the_layers_of_its_heads(kind):
+    if kind == "glm5_next":
+        return  # it has none: test_every_stream.py
+    model, inputs = tiny.tiny_model(kind), tiny.sample(kind, 0)
+    layers, _ = attending(model)
+    read = cl.direct_logit_attribution(model, inputs, (11, 12))
+    assert read.layers == tuple(layers) and "mixers" in repr(read)
+    shown = [text.get_text() for text in read.draw().axes[0].get_yticklabels()]
+    assert shown == [str(layer) for layer in layers]
+
+
 def by_default():
     """Methods that are made without arguments."""
     for name in METHODS.names():
