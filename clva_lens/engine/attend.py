@@ -53,7 +53,7 @@ class KernelName(str):
 
     def __eq__(self, other: object) -> bool:
         """Return whether a text is this name or the base kernel's."""
-        return str(self) == other or self.base == other
+        return str.__eq__(self, other) is True or self.base == other
 
     def __ne__(self, other: object) -> bool:
         """Return the opposite."""

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clva_lens.engine.session import AttentionCall, Session
-from clva_lens.engine.stream import Stream, StreamCall
+from clva_lens.engine.stream import Part, Stream, StreamCall
 from clva_lens.ground.errors import InterventionError, ModelLoadError
 from clva_lens.models.activations import Readout
 from clva_lens.models.norms import norm_form
@@ -57,10 +57,11 @@ class LogitParts(Session):
         self.layers = tuple(i for i in depth if self.written[i].heads is not None)
         self.others = tuple(i for i in depth if i not in self.layers)
         self.depth = tuple(depth)
-        self.streams = {("resid_pre", 0)}
-        self.streams |= {(part, i) for i in depth for part in ("mlp_out", "resid_post")}
-        self.streams |= {("z", i) for i in self.layers}
-        self.streams |= {("attn_out", i) for i in self.others}
+        places: set[tuple[Part, int]] = {("resid_pre", 0)}
+        for i in depth:
+            places |= {("mlp_out", i), ("resid_post", i)}
+            places.add(("z", i) if i in self.layers else ("attn_out", i))
+        self.streams = places
         self.ids = torch.tensor([one for group in groups for one in group])
         plain = standing.W_U.T[self.ids].double() * (readout.final.times / readout.final.over)
         self.constant = standing.b_U[self.ids].double() * (readout.final.times / readout.final.over)

@@ -16,7 +16,9 @@ import transformers
 from survey_table import PROVEN
 
 import clva_lens as cl
-from clva_lens.ground.errors import ModelLoadError, ParameterError, UnknownName
+from clva_lens.engine.run import running
+from clva_lens.engine.session import Session
+from clva_lens.ground.errors import InterventionError, ModelLoadError, ParameterError, UnknownName
 from clva_lens.lens.cache import run_with_cache
 from clva_lens.models.family import find_family
 from clva_lens.models.prompt import Prompt, VisualTokens
@@ -238,3 +240,49 @@ def test_a_patch_with_itself_changes_nothing(kind):
 
 def spans_of(model, inputs):
     return VisualTokens(find_family(model).spans(model, "decoder", inputs), "none is looked at")
+
+
+def test_what_stands_between_is_found():
+    """Here a hook of somebody's; the lens would be of other logits than the model's."""
+    model, inputs, _ = drawn("internvl")
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: 2 * out)
+    try:
+        with pytest.raises(ModelLoadError, match=r"differs by .* so something else stands between"):
+            cl.logit_lens(model, inputs)
+    finally:
+        hook.remove()
+
+
+class Editing(Session):
+    """Keeps the logits, and puts others in their place."""
+
+    site = "decoder"
+    edits_logits = True
+
+    def __init__(self, edit):
+        self.edit, self.seen = edit, None
+
+    def logits(self, step, logits):
+        self.seen = logits
+        return self.edit(logits)
+
+
+@pytest.mark.parametrize(
+    "kind", sorted({"gemma4", "granite_docling", "hyperclovax_vision_v2", "internvl"} & set(PROVEN))
+)
+def test_methods_edit_the_logits_that_the_model_has(kind):
+    """Not what its unembedding puts out, where a factor or a cap comes after it."""
+    model, inputs, logits = drawn(kind)
+    halving = Editing(lambda one: 0.5 * one)
+    with torch.no_grad(), running(model, [halving]):
+        halved = model(**inputs).logits[0, -1]
+    torch.testing.assert_close(halving.seen[0], logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(halved, 0.5 * logits, rtol=0, atol=2e-5)
+    assert float(logits.abs().max()) > 0.5
+    cutting = Editing(lambda one: one.masked_fill(one < one.max(), -torch.inf))
+    with torch.no_grad(), running(model, [cutting]):
+        if kind == "gemma4":
+            with pytest.raises(InterventionError, match=r"caps its logits at ±5\.0"):
+                model(**inputs)
+        else:
+            assert int(model(**inputs).logits[0, -1].isfinite().sum()) == 1
