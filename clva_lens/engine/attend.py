@@ -11,33 +11,65 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from clva_lens.engine import windows
-from clva_lens.ground.errors import InterventionError
+from clva_lens.engine import maskless, windows
+from clva_lens.engine.kernels import Formula
 from clva_lens.models.belonging import HERE
 
 
-def _base_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Return the eager attention function of the file that defines the module."""
-    return sys.modules[type(module).__module__].eager_attention_forward
+def _base(kernel: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return a kernel; the eager one is that of the file that defines the module."""
+    if kernel == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return sdpa_attention_forward if kernel == "sdpa" else ALL_ATTENTION_FUNCTIONS[kernel]
 
 
-KERNELS = {"sdpa": sdpa_mask, "eager": eager_mask}
+KERNELS = {"sdpa": sdpa_mask, "eager": eager_mask} | {
+    name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in maskless.MASKLESS
+}
 """The kernels that can be intercepted, with what builds their masks."""
 
 
-def _check_formula(site: str, kwargs: dict[str, Any]) -> None:
-    """Refuse attention that is no softmax of scaled products under a mask."""
-    if "softcap" not in kwargs and "s_aux" not in kwargs:
-        return
-    odd = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    if odd:
-        raise InterventionError(
-            f"the {site}'s attention has more in it than queries, keys and a mask ({odd[0]}: "
-            "capped scores, or sinks), so its rows cannot be formed from these. Use a model "
-            "without."
-        )
+class KernelName(str):
+    """The name of an attention function here, which is its base kernel's to a model that asks.
+
+    Some models build a mask of their own if their kernel's name is "sdpa" or "eager". Tables of
+    kernels are looked up by the hash, which is that of the function here.
+    """
+
+    base: str
+
+    def __new__(cls, base: str) -> "KernelName":
+        """Return the name for a base kernel."""
+        made = super().__new__(cls, f"clva_{base}")
+        made.base = base
+        return made
+
+    def __getnewargs__(self) -> tuple[str]:
+        """Return what a copy is made of."""
+        return (self.base,)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether a text is this name or the base kernel's."""
+        return str.__eq__(self, other) is True or self.base == other
+
+    def __ne__(self, other: object) -> bool:
+        """Return the opposite."""
+        return not self == other
+
+    def __str__(self) -> str:
+        """Return the name as a plain text."""
+        return f"clva_{self.base}"
+
+    __hash__ = str.__hash__
+
+
+def _formula(kernel: str, kwargs: dict[str, Any]) -> Formula:
+    """Return what else is in a layer's attention; the fused kernel leaves sinks out."""
+    sinks = None if kernel == "sdpa" else kwargs.get("s_aux")
+    return Formula(kwargs.get("sliding_window"), kwargs.get("softcap"), sinks)
 
 
 def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -46,12 +78,12 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,  # a Tensor, None, or a BlockMask
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the base kernel, under the bias of the run that the module belongs to."""
-        base = sdpa_attention_forward if kernel == "sdpa" else _base_eager(module)
+        base = _base(kernel, module)
         run: Any = HERE.get().get(id(module))
         acting = None if run is None else run.acting.get(id(module))
         if run is None or acting is None:
@@ -59,24 +91,27 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         ready = run.merging.ready(acting, run.passes.step, key, attention_mask)
         if ready is not None:
             return base(module, query, key, value, ready, scaling=scaling, **kwargs)
-        _check_formula(run.site.name, kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         count, step, mask, values = query.shape[2], run.passes.step, attention_mask, value
-        seen = key
+        seen, formula = key, _formula(kernel, kwargs)
         # A static cache hands over its empty end too: leave it out, as the kernel would.
         if attention_mask is None and step is not None and step.causal and count > 1:
             seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
+        if kernel in maskless.MASKLESS:
+            mask = maskless.written_out(mask, step, seen, count, formula.window)
         if step is not None and step.causal:
             seen, values, mask = windows.widen(seen, values, mask, step.offset + count, count)
-        window = kwargs.get("sliding_window")
-        call = run.edit(acting, query, seen, values, mask, scale, window)
+        call = run.edit(acting, query, seen, values, mask, scale, formula)
         if call is None:
             out, weights = base(
                 module, query, key, value, attention_mask, scaling=scaling, **kwargs
             )
         else:
             bound = partial(base, module, scaling=scale, **kwargs)
-            out, weights = run.merging.attend(bound, call, acting)
+            if kernel in maskless.MASKLESS:
+                out, weights = maskless.folded(bound, call, key, value, attention_mask)
+            else:
+                out, weights = run.merging.attend(bound, call, acting)
         return run.output(out), weights
 
     return attend

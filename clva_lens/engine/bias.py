@@ -75,7 +75,8 @@ class KeyBias:
             high = summand.to(kind)
             keys = torch.stack([high, (summand - high).to(kind)], dim=2)
             keys = functional.pad(keys, (0, COLUMNS - 2))
-            ones = rearrange(self.rows, "b q -> b 1 q 1").to(kind).expand(-1, -1, -1, COLUMNS)
+            rows = self.rows if self.rows.shape[1] > 1 else torch.ones_like(self.rows)
+            ones = rearrange(rows, "b q -> b 1 q 1").to(kind).expand(-1, -1, -1, COLUMNS)
             made[scaling, kind] = ones, rearrange(keys, "b k c -> b 1 k c")
         return made[scaling, kind]
 
@@ -128,7 +129,8 @@ def choose_form(
 ) -> BiasForm:
     """Return the form that costs least on this device, of those that are possible.
 
-    ``from_start``: the attention is causal and its rows are all there are so far.
+    ``from_start``: the attention is causal, its rows are all there are so far, and its scores are
+    not capped.
     """
     count, keys = query.shape[2], key.shape[2]
     if not isinstance(bias, KeyBias) or not from_start or count == 1 or count != keys:

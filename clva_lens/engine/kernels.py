@@ -4,7 +4,7 @@ What is made for one layer of a pass serves the next ones, which mostly have the
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,17 @@ from clva_lens.models.step import Step
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """An attention kernel: queries, keys, values and a mask to outputs by row, and weights if any."""
+
+
+class Formula(NamedTuple):
+    """What a layer's attention has besides queries, keys and a mask; see ``AttentionCall``."""
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+PLAIN = Formula()
 
 
 class Acting(NamedTuple):
@@ -67,9 +78,7 @@ class Merging:
         self._merged: _Merged | None = None
         self._ready: _Ready | None = None
 
-    def ready(
-        self, acting: Acting, step: Step | None, key: Tensor, mask: Tensor | None
-    ) -> Tensor | None:
+    def ready(self, acting: Acting, step: Step | None, key: Tensor, mask: Any) -> Tensor | None:
         """Return the mask of a steady layer's single row, if one like it came before in the pass.
 
         To ask the sessions again at every layer would be most of what a decoding step costs.
@@ -93,6 +102,7 @@ class Merging:
                 self._ready = _Ready(call.step, acting.sessions, key.shape[2], mask, both)
             return kernel(query, key, value, both)
         starts = call.step.causal and call.step.offset == 0 and self.fused
+        starts = starts and call.softcap is None
         form = folding.choose_form(bias, query, key, mask, from_start=starts)
         if form == "split" and _looks_ahead(mask, call.bias):
             form = "masked"

@@ -26,9 +26,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from clva_lens.engine import bias as folding
-from clva_lens.engine.attend import KERNELS
+from clva_lens.engine.attend import KERNELS, KernelName
 from clva_lens.engine.checkpointing import checkpointed, refuse_checkpoint
-from clva_lens.engine.kernels import Acting, Merging
+from clva_lens.engine.kernels import PLAIN, Acting, Formula, Merging
 from clva_lens.engine.logits import watch_logits
 from clva_lens.engine.session import AttentionCall, Session, is_ahead
 from clva_lens.engine.stream import Part, StreamCall, stream_hooks, stream_name
@@ -64,8 +64,8 @@ class SiteRun(Owned):
         if self.kernel not in KERNELS:
             raise InterventionError(
                 f"the {site.name} runs attention kernel '{self.kernel}', which cannot be "
-                f"intercepted (only {' and '.join(sorted(KERNELS))} can). Load the model with "
-                "attn_implementation='sdpa'."
+                f"intercepted (only {', '.join(sorted(KERNELS))} can). Load the model with "
+                "attn_implementation='sdpa', or 'eager'."
             )
         self._layers = dict(zip(map(id, site.modules), site.layers, strict=True))
         self.merging = Merging(fused=self.kernel == "sdpa")
@@ -79,7 +79,7 @@ class SiteRun(Owned):
         """Route the site's attention through this run, and watch the model's inputs."""
         self._hooks = self.passes.hooks()
         self.enter()
-        self.site.config._attn_implementation = f"clva_{self.kernel}"
+        self.site.config._attn_implementation = KernelName(self.kernel)
         for module in self.site.modules:
             _ACTIVE.setdefault(id(module), []).append(self)
 
@@ -177,7 +177,7 @@ class SiteRun(Owned):
         value: Tensor,
         mask: Tensor | None,
         scaling: float,
-        window: int | None = None,
+        formula: Formula = PLAIN,
     ) -> AttentionCall | None:
         """Show one layer to the sessions; return it with their biases, None without any.
 
@@ -203,7 +203,9 @@ class SiteRun(Owned):
                 f"{query.shape[2]} of them, so they cannot be told apart. Call the model without "
                 "logits_to_keep, or with use_cache=False."
             )
-        call = AttentionCall(layer, step, query, key, mask, None, scaling, value, window=window)
+        call = AttentionCall(
+            layer, step, query, key, mask, None, scaling, value, **formula._asdict()
+        )
         inside = checkpointed() if query.shape[2] > 1 else None
         if inside == "again":
             return None
@@ -239,7 +241,7 @@ class SiteRun(Owned):
             return None
         call = StreamCall(part, layer, step)
         batch = len(step.text_rows)
-        hidden = value if value.ndim == 3 else value.unflatten(0, (batch, -1))  # OPT's MLPs
+        hidden = value if value.ndim > 2 else value.unflatten(0, (batch, -1))  # OPT's MLPs
         found = hidden
         inside = checkpointed() if hidden.shape[1] > 1 else None
         if inside == "again":

@@ -27,6 +27,9 @@ class AttentionCall:
     kernel gets them: after the rotary embedding, with the whole cache.
     ``z`` is what the heads put out before any session replaces it; None until they have.
     ``window`` is how many positions a row of this layer looks back, itself included; None is all.
+    ``softcap`` c makes c·tanh(s / c) of each score s, before mask and bias; None leaves it.
+    ``sinks`` are scores of what each head may look at besides the keys: a row's weights then sum to
+    less than 1, and a bias on keys takes from the sink too, or gives to it.
     """
 
     layer: int
@@ -39,6 +42,8 @@ class AttentionCall:
     value: Float[Tensor, "batch kv_head key value_width"] | None = None
     z: Float[Tensor, "batch query head value_width"] | None = None
     window: int | None = None
+    softcap: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
 
     @property
     def sees_image(self) -> bool:
@@ -53,12 +58,16 @@ class AttentionCall:
         return count - self.step.old_rows(count)
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
-        """Return the pattern of query rows ``start`` to ``stop``; each row sums to 1.
+        """Return the pattern of query rows ``start`` to ``stop``; each sums to 1, less its sink.
 
         Softmax in float32 over all keys, under the mask and the bias. Rows are relative to this
         pass; those of padding are meaningless.
         """
-        return self.scores(start, stop).softmax(dim=-1)
+        scores = self.scores(start, stop)
+        if self.sinks is None:
+            return scores.softmax(dim=-1)
+        sinks = self.sinks.to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
 
     def scores(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
         """Return what the softmax of ``rows`` is taken of, in float32, under mask and bias."""
@@ -71,8 +80,12 @@ class AttentionCall:
         return scores
 
     def products(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
-        """Return the scores of ``rows`` as the model forms them, before mask and bias: q·k/√d."""
-        return raw_scores(self.query[:, :, start:stop], self.key, self.scaling)
+        """Return the scores of ``rows`` before mask and bias, as the model forms them.
+
+        They are q·k/√d, or what a soft cap makes of that.
+        """
+        scores = raw_scores(self.query[:, :, start:stop], self.key, self.scaling)
+        return scores if self.softcap is None else self.softcap * (scores / self.softcap).tanh()
 
     def row_pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Return (start, stop) of pieces of these rows that hold few scores each."""

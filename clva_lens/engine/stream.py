@@ -17,14 +17,18 @@ from clva_lens.models.belonging import hook_after, hook_before
 from clva_lens.models.family import find_family
 from clva_lens.models.step import Step
 
-Part = Literal["resid_pre", "attn_out", "cross_attn_out", "mlp_in", "mlp_out", "resid_post"]
+Part = Literal["resid_pre", "attn_out", "cross_attn_out", "mlp_in", "mlp_out", "resid_post", "z"]
 """What of a layer: TransformerLens' name of it, without "hook_".
+
+"z" is what a decoder's heads put out, side by side, as their projection reads it: after the gates
+of a model that has some.
 
 "mlp_in" is what the MLP reads: the stream after the norm, a bridge's "mlp.hook_in". A Q-Former,
 which normalises after each sum, has none.
 """
 
-Stream = Float[Tensor, "batch query width"]
+Stream = Float[Tensor, "batch query *copy width"]
+"""A part of the residual stream; a few models have several copies of it."""
 
 
 class StreamCall(NamedTuple):
@@ -38,7 +42,7 @@ class StreamCall(NamedTuple):
 def stream_name(site: str, part: str, layer: int) -> str:
     """Return TransformerLens' name of a part of a layer, as ``run_with_cache`` has it."""
     prefix = "" if site == "decoder" else f"{site}."
-    hook = "mlp.hook_in" if part == "mlp_in" else f"hook_{part}"
+    hook = {"mlp_in": "mlp.hook_in", "z": "attn.hook_z"}.get(part, f"hook_{part}")
     return f"{prefix}blocks.{layer}.{hook}"
 
 
@@ -74,14 +78,21 @@ def stream_hooks(
 def _hook(
     place: Place, part: Part, edit: Callable[[Part, int, Tensor], Tensor | None]
 ) -> RemovableHandle:
+    times = place.tap.times
+
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = edit(part, place.layer, args[0] if args else kwargs["hidden_states"])
         if found is None:
             return None
         return ((found, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": found})
 
-    def after(_: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        return edit(part, place.layer, output)
+    def after(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        own = output[0] if isinstance(output, tuple) else output
+        found = edit(part, place.layer, own if times == 1.0 else own * times)
+        if found is None:
+            return None
+        found = found if times == 1.0 else found / times
+        return (found, *output[1:]) if isinstance(output, tuple) else found
 
     if place.tap.side == "input":
         return hook_before(place.module, before)

@@ -38,27 +38,32 @@ from clva_lens.science.heads import HeadClasses
 class LogitAttribution:
     """What each part of the model adds to a logit difference at the last position, in logits.
 
-    The final norm's scale is that of the pass, frozen, so that parts add up: ``total`` is the sum
-    of ``embedding`` (what enters the first layer), ``heads``, ``mlps``, ``edits`` and ``bias`` (all
-    biases of attention, norm and unembedding), and is the model's own ``difference``. ``edits`` is
+    The final norm's scale is that of the pass, frozen, so that parts add up, and so are those of
+    norms between a block and the stream, and what a soft cap takes off a logit. ``total`` is the
+    sum of ``embedding`` (what enters the first layer), ``heads``, ``mixers`` (layers without
+    softmax attention), ``mlps``, ``edits`` and ``bias`` (all biases of attention, norms and
+    unembedding), and is the model's own ``difference``. ``edits`` is
     what the stream after each layer holds beyond the stream before it, its heads and its MLP: what
     a patch or an edit by hand put there, 0 but for rounding without one. ``image`` and
     ``elsewhere`` divide each head's part among the image tokens and all other keys; a head whose
     output a method replaced (an ablation) has all of its part elsewhere. A part that another one
     undoes later still counts: this is what is written, not what is needed.
 
+    ``layers`` are those of ``heads``, which all but hybrid decoders have; the axis depth is of all.
     ``label`` says which logits; ``classes`` are the heads' (Eqs. 2–3, arXiv:2603.25088v1);
     ``visual`` are the image tokens; ``prompt`` is None where a trace was read.
     """
 
     embedding: Float[Tensor, "*batch"]
     heads: Float[Tensor, "*batch layer head"]
-    mlps: Float[Tensor, "*batch layer"]
-    edits: Float[Tensor, "*batch layer"]
+    mixers: Float[Tensor, "*batch depth"]
+    mlps: Float[Tensor, "*batch depth"]
+    edits: Float[Tensor, "*batch depth"]
     bias: Float[Tensor, "*batch"]
     image: Float[Tensor, "*batch layer head visual"]
     elsewhere: Float[Tensor, "*batch layer head"]
     difference: Float[Tensor, "*batch"]
+    layers: tuple[int, ...]
     classes: HeadClasses
     label: str
     batched: bool
@@ -69,7 +74,7 @@ class LogitAttribution:
     def total(self) -> Float[Tensor, "*batch"]:
         """The sum of all parts, in logits."""
         written = self.heads.sum(dim=(-2, -1)) + self.mlps.sum(dim=-1) + self.edits.sum(dim=-1)
-        return self.embedding + written + self.bias
+        return self.embedding + written + self.mixers.sum(dim=-1) + self.bias
 
     @property
     def image_tokens(self) -> Float[Tensor, "*batch layer visual"]:
@@ -94,7 +99,8 @@ class LogitAttribution:
         """
         self._single()
         marked = [one.cpu().numpy() for one in (self.classes.sensitive, self.classes.insensitive)]
-        return head_attribution(self.heads.cpu().numpy(), *marked, label=self.label)
+        values = self.heads.cpu().numpy()
+        return head_attribution(values, *marked, layers=self.layers, label=self.label)
 
     def draw_image(self) -> Drawing:
         """Return the image tokens' parts on the patch grid, for up to 12 evenly spaced layers.
@@ -107,7 +113,8 @@ class LogitAttribution:
         maps = self.on_grid()
         chosen = evenly(len(maps), MOST_MAPS)
         label = f"part of {self.label} (logits)"
-        return patch_maps(maps[chosen].cpu().numpy(), layers=chosen, label=label)
+        numbered = [self.layers[row] for row in chosen]
+        return patch_maps(maps[chosen].cpu().numpy(), layers=numbered, label=label)
 
     def _single(self) -> None:
         if self.batched:
@@ -125,11 +132,14 @@ class LogitAttribution:
         def mean(values: Tensor) -> str:
             return f"{float(values.mean()):+.2f}"
 
+        other = len(self.layers) < self.mixers.shape[-1]
+        mixers = f"mixers {mean(self.mixers.sum(dim=-1))}, " if other else ""
         return (
             f"LogitAttribution({self.label} {mean(self.difference)} = embedding "
             f"{mean(self.embedding)}, heads {mean(self.heads.sum(dim=(-2, -1)))} (of it image "
-            f"{mean(self.image.sum(dim=(-3, -2, -1)))}), MLPs {mean(self.mlps.sum(dim=-1))}, edits "
-            f"{mean(self.edits.sum(dim=-1))}, bias {mean(self.bias)})"
+            f"{mean(self.image.sum(dim=(-3, -2, -1)))}), {mixers}MLPs "
+            f"{mean(self.mlps.sum(dim=-1))}, edits {mean(self.edits.sum(dim=-1))}, bias "
+            f"{mean(self.bias)})"
         )
 
 
@@ -183,7 +193,7 @@ def direct_logit_attribution(
 
     Raises:
         ParameterError: if there are not one or two tokens, or one of them is none.
-        ModelLoadError: if nobody wrote the names of this model down.
+        ModelLoadError: if the logits are no sum over heads and MLPs, saying why.
         InterventionError: if the attention kernel cannot be intercepted, an open method edits the
             logits, the prompt is padded on the right, or the arguments are those of the other
             form: none in a trace, both outside.
@@ -227,7 +237,7 @@ class _Reading:
         standing = CacheModel(readout, words, model.config.get_text_config(), "")
         groups, self.label = _chosen(standing, words, tokens)
         self.model = model
-        self.parts = LogitParts(standing, groups)
+        self.parts = LogitParts(standing, readout, groups)
         self.observer = Observer("all", shape_of(model, "decoder"))
         self.sessions: list[Session] = [self.parts, self.observer]
 
@@ -237,6 +247,7 @@ class _Reading:
         batched = len(parts["difference"]) > 1 if prompt is None else prompt.batched
         return LogitAttribution(
             **{name: (one if batched else one[0]).float() for name, one in parts.items()},
+            layers=self.parts.layers,
             classes=self.observer.trace(batched).heads(),
             label=self.label,
             batched=batched,
@@ -258,4 +269,4 @@ def _chosen(standing: CacheModel, words: Any, tokens: Any) -> tuple[list[list[in
                 "the tokenizer has no single token for yes or no. Pass two token ids as tokens=."
             )
         return list(spelled), label
-    return [[one] for one in token_ids(standing, words, wanted)], label
+    return [[one] for one in token_ids(standing.cfg.d_vocab, words, wanted)], label

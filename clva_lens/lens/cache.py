@@ -2,7 +2,7 @@
 
 Names are TransformerLens' own for the language model. The vision tower's begin with "vision." and
 the Q-Former's with "qformer." Only what is asked for is kept, and a pattern is formed at the layers
-where it is asked for. Where each name lies is in ``models/hooks.py``.
+where it is asked for. Where each name lies is in ``models/decoders.py``.
 """
 
 import warnings
@@ -24,10 +24,11 @@ from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import ParameterError, UnknownName
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.methods.base import MethodLike
-from clva_lens.models.activations import Place
+from clva_lens.models.activations import Missing, Place
 from clva_lens.models.family import find_family, transformers_model
+from clva_lens.models.norms import norm_form
 from clva_lens.models.prompt import Asked, as_prompt, readable
-from clva_lens.models.readout import CacheModel, normalise, per_head
+from clva_lens.models.readout import CacheModel, per_head
 from clva_lens.models.transformerlens import transformer_lens
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def run_with_cache(
     model, prompt = transformers_model(lens), as_prompt(lens, prompt)
     handle: Any = lens if getattr(lens, "_module", None) is model else nnsight_handle(model)
     activations = find_family(model).activations(model)
-    chosen = choose(activations.places, names_filter)
+    chosen = choose(activations.places, names_filter, activations.missing)
     reader = _Reader(handle, activations.places, chosen, len(prompt["input_ids"]))
     sites = {place.site for place in chosen if place.site is not None}
     sessions: list[_Attention | _Stream] = [_Attention(site, chosen) for site in sorted(sites)]
@@ -95,13 +96,15 @@ def nnsight_handle(model: PreTrainedModel) -> NNsight:
         return NNsight(model)
 
 
-def choose(places: Sequence[Place], names_filter: NamesFilter) -> tuple[Place, ...]:
+def choose(
+    places: Sequence[Place], names_filter: NamesFilter, missing: Sequence[Missing] = ()
+) -> tuple[Place, ...]:
     """Return the places that a filter selects, in the order of the forward pass.
 
     None selects all but those that grow with the square of the prompt or with heads × width.
 
     Raises:
-        UnknownName: for a name that there is not, with the nearest ones.
+        UnknownName: for a name that there is not, with the reason or the nearest ones.
         ParameterError: if nothing is selected, or the filter is of another kind.
     """
     if names_filter is None:
@@ -112,7 +115,7 @@ def choose(places: Sequence[Place], names_filter: NamesFilter) -> tuple[Place, .
     else:
         wanted = {names_filter} if isinstance(names_filter, str) else _strings(names_filter)
         for name in sorted(wanted - set(names)):
-            raise UnknownName(_unknown(name, names))
+            raise UnknownName(_unknown(name, names, missing))
     if not wanted:
         raise ParameterError(
             f"names_filter selects none of the {len(names)} activations. Pass names such as "
@@ -132,7 +135,14 @@ def _strings(names: Any) -> set[str]:
     return set(listed)
 
 
-def _unknown(name: str, names: Sequence[str]) -> str:
+def _unknown(name: str, names: Sequence[str], missing: Sequence[Missing]) -> str:
+    inside = name.partition("blocks.")[2].partition(".")[2]
+    for one in missing:
+        if inside.startswith(tuple(f"{stem}." for stem in one.names)) or inside in one.names:
+            return (
+                f"the model has no activation '{name}': {one}. Ask for the names that "
+                "run_with_cache(model, prompt) returns without names_filter."
+            )
     near = get_close_matches(name, names, n=3) or [one for one in names if name in one][:3]
     hint = f"Did you mean {' or '.join(repr(one) for one in near)}? " if near else ""
     stems = sorted({_stem(one) for one in names})
@@ -178,11 +188,13 @@ class _Reader:
         if value.ndim == 2:  # OPT flattens batch and position before its MLP
             value = value.unflatten(0, (self._batch, -1))
         if form in ("scale", "normalized"):
-            return normalise(module, value, form)
-        if form == "stream":
-            return value
+            norm = norm_form(module)
+            return norm.scale(value) if form == "scale" else norm.normalised(value)
         if place.tap.part is not None:
-            value = value.chunk(3, dim=-1)[place.tap.part].clone()  # not a view of all three
+            parts = value.chunk(place.tap.parts, dim=-1)
+            value = parts[place.tap.part].clone()  # not a view of them all
+        if form == "stream":
+            return value if place.tap.times == 1.0 else value * place.tap.times
         heads = rearrange(value, "b p (h d) -> b p h d", d=place.d_head)
         if form == "result":
             return torch.einsum("bphd,hdm->bphm", heads, per_head(module, place.d_head))
@@ -250,8 +262,11 @@ class _Stream(Session):
 
 
 def _seen(call: AttentionCall, form: str) -> Tensor:
-    if form in ("rot_q", "rot_k"):
-        return rearrange(call.query if form == "rot_q" else call.key, "b h p d -> b p h d")
+    given = {"rot_q": call.query, "rot_k": call.key, "value": call.value}
+    if form in given:
+        found = given[form]
+        assert found is not None
+        return rearrange(found, "b h p d -> b p h d")
     batch, heads, count = call.query.shape[:3]
     size = (batch, heads, count, call.key.shape[2])
     matrix = torch.empty(size, dtype=torch.float32, device=call.query.device)

@@ -167,7 +167,8 @@ def _check_site(
             f"configuration named in the family '{family.name}' are probably not on the path."
         ) from None
     total = seen.intensity + seen.system + seen.text
-    worst = float((total - 1).abs().max())
+    apart = total - 1
+    worst = float((apart.clamp_min(0) if seen.sinks else apart.abs()).max())
     if not worst <= 1e-3:
         raise ModelCheckError(
             f"{name}: rows of the {site}'s attention pattern sum to {1 - worst:.4f} instead of 1. "

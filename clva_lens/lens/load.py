@@ -252,11 +252,13 @@ def _in_words(what: str, kind: type[ClvaLensError]) -> Iterator[None]:
     except ClvaLensError:
         raise
     except Exception as error:  # a broken file may raise anything
-        raise kind(
-            f"{what}: {first_line(error)} Check the name, and that its files are whole and of one "
-            "image-text-to-text model with safetensors weights; without a network, pass a local "
-            "folder."
-        ) from error
+        remedy = (
+            "Check the name, and that its files are whole and of one image-text-to-text model with "
+            "safetensors weights; without a network, pass a local folder."
+        )
+        if any(word in str(error) for word in ("attn_implementation", "FlashAttention", "flash_a")):
+            remedy = "Pass attn_implementation='sdpa', or 'eager', which are always there."
+        raise kind(f"{what}: {first_line(error)} {remedy}") from error
 
 
 def check_device(device_map: Any, device: Any = None) -> None:

@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from clva_lens.engine.row_reading import stack_layers
 from clva_lens.engine.run import running
 from clva_lens.engine.session import Session
-from clva_lens.engine.stream import Stream, StreamCall
 from clva_lens.figures import Drawing, patch_maps
 from clva_lens.figures import logit_lens as draw_lens
 from clva_lens.figures.base import evenly
@@ -20,10 +19,9 @@ from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
-from clva_lens.lens.margins import MARGIN, answer_tokens, margins
-from clva_lens.lens.observers import chosen_layers
+from clva_lens.lens.layer_reading import LayerReading, Span
+from clva_lens.lens.margins import MARGIN
 from clva_lens.methods.base import MethodLike
-from clva_lens.methods.target import shape_of
 from clva_lens.models.family import find_family, transformers_model
 from clva_lens.models.prompt import (
     Asked,
@@ -33,11 +31,8 @@ from clva_lens.models.prompt import (
     read_tokens,
     readable,
 )
-from clva_lens.models.readout import CacheModel, read_out, token_ids
-from clva_lens.models.step import Step
+from clva_lens.models.readout import read_out
 
-# Logits are formed for at most this many entries at once (64 MiB of float32).
-LOGITS_AT_ONCE = 2**24
 _MOST_POSITIONS = 24
 
 
@@ -168,7 +163,7 @@ class LogitLens:
 
 
 def lens_logits(
-    model: Any, residual: Float[Tensor, "*places d_model"]
+    model: Any, residual: Float[Tensor, "*stream d_model"]
 ) -> Float[Tensor, "*places vocabulary"]:
     """Return the logits of a residual stream through the model's own final norm and unembedding.
 
@@ -185,7 +180,7 @@ def lens_logits(
 class Lensing:
     """The logit lens of a run that is traced; ``lens`` is there once the prompt was read."""
 
-    def __init__(self, reading: "_Reading") -> None:
+    def __init__(self, reading: LayerReading) -> None:
         """Keep what the run is read by."""
         self._reading = reading
 
@@ -196,10 +191,7 @@ class Lensing:
         Raises:
             InterventionError: if no prompt was read yet.
         """
-        return self._reading.lens()
-
-
-Span = str | Bool[Tensor, "*batch sequence"] | Sequence[int]
+        return _lens_of(self._reading)
 
 
 @overload
@@ -249,14 +241,14 @@ def logit_lens(
 
     Raises:
         ParameterError: if the span, a layer, a token or ``k`` does not fit.
-        ModelLoadError: if nobody wrote the names of this model down.
+        ModelLoadError: if it is not known how the model makes logits of its residual stream.
         InterventionError: if the arguments are those of the other form: none of ``model``,
             ``prompt`` and ``method`` in a trace, the first two outside.
     """
     if model is None and prompt is None and method is None:
 
         def make(root: Any, found: PreTrainedModel) -> tuple[list[Session], Lensing]:
-            reading = _Reading(found, getattr(root, "words", None), span, layers, tokens, k)
+            reading = LayerReading(found, getattr(root, "words", None), span, layers, tokens, k)
             return [reading], Lensing(reading)
 
         return join_trace("logit_lens", "cl.logit_lens(model, prompt)", make)
@@ -270,118 +262,46 @@ def logit_lens(
     found, prompt = transformers_model(model), as_prompt(model, prompt)
     prompt.spans.places(span)  # a span that is not there is said before the model runs
     with undisturbed(), intervening(model, method):
-        reading = _Reading(found, getattr(model, "words", None), span, layers, tokens, k)
+        reading = LayerReading(found, getattr(model, "words", None), span, layers, tokens, k)
         with running(found, [reading]), readable(prompt):
-            found(**prompt.inputs, logits_to_keep=1, use_cache=False)
-        return reading.lens(prompt)
+            reading.check(found(**prompt.inputs, logits_to_keep=1, use_cache=False).logits)
+        return _lens_of(reading, prompt)
 
 
-class _Reading(Session):
-    """Edits nothing; reads the stream after the chosen layers of the prompt's pass."""
+def _lens_of(reading: LayerReading, prompt: Prompt | None = None) -> LogitLens:
+    """Return what was read.
 
-    site = "decoder"
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        words: Any,
-        span: Span,
-        layers: Sequence[int] | str,
-        tokens: str | int | Sequence[str | int] | None,
-        k: int,
-    ) -> None:
-        self.model, self.words, self.span, self.k = model, words, span, k
-        self.numbers = chosen_layers(layers, shape_of(model, "decoder"))
-        self.streams = {("resid_post", layer) for layer in self.numbers}
-        self.readout = find_family(model).activations(model).readout
-        standing = CacheModel(self.readout, words, model.config.get_text_config(), "")
-        size = standing.cfg.d_vocab
-        if not 1 <= k <= size:
-            raise ParameterError(
-                f"k must be in 1 to {size} (the vocabulary), but is {k}. Pass k=5."
-            )
-        wanted = [] if tokens is None else [tokens] if isinstance(tokens, str | int) else tokens
-        self.ids = token_ids(standing, words, wanted)
-        self.names = tuple(
-            one if isinstance(one, str) else str(one) if words is None else words.decode([one])
-            for one in wanted
+    Raises:
+        InterventionError: if no prompt was read yet.
+    """
+    step = reading.step
+    if step is None or reading.found.keys() != set(reading.numbers):
+        raise InterventionError(
+            "what the layers say is not known yet: the model has not read a prompt. Read it "
+            "after the block that runs the model."
         )
-        self.answers = ([], []) if words is None else answer_tokens(words)
-        self.step: Step | None = None
-        self.found: dict[int, tuple[Tensor, ...]] = {}
-
-    @torch.no_grad()
-    def stream(self, call: StreamCall, hidden: Stream) -> None:
-        """Read the span's positions of one layer."""
-        if call.step.number:
-            return
-        self.step = call.step
-        places = call.step.spans.places(self.span).to(hidden.device)
-        rows = torch.arange(len(places), device=hidden.device)[:, None]
-        self.found[call.layer] = _read(
-            self.readout, hidden[rows, places], self.k, self.ids, *self.answers
-        )
-
-    def lens(self, prompt: Prompt | None = None) -> LogitLens:
-        """Return what was read.
-
-        Raises:
-            InterventionError: if no prompt was read yet.
-        """
-        step = self.step
-        if step is None or self.found.keys() != set(self.numbers):
-            raise InterventionError(
-                "what the layers say is not known yet: the model has not read a prompt. Read it "
-                "after the block that runs the model."
-            )
-        assert step.ids is not None
-        positions = step.spans.places(self.span)
-        name = self.span if isinstance(self.span, str) else "chosen positions"
-        if torch.equal(positions.flatten(), step.spans.image.nonzero()[:, 1]):
-            name = "image"
-        parts = zip(*(self.found[layer] for layer in self.numbers), strict=True)
-        top, probabilities, logits, margin = (stack_layers(list(one), dim=1) for one in parts)
-        batched = len(top) > 1 if prompt is None else prompt.batched
-        if not batched:
-            top, probabilities, logits, margin = top[0], probabilities[0], logits[0], margin[0]
-            positions = positions[0]
-        return LogitLens(
-            top=top,
-            probabilities=probabilities,
-            margin=margin if all(self.answers) else None,
-            logits=logits if self.ids else None,
-            tokens=self.names,
-            positions=positions,
-            layers=self.numbers,
-            span=name,
-            batched=batched,
-            ids=step.ids,
-            visual=read_tokens(self.model, step.spans, prompt),
-            tokenizer=self.words,
-        )
-
-
-def _read(
-    readout: Any,
-    residual: Float[Tensor, "batch position d_model"],
-    k: int,
-    ids: list[int],
-    yes: list[int],
-    no: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return top tokens, their probabilities, chosen logits and the margin of one layer."""
-    flat = residual.flatten(0, 1)
-    each = max(1, LOGITS_AT_ONCE // readout.unembed.weight.shape[0])
-    pieces = []
-    for piece in flat.split(each):
-        logits = read_out(readout, piece).float()
-        probabilities, top = logits.softmax(dim=-1).topk(k, dim=-1)
-        margin = logits.new_zeros(len(logits))
-        if yes and no:
-            margin = margins(logits, yes, no)
-        pieces.append((top, probabilities, logits[:, ids], margin))
-    whole = [torch.cat(part) for part in zip(*pieces, strict=True)]
-    top, probabilities, chosen, margin = (
-        part.unflatten(0, tuple(residual.shape[:2])) for part in whole
+    assert step.ids is not None
+    positions = step.spans.places(reading.span)
+    name = reading.span if isinstance(reading.span, str) else "chosen positions"
+    if torch.equal(positions.flatten(), step.spans.image.nonzero()[:, 1]):
+        name = "image"
+    parts = zip(*(reading.found[layer] for layer in reading.numbers), strict=True)
+    top, probabilities, logits, margin = (stack_layers(list(one), dim=1) for one in parts)
+    batched = len(top) > 1 if prompt is None else prompt.batched
+    if not batched:
+        top, probabilities, logits, margin = top[0], probabilities[0], logits[0], margin[0]
+        positions = positions[0]
+    return LogitLens(
+        top=top,
+        probabilities=probabilities,
+        margin=margin if all(reading.answers) else None,
+        logits=logits if reading.ids else None,
+        tokens=reading.names,
+        positions=positions,
+        layers=reading.numbers,
+        span=name,
+        batched=batched,
+        ids=step.ids,
+        visual=read_tokens(reading.model, step.spans, prompt),
+        tokenizer=reading.words,
     )
-    return top, probabilities, chosen, margin

@@ -33,9 +33,10 @@ class AttentionTrace:
     """Attention of the text rows, by layer and head, in fractions of attention mass.
 
     ``intensity`` is Eq. 1: the mean over the text rows of the mass on the image; ``system`` and
-    ``text`` are the masses elsewhere, and the three sum to 1. ``maps`` are the last text row's
-    attention to each image token. ``layers`` are the traced ones, 0-based, of a stack of
-    ``num_layers``. With ``batched`` there is a batch axis first.
+    ``text`` are the masses elsewhere, and the three sum to 1; in a model with ``sinks`` to less, by
+    what its attention sinks take. ``maps`` are the last text row's
+    attention to each image token. ``layers`` are the traced ones, 0-based, of the ``site_layers``
+    that have attention, in a stack of ``num_layers``. With ``batched`` there is a batch axis first.
 
     At the ``site`` "qformer" the rows are the learned queries, which have no last one: ``maps``
     are their mean, and ``system`` is the mass on the CLS token.
@@ -50,6 +51,8 @@ class AttentionTrace:
     batched: bool
     site: str = "decoder"
     logits: Float[Tensor, "*batch vocabulary"] | None = None
+    site_layers: tuple[int, ...] = ()
+    sinks: bool = False
 
     @classmethod
     def concatenate(cls, traces: Sequence["AttentionTrace"]) -> "AttentionTrace":
@@ -167,6 +170,7 @@ class Observer(Session):
         self.differentiable = differentiable
         self._prompt: dict[int, PromptRows] = {}
         self._generated: list[dict[int, Float[Tensor, "batch head row visual"]]] = []
+        self._sinks = False
         self._beams = Histories()
         self._reordering: Reordering | None = None
 
@@ -192,6 +196,7 @@ class Observer(Session):
                 self._read(call)
 
     def _read(self, call: AttentionCall) -> None:
+        self._sinks = self._sinks or call.sinks is not None
         if call.layer == self.layers[0]:
             self._beams.read(call.step)
         if call.step.number == 0:
@@ -224,8 +229,16 @@ class Observer(Session):
             stacked = [one[0] for one in stacked]
             logits = None if logits is None else logits[0]
         image, system, text, maps = stacked
+        shape = self.shape
         return AttentionTrace(
-            image, system, text, maps, self.layers, self.shape.depth, batched, self.site, logits
+            *(image, system, text, maps),
+            layers=self.layers,
+            num_layers=shape.depth,
+            batched=batched,
+            site=self.site,
+            logits=logits,
+            site_layers=shape.layers,
+            sinks=self._sinks,
         )
 
     def steps(self) -> list[Float[Tensor, "layer batch head row visual"]]:

@@ -152,7 +152,7 @@ class _BridgeTarget(Target):
             getattr(one, "original_component", one)
             for one in (self.bridge.ln_final, self.bridge.unembed)
         ]
-        return Readout((), (), *parts, d_head=self.bridge.cfg.d_head)
+        return Readout(*parts, d_head=self.bridge.cfg.d_head)
 
 
 class _Watch:

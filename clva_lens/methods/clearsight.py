@@ -95,7 +95,7 @@ class ClearSight(Method):
         layers: Sequence[int] | None = self.layers
         if layers is None:
             first, end = released_layer(9, shape.depth), released_layer(15, shape.depth)
-            layers = [layer for layer in shape.layers if first <= layer < max(end, first + 1)]
+            layers = shape.within(first, max(end, first + 1))
         return [_ClearSightSession(self, shape.site, check_layers("layers", layers, shape))]
 
 

@@ -68,8 +68,11 @@ class CLVA(Method):
         tau: τ of Eq. 9, in standard deviations of the map over the V image tokens; below
             √(V − 1), which no z-score exceeds. A mask that is empty all the same is a no-op.
         head_threshold: λ of Eqs. 2–3, in standard deviations over a layer's heads.
-        negative_layer: the layer of the negative anchor ("the first layer").
-        positive_layer: the layer of the positive anchor; None is L/2 − 2.
+        negative_layer: the layer of the negative anchor; 0 is "the first layer", that is, the first
+            that has attention.
+        positive_layer: the layer of the positive anchor; None is L/2 − 2, or the nearest that has
+            attention (the earlier of two; not the last, after which nothing is edited).
+            ``run.anchors`` says which layers these were.
         layers: the edited layers; None is every layer after both anchors.
         rows: edited prompt rows: all text after the image, or the "last"; generated rows always.
         refresh: anchors are read from every new row ("step"), or once, at the "prompt".
@@ -125,16 +128,16 @@ class CLVA(Method):
         positive = self.positive_layer
         if positive is None:
             positive = shape.positive_layer
+        negative = shape.first(self.negative_layer)
         check_layers("positive_layer", (positive,), shape)
-        check_layers("negative_layer", (self.negative_layer,), shape)
-        allowed = shape.after(max(positive, self.negative_layer))
+        check_layers("negative_layer", (negative,), shape)
+        allowed = shape.after(max(positive, negative))
         edited = allowed if self.layers is None else check_layers("layers", self.layers, shape)
         if not set(edited) <= set(allowed):
             raise ParameterError(
                 f"layers names layer {edited[0]}, but the anchors are read at layers "
-                f"{self.negative_layer} and {positive}, so only later layers can be edited. "
-                f"Pass layers from {max(positive, self.negative_layer) + 1} on, or earlier anchor "
-                "layers."
+                f"{negative} and {positive}, so only later layers can be edited. "
+                f"Pass layers from {max(positive, negative) + 1} on, or earlier anchor layers."
             )
         heads = self.heads
         if not (heads is None or isinstance(heads, HeadClasses)):
@@ -142,10 +145,10 @@ class CLVA(Method):
             size = {"layers": len(shape.layers), "heads": shape.heads}
             heads = HeadClasses.from_indices(mask, mask, **size)
         if heads is not None:
-            self._check_heads(heads, shape, positive)
-        return [ClvaSession(self, shape, positive, edited, heads)]
+            self._check_heads(heads, shape, (positive, negative))
+        return [ClvaSession(self, shape, (positive, negative), edited, heads)]
 
-    def _check_heads(self, heads: HeadClasses, shape: Shape, positive: int) -> None:
+    def _check_heads(self, heads: HeadClasses, shape: Shape, anchors: tuple[int, int]) -> None:
         """Check that explicit heads are for this site, and that both anchors have some."""
         found = tuple(heads.sensitive.shape[-2:])
         if found not in ((shape.depth, shape.heads), (len(shape.layers), shape.heads)):
@@ -155,8 +158,8 @@ class CLVA(Method):
                 f"layers={shape.depth}, heads={shape.heads})."
             )
         for word, classes, layer in (
-            ("sensitive", heads.sensitive, positive),
-            ("insensitive", heads.insensitive, self.negative_layer),
+            ("sensitive", heads.sensitive, anchors[0]),
+            ("insensitive", heads.insensitive, anchors[1]),
         ):
             if not classes[..., shape.row(layer, found[0]), :].any():
                 raise ParameterError(
@@ -182,15 +185,16 @@ class ClvaSession(Session):
         self,
         method: CLVA,
         shape: Shape,
-        positive_layer: int,
+        anchors: tuple[int, int],
         edited: tuple[int, ...],
         heads: HeadClasses | None = None,
     ) -> None:
-        """Keep the resolved layers; the anchors come with the first pass."""
+        """Keep the resolved layers, positive and negative; the anchors come with the first pass."""
         self.method, self.shape, self.site = method, shape, shape.site
-        self.positive_layer, self.heads = positive_layer, heads
+        self.positive_layer, self.negative_layer = anchors
+        self.heads = heads
         self.steady = () if method.alpha == method.beta == 0 else edited
-        self.layers = (method.negative_layer, positive_layer, *self.steady)
+        self.layers = (self.negative_layer, self.positive_layer, *self.steady)
         self._read: dict[int, _LayerReading] = {}
         self._bias: tuple[Step, Bias] | None = None
         self._prompt_weights: Float[Tensor, "batch visual"] | None = None
@@ -200,7 +204,7 @@ class ClvaSession(Session):
     @torch.no_grad()  # masks are steps, whose slope is 0
     def attention(self, call: AttentionCall) -> Bias | None:
         """Read the anchor layers; return the bias of Eq. 10 at the edited ones."""
-        if call.layer in (self.method.negative_layer, self.positive_layer):
+        if call.layer in (self.negative_layer, self.positive_layer):
             self._read_layer(call)
         if call.layer not in self.steady:
             return None
@@ -212,7 +216,7 @@ class ClvaSession(Session):
         """Refuse an anchor layer whose window leaves image tokens out."""
         if call.sees_image:
             return
-        word = "negative" if call.layer == self.method.negative_layer else "positive"
+        word = "negative" if call.layer == self.negative_layer else "positive"
         remedy = f"Pass {word}_layer= a layer with full attention"
         if call.step.number:
             remedy += ", or refresh='prompt'"
@@ -265,7 +269,7 @@ class ClvaSession(Session):
         Both are classified at once, since on a GPU many small operators cost more than large ones.
         """
         if self._found is None:
-            anchors = self.positive_layer, self.method.negative_layer
+            anchors = self.positive_layer, self.negative_layer
             intensity = torch.stack([self._read[layer].intensity for layer in anchors], dim=1)
             given = self.heads
             if given is None:
@@ -320,7 +324,7 @@ class ClvaSession(Session):
         return reanchor_log_weights(masks[0], masks[1], method.alpha, method.beta)
 
     def _make_bias(self, call: AttentionCall) -> Bias:
-        positive, negative = self._read[self.positive_layer], self._read[self.method.negative_layer]
+        positive, negative = self._read[self.positive_layer], self._read[self.negative_layer]
         if call.step.number == 0 or self._prompt_weights is None:
             self._prompt_weights = self._log_weights(positive.prompt, negative.prompt)
         prompt = self._prompt_weights
@@ -338,12 +342,12 @@ class ClvaSession(Session):
         Raises:
             InterventionError: if no prompt was read yet.
         """
-        if not {self.positive_layer, self.method.negative_layer} <= self._read.keys():
+        if not {self.positive_layer, self.negative_layer} <= self._read.keys():
             raise InterventionError(
                 "the anchors are not known yet: the model has not read a prompt. Read "
                 "run.anchors after the block that runs the model."
             )
-        positive, negative = self._read[self.positive_layer], self._read[self.method.negative_layer]
+        positive, negative = self._read[self.positive_layer], self._read[self.negative_layer]
         maps = [
             saliency_map(positive.prompt, self._heads(True)),
             saliency_map(negative.prompt, self._heads(False)),
@@ -359,7 +363,7 @@ class ClvaSession(Session):
             maps[1],
             whole,
             self.positive_layer,
-            self.method.negative_layer,
+            self.negative_layer,
         )
 
     def _all_layers(self) -> HeadClasses:
@@ -369,7 +373,7 @@ class ClvaSession(Session):
         size = (batch, layers, self.shape.heads)
         sets = [torch.zeros(size, dtype=torch.bool, device=device) for _ in range(2)]
         flags = [torch.zeros(batch, layers, dtype=torch.bool, device=device) for _ in range(2)]
-        for anchor, layer in enumerate((self.positive_layer, self.method.negative_layer)):
+        for anchor, layer in enumerate((self.positive_layer, self.negative_layer)):
             row = self.shape.layers.index(layer)
             sets[0][:, row] = found.sensitive[:, anchor]
             sets[1][:, row] = found.insensitive[:, anchor]

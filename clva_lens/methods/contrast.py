@@ -34,7 +34,7 @@ from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import Inputs, find_family, find_site
 from clva_lens.models.kv_cache import CACHE
-from clva_lens.models.readout import wide
+from clva_lens.models.norms import wide
 from clva_lens.models.step import Step
 from clva_lens.models.twin import twin
 

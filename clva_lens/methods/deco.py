@@ -28,7 +28,8 @@ from clva_lens.ground.errors import ParameterError
 from clva_lens.methods.base import Kernel, Method, check_layers, register_method
 from clva_lens.methods.target import Target
 from clva_lens.models.activations import Readout
-from clva_lens.models.readout import read_out, wide
+from clva_lens.models.norms import wide
+from clva_lens.models.readout import read_out
 from clva_lens.models.step import Step
 
 FIRST, LAST, DEPTH = 19, 27, 32
@@ -88,7 +89,8 @@ class DeCo(Method):
         layers = self.layers
         if layers is None:
             layers = range(FIRST * depth // DEPTH, LAST * depth // DEPTH + 1)
-        return [_Correcting(self, check_layers("layers", layers, shape), target.readout())]
+        every = shape._replace(layers=tuple(range(depth)))  # also layers without attention
+        return [_Correcting(self, check_layers("layers", layers, every), target.readout())]
 
 
 class _Correcting(Session):

@@ -40,7 +40,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clva_lens.engine.session import AttentionCall, Session, raw_scores
-from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import Kernel, Method, edited_rows, register_method
 from clva_lens.methods.contrast import ContrastRule, ContrastSession, Gate
 from clva_lens.methods.target import Target, shape_of
@@ -162,6 +162,11 @@ class _CompressedDistances(Session):
         first, second = keys.chunk(2, dim=-1)
         turned = keys * cos + torch.cat([-second, first], dim=-1) * sin
         # Scores are linear in the keys.
+        if call.softcap is not None:
+            raise InterventionError(
+                "the model caps its attention scores, which IMCCD's compressed positions do not go "
+                "through. Pass compression=1."
+            )
         change = raw_scores(call.query[:, :, start:], turned - keys, call.scaling)
         change = change * rearrange(rows, "b q -> b 1 q 1")
         shape = (*call.query.shape[:3], call.key.shape[2])

@@ -37,7 +37,8 @@ from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import Kernel, Method, Variant, check_variant, register_method
 from clva_lens.methods.target import Target
 from clva_lens.models.activations import Readout
-from clva_lens.models.readout import read_out, wide
+from clva_lens.models.norms import wide
+from clva_lens.models.readout import read_out
 from clva_lens.models.step import Step
 
 CANDIDATES = 10

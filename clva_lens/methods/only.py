@@ -43,14 +43,14 @@ from torch import Tensor
 from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.engine.stream import Part, Stream, StreamCall
 from clva_lens.ground.axes import TokenSpans
-from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.errors import ModelLoadError, ParameterError
 from clva_lens.methods.base import Kernel, Method, check_layers, register_method
 from clva_lens.methods.contrast import ContrastRule
 from clva_lens.methods.scores import span_keys
 from clva_lens.methods.target import Target
 from clva_lens.models.activations import Readout, Sublayers
 from clva_lens.models.family import matching_family
-from clva_lens.models.readout import wide
+from clva_lens.models.norms import wide
 from clva_lens.models.step import Step
 from clva_lens.models.twin import twin
 
@@ -126,15 +126,16 @@ class ONLY(Method):
         if self.support == self.contrast == 0:
             return []
         shape = target.at("decoder")
-        check_layers("layer", (self.layer,), shape)
-        if self.layer == shape.depth - 1:
+        layer = shape.first(self.layer)
+        check_layers("layer", (layer,), shape)
+        if layer == shape.depth - 1:
             raise ParameterError(
-                f"layer={self.layer} is the decoder's last one, which what it reads goes through. "
+                f"layer={layer} is the decoder's last one, which what it reads goes through. "
                 "Pass an earlier one, as layer=0."
             )
         family = matching_family(target.model)
         way = RELEASED_ELSE if family is None else RELEASED.get(family.name, RELEASED_ELSE)
-        return [_SecondOpinion(self, shape.depth - 1, target.readout(), way)]
+        return [_SecondOpinion(self, (layer, shape.depth - 1), target.readout(), way)]
 
 
 class _SecondOpinion(Session):
@@ -144,9 +145,10 @@ class _SecondOpinion(Session):
     cuts_off = True
     leaves_prefix = True
 
-    def __init__(self, method: ONLY, last: int, readout: Readout, way: Way) -> None:
+    def __init__(self, method: ONLY, layers: tuple[int, int], readout: Readout, way: Way) -> None:
         self.method, self.readout, self.way = method, readout, way
-        self.layers = (method.layer,)
+        self.layer, last = layers
+        self.layers = (self.layer,)
         self.streams = {(way.added, last), ("resid_post", last)}
         self._last: dict[str, Float[Tensor, "batch width"]] = {}
         self._z: Float[Tensor, "batch head_width"] | None = None
@@ -154,10 +156,25 @@ class _SecondOpinion(Session):
 
     def begin(self) -> None:
         """Take the modules a second time, without what hangs on them."""
-        project, parts = self.readout.layers[self.method.layer].project, self.readout.layers[-1]
+        project, parts = self._sublayers(self.layer).project, self._sublayers(-1)
         feed = tuple(twin(one) for one in parts.feed)
         self._parts = Sublayers(twin(parts.norm), twin(project), twin(parts.norm_feed), feed)
         self._norm, self._unembed = twin(self.readout.norm), twin(self.readout.unembed)
+
+    def _sublayers(self, layer: int) -> Sublayers:
+        """Return the modules of a layer.
+
+        Raises:
+            ModelLoadError: if it has more in it than the formula.
+        """
+        found = self.readout.sublayers[layer] if self.readout.sublayers else None
+        if found is None:
+            raise ModelLoadError(
+                f"ONLY goes through a norm, the heads' projection, a norm and an MLP, but layer "
+                f"{layer} of this decoder has more or others (gates, norms after its blocks, "
+                "experts). Use a model whose layers are as Llama's."
+            )
+        return found
 
     def end(self) -> None:
         """Forget what was read, and let go of the modules."""
@@ -166,7 +183,7 @@ class _SecondOpinion(Session):
 
     def output(self, call: AttentionCall, out: Float[Tensor, "batch query head width"]) -> None:
         """Keep what the last row's chosen heads read."""
-        if call.layer != self.method.layer:
+        if call.layer != self.layer:
             return
         assert call.value is not None
         count, spans = call.query.shape[2], call.step.spans

@@ -8,7 +8,7 @@ arXiv:2211.00593; TransformerLens' ``transformer_lens.patching``).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from einops import rearrange
@@ -26,7 +26,7 @@ from clva_lens.models.prompt import as_prompt
 from clva_lens.models.step import Step
 from clva_lens.science.heads import SomeHeads
 
-PatchedPart = Part | Literal["z"]
+PatchedPart = Part
 """What is patched: a part of the residual stream, or the heads' outputs z."""
 
 SOURCE = "cache must be that of model.run_with_cache(source)"
@@ -74,7 +74,7 @@ class PatchActivations(Method):
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        known = (*get_args(Part), "z")
+        known = get_args(Part)
         if self.part not in known:
             raise ParameterError(
                 f"part must be one of {', '.join(known)}, but is {self.part!r}. Pass "
@@ -114,6 +114,8 @@ class PatchActivations(Method):
                     f"{SOURCE}, with a names_filter that keeps it."
                 )
         layers = check_layers("layers", layers, shape._replace(layers=stack))
+        if self.part == "z" and self.site == "decoder":
+            self._refuse_gates(target, layers)
         heads = None
         if self.heads is not None:
             heads = ChosenHeads(chosen_heads(self.heads), layers, shape)
@@ -121,6 +123,17 @@ class PatchActivations(Method):
         spans = _source_spans(target.model, self.source)
         values = {layer: self._taken(layer, spans) for layer in layers}
         return [_PatchSession(self, shape, values, heads)]
+
+    def _refuse_gates(self, target: Target, layers: Sequence[int]) -> None:
+        """Refuse to put what is after the gates of a layer's heads before them."""
+        written = target.readout().written
+        gated = [layer for layer in layers if written[layer].gated]
+        if gated:
+            raise ParameterError(
+                f"the heads of layer {gated[0]} are multiplied by gates before they are projected, "
+                "and hook_z is after these, so it cannot be put in place of what the heads put "
+                "out. Pass part='attn_out'."
+            )
 
     def _taken(self, layer: int, spans: TokenSpans) -> Float[Tensor, "source position *width"]:
         """Return the source's values at the span."""

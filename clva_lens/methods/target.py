@@ -6,10 +6,9 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clva_lens.ground.errors import ParameterError
 from clva_lens.models.activations import Readout
 from clva_lens.models.family import find_family, find_site
-from clva_lens.science.anchors import default_positive_layer
+from clva_lens.science.anchors import default_anchor_layers
 from clva_lens.science.heads import SomeHeads, head_mask
 
 
@@ -28,20 +27,22 @@ class Shape(NamedTuple):
 
     @property
     def positive_layer(self) -> int:
-        """The layer of the positive anchor: L/2 − 2, or the last one before that is in the site.
+        """The layer of the positive anchor: L/2 − 2, or the nearest that is in the site.
 
         Raises:
-            ParameterError: if the stack has fewer than 4 layers, or the site none before that one.
+            ParameterError: if the stack has fewer than 4 layers.
         """
-        wanted = default_positive_layer(self.depth)
-        earlier = [layer for layer in self.layers if layer <= wanted]
-        if not earlier:
-            raise ParameterError(
-                f"the default positive layer, {wanted} or one before it, is not in the "
-                f"{self.site}, which has layers {', '.join(map(str, self.layers))} (0-based). Pass "
-                "positive_layer= and negative_layer= from these."
-            )
-        return max(earlier)
+        return default_anchor_layers(self.layers, self.depth)[0]
+
+    def first(self, layer: int) -> int:
+        """Return a layer that is given, but for 0, "the first", the first that is in the site."""
+        return self.layers[0] if layer == 0 else layer
+
+    def within(self, first: int, end: int) -> tuple[int, ...]:
+        """Return the layers from ``first`` to before ``end``; if there is none, the nearest."""
+        found = tuple(layer for layer in self.layers if first <= layer < end)
+        middle = (first + end - 1) / 2
+        return found or (min(self.layers, key=lambda layer: abs(layer - middle)),)
 
     def row(self, layer: int, rows: int) -> int:
         """Return a layer's row in a table of ``rows`` rows: of the whole stack, or of the site."""

@@ -117,7 +117,7 @@ class _VisFlowSession(Session):
         self.token_layers = [i for i in shape.layers if changes and i >= 1]
         self.system_layers = [i for i in shape.layers if method.system > 0]
         end = released_layer(8, shape.depth)
-        self.text_layers = [i for i in shape.layers if method.text > 0 and i < end]
+        self.text_layers = list(shape.within(0, end)) if method.text > 0 else []
         edited = {*self.token_layers, *self.system_layers, *self.text_layers}
         self.layers = tuple(sorted(edited))
         self._judged: dict[int, _Judged] = {}

@@ -4,7 +4,8 @@ Each table is in the order of the forward pass, which is the order in which nnsi
 Forms: ``stream`` is [batch, pos, width], ``heads`` [batch, pos, head, d_head] (keys and values of
 grouped heads have fewer), ``scale`` [batch, pos, 1] and ``normalized`` [batch, pos, d_model] belong
 to a norm, before its weight; ``result`` is [batch, pos, head, d_model]. ``pattern`` and
-``attn_scores`` are [batch, head, query_pos, key_pos], ``rot_q`` and ``rot_k`` as ``heads``.
+``attn_scores`` are [batch, head, query_pos, key_pos], ``rot_q``, ``rot_k`` and ``value`` (as the
+kernel gets them) as ``heads``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from clva_lens.ground.errors import ModelLoadError
+from clva_lens.models.final_logits import FinalLogits
 
 ValueForm = Literal[
     "stream",
@@ -25,6 +27,7 @@ ValueForm = Literal[
     "attn_scores",
     "rot_q",
     "rot_k",
+    "value",
 ]
 
 
@@ -32,13 +35,15 @@ class Tap(NamedTuple):
     """Where a block has an activation: a module's "input" or "output", or an argument's name.
 
     "attention" is inside of the module: between its queries and keys, and its output. ``part`` is
-    which third of a joint projection of queries, keys and values.
+    which of the ``parts`` of a joint projection. The activation is ``times`` what is there.
     """
 
     path: str
     side: str
     form: ValueForm = "stream"
     part: int | None = None
+    parts: int = 3
+    times: float = 1.0
 
 
 class Place(NamedTuple):
@@ -69,19 +74,59 @@ class Sublayers(NamedTuple):
     feed: tuple[nn.Module, ...]
 
 
-class Readout(NamedTuple):
-    """Modules of a language model that TransformerLens' analyses read weights from.
+class Written(NamedTuple):
+    """How what a layer's blocks put out reaches the residual stream.
 
-    ``attention`` and ``mlp`` are, by layer, the projections that write to the residual stream,
-    ``layers`` what else a layer is made of; none of the three is known of a bridge.
+    ``heads`` is the projection of what its heads put out, each ``d_head`` wide; None without any.
+    Attention is added after the norm ``after``, if there is one; what is added is ``times`` that,
+    also of the MLP, whose last projection is ``mlp`` (None: it is not one). The whole stream leaves
+    the layer ``leaves`` times as large. ``gated``: what the heads put out is multiplied by gates
+    before it is projected.
     """
 
-    attention: tuple[nn.Module, ...]
-    mlp: tuple[nn.Module, ...]
+    heads: nn.Module | None
+    d_head: int
+    after: nn.Module | None = None
+    times: float = 1.0
+    leaves: float = 1.0
+    mlp: nn.Module | None = None
+    gated: bool = False
+
+
+class Readout(NamedTuple):
+    """Modules of a language model that make logits of its residual stream, and those before them.
+
+    ``copies`` makes one stream of several, where a model has several; ``final`` is what happens to
+    the unembedding's output. ``written`` is by layer, ``sublayers`` too: None for a layer that has
+    more in it; neither is known of a bridge. ``unsummed`` says why the stream is no sum of what
+    heads and MLPs add, if it is none.
+    """
+
     norm: nn.Module
     unembed: nn.Module
     d_head: int
-    layers: tuple[Sublayers, ...] = ()
+    final: FinalLogits = FinalLogits()
+    copies: nn.Module | None = None
+    written: tuple[Written, ...] = ()
+    sublayers: tuple[Sublayers | None, ...] = ()
+    unsummed: str | None = None
+
+
+class Missing(NamedTuple):
+    """Names that a model's layers do not have, and why; ``layers`` None are all of them.
+
+    A name stands for all that begin with it, as "attn" for "attn.hook_q".
+    """
+
+    names: tuple[str, ...]
+    reason: str
+    layers: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        """Return the reason, with the layers that it holds for."""
+        if self.layers is None:
+            return self.reason
+        return f"{self.reason} (layers {', '.join(map(str, self.layers))})"
 
 
 class Activations(NamedTuple):
@@ -89,6 +134,7 @@ class Activations(NamedTuple):
 
     places: tuple[Place, ...]
     readout: Readout
+    missing: tuple[Missing, ...] = ()
 
 
 def attention(path: str, q: Tap, k: Tap, v: Tap, out: str, rotary: bool) -> dict[str, Tap]:
@@ -136,23 +182,6 @@ _BLIP_ATTENTION = attention(
     "self_attn.projection",
     rotary=False,
 )
-
-LLAMA: dict[str, Tap] = {
-    "hook_resid_pre": Tap("", "input"),
-    **norm("ln1", "input_layernorm"),
-    **within(
-        "attn",
-        projected("self_attn", "q_proj", "k_proj", "v_proj", "self_attn.o_proj", rotary=True),
-    ),
-    "hook_attn_out": Tap("self_attn.o_proj", "output"),
-    "hook_resid_mid": Tap("post_attention_layernorm", "input"),
-    **norm("ln2", "post_attention_layernorm"),
-    "mlp.hook_pre": Tap("mlp.gate_proj", "output"),
-    "mlp.hook_pre_linear": Tap("mlp.up_proj", "output"),
-    "mlp.hook_post": Tap("mlp.down_proj", "input"),
-    "hook_mlp_out": Tap("mlp.down_proj", "output"),
-    "hook_resid_post": Tap("", "output"),
-}
 
 OPT: dict[str, Tap] = {
     "hook_resid_pre": Tap("", "input"),
@@ -226,62 +255,28 @@ class Stack:
     """Layers of one kind: the prefix of their names, and the attention sites that show them."""
 
     prefix: str
-    d_head: int
     sites: Mapping[str, str]
 
     def embed(self, block: nn.Module) -> Place:
         """Name what enters the first layer."""
         group = f"{self.prefix}blocks.0"
-        tap = Tap("", "input")
-        return Place(f"{self.prefix}hook_embed", block, tap, group, 0, self.d_head, None)
+        return Place(f"{self.prefix}hook_embed", block, Tap("", "input"), group, 0, 0, None)
 
-    def block(self, layer: int, module: nn.Module, taps: Mapping[str, Tap]) -> Iterator[Place]:
+    def block(
+        self, layer: int, module: nn.Module, taps: Mapping[str, Tap], d_head: int
+    ) -> Iterator[Place]:
         """Name the activations of one layer."""
         group = f"{self.prefix}blocks.{layer}"
         for name, tap in taps.items():
             site = self.sites.get(name.split(".")[0]) if tap.side == "attention" else None
             found = module.get_submodule(tap.path)
-            yield Place(f"{group}.{name}", found, tap, group, layer, self.d_head, site)
+            yield Place(f"{group}.{name}", found, tap, group, layer, d_head, site)
 
     def beside(self, module: nn.Module, taps: Mapping[str, Tap]) -> Iterator[Place]:
         """Name activations beside the layers."""
         for name, tap in taps.items():
             found = module.get_submodule(tap.path)
             yield Place(self.prefix + name, found, tap, self.prefix + tap.path, 0, 0, None)
-
-
-def llama(decoder: Any, unembed: nn.Module) -> Activations:
-    """Return the activations of a Llama-like decoder, under TransformerLens' plain names.
-
-    Raises:
-        ModelLoadError: if its layers or norms are of another make.
-    """
-    layers = decoder.layers
-    _made_of(layers[0], ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"))
-    if not hasattr(decoder.norm, "variance_epsilon"):
-        raise ModelLoadError(
-            f"the norms are {type(decoder.norm).__name__}s, which run_with_cache does not know to "
-            "be plain RMS norms as Llama's are. Read activations inside model.trace(prompt)."
-        )
-    d_head = layers[0].self_attn.head_dim
-    stack = Stack(prefix="", d_head=d_head, sites={"attn": "decoder"})
-    places = [stack.embed(layers[0])]
-    for layer, block in enumerate(layers):
-        places += stack.block(layer, block, LLAMA)
-    places += stack.beside(decoder, norm("ln_final", "norm"))
-    attention = tuple(block.self_attn.o_proj for block in layers)
-    mlp = tuple(block.mlp.down_proj for block in layers)
-    parts = tuple(
-        Sublayers(
-            block.input_layernorm,
-            block.self_attn.o_proj,
-            block.post_attention_layernorm,
-            (block.mlp,),
-        )
-        for block in layers
-    )
-    readout = Readout(attention, mlp, decoder.norm, unembed, d_head, parts)
-    return Activations(tuple(places), readout)
 
 
 def opt(decoder: Any, unembed: nn.Module) -> Activations:
@@ -297,18 +292,17 @@ def opt(decoder: Any, unembed: nn.Module) -> Activations:
             "its residual stream has no TransformerLens names. Load a model with another OPT."
         )
     d_head = layers[0].self_attn.head_dim
-    stack = Stack(prefix="", d_head=d_head, sites={"attn": "decoder"})
+    stack = Stack(prefix="", sites={"attn": "decoder"})
     embed = {
         "hook_embed": Tap("", "inputs_embeds"),
         "hook_pos_embed": Tap("embed_positions", "output"),
     }
     places = [*stack.beside(decoder, embed)]
     for layer, block in enumerate(layers):
-        places += stack.block(layer, block, OPT)
+        places += stack.block(layer, block, OPT, d_head)
     places += stack.beside(decoder, norm("ln_final", "final_layer_norm"))
-    attention = tuple(block.self_attn.out_proj for block in layers)
-    mlp = tuple(block.fc2 for block in layers)
-    parts = tuple(
+    written = tuple(Written(block.self_attn.out_proj, d_head, mlp=block.fc2) for block in layers)
+    sublayers = tuple(
         Sublayers(
             block.self_attn_layer_norm,
             block.self_attn.out_proj,
@@ -317,28 +311,31 @@ def opt(decoder: Any, unembed: nn.Module) -> Activations:
         )
         for block in layers
     )
-    readout = Readout(attention, mlp, decoder.final_layer_norm, unembed, d_head, parts)
+    readout = Readout(
+        decoder.final_layer_norm, unembed, d_head, written=written, sublayers=sublayers
+    )
     return Activations(tuple(places), readout)
 
 
 def vision(layers: Any, taps: Mapping[str, Tap]) -> list[Place]:
     """Return the activations of a vision tower's layers, under "vision."."""
     _made_of(layers[0], ("self_attn", "mlp", "layer_norm1", "layer_norm2"))
-    stack = Stack(prefix="vision.", d_head=layers[0].self_attn.head_dim, sites={})
+    d_head = layers[0].self_attn.head_dim
+    stack = Stack(prefix="vision.", sites={})
     places = [stack.embed(layers[0])]
     for layer, block in enumerate(layers):
-        places += stack.block(layer, block, taps)
+        places += stack.block(layer, block, taps, d_head)
     return places
 
 
 def qformer(layers: Any) -> list[Place]:
     """Return the activations of a Q-Former, under "qformer."."""
     d_head = layers[0].attention.attention.attention_head_size
-    stack = Stack(prefix="qformer.", d_head=d_head, sites={"cross_attn": "qformer"})
+    stack = Stack(prefix="qformer.", sites={"cross_attn": "qformer"})
     places = [stack.embed(layers[0])]
     for layer, block in enumerate(layers):
         cross = QFORMER_CROSS if block.has_cross_attention else {}
-        places += stack.block(layer, block, QFORMER | cross | QFORMER_MLP)
+        places += stack.block(layer, block, QFORMER | cross | QFORMER_MLP, d_head)
     return places
 
 

@@ -7,8 +7,7 @@ Image tokens may lie apart (several pictures, tiles, tokens that end rows). Laye
 window keep their own mask. Layers without softmax attention (linear attention, convolutions) are
 left out of the site; the numbers of the others stay, and so does the depth that L/2 − 2 is of.
 
-What is refused: encoder-decoder models, pictures that are read by cross-attention, videos, and
-attention with capped scores or sinks.
+What is refused: encoder-decoder models, pictures that are read by cross-attention, and videos.
 
 Untested for want of devices: a model that is split over real ones (two are emulated in the tests),
 and quantised weights on a GPU.
@@ -30,7 +29,7 @@ from transformers import (
 
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError, ModelLoadError, PromptError
-from clva_lens.models import activations
+from clva_lens.models import activations, decoders
 from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import (
     FAMILIES,
@@ -122,16 +121,16 @@ class Generic(ModelFamily):
         return (Site("decoder", modules, layers, len(decoder.layers), config, passes),)
 
     def activations(self, model: PreTrainedModel) -> activations.Activations:
-        """Return the names of a decoder that is made as Llama's; vision towers have none here.
+        """Return the names of a decoder, as far as its layers have them; vision towers have none.
 
         Raises:
-            ModelLoadError: if its layers have other parts.
+            ModelLoadError: if the decoder has no final norm.
         """
-        decoder, head = _decoder(model), model.get_output_embeddings()
-        assert decoder is not None and head is not None
-        if not all(_like_llama(layer) for layer in decoder.layers):
-            return super().activations(model)
-        return activations.llama(decoder, head)
+        (site,) = self.sites(model)
+        stack, head = _decoder(model), model.get_output_embeddings()
+        assert stack is not None and head is not None
+        found = dict(zip(site.layers, site.modules, strict=True))
+        return decoders.decoder(model, stack, head, found)
 
     def image_token_id(self, model: PreTrainedModel) -> int:
         """Return the id of the image token that the configuration names."""
@@ -313,16 +312,6 @@ def _attention(name: str, layer: nn.Module) -> nn.Module | None:
             "unknown which one reads the picture. Register a ModelFamily for it."
         )
     return next(iter(found.values()))
-
-
-def _like_llama(layer: nn.Module) -> bool:
-    """Return whether a layer's attention and MLP have the parts of Llama's, and no others."""
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    if attention is None or mlp is None:
-        return False
-    parts = {name for name, part in attention.named_children() if list(part.parameters())}
-    gated = all(hasattr(mlp, part) for part in ("gate_proj", "up_proj", "down_proj"))
-    return gated and parts == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def _calls_interface(module: nn.Module) -> bool:

@@ -28,7 +28,7 @@ from transformers import (
 
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import ClvaLensError, ModelLoadError, PromptError
-from clva_lens.models import activations
+from clva_lens.models import activations, decoders
 from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import (
     FAMILIES,
@@ -112,18 +112,22 @@ class InstructBlip(ModelFamily):
             ModelLoadError: if the language model is a T5.
         """
         inner: Any = model
-        tables = {"llama": activations.llama, "opt": activations.opt}
         kind = inner.language_model.config.model_type
-        if kind not in tables:
+        if kind not in ("llama", "opt"):
             raise ModelLoadError(
                 f"the language model is a '{kind}', for which run_with_cache has no table of "
-                f"TransformerLens names (it has {' and '.join(tables)}). Read its activations "
-                "inside model.trace(prompt)."
+                "TransformerLens names (it has llama and opt). Read its activations inside "
+                "model.trace(prompt)."
             )
         seeing = activations.vision(inner.vision_model.encoder.layers, activations.BLIP_VISION)
         asking = activations.qformer(inner.qformer.encoder.layer)
         language = inner.language_model
-        reading = tables[kind](language.get_decoder(), language.lm_head)
+        stack: Any = language.get_decoder()
+        if kind == "opt":
+            reading = activations.opt(stack, language.lm_head)
+        else:
+            found = {i: block.self_attn for i, block in enumerate(stack.layers)}
+            reading = decoders.decoder(model, stack, language.lm_head, found)
         return reading._replace(places=(*seeing, *asking, *reading.places))
 
     def image_token_id(self, model: PreTrainedModel) -> int:

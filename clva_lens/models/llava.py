@@ -15,7 +15,7 @@ from transformers import (
 
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import PromptError
-from clva_lens.models import activations
+from clva_lens.models import activations, decoders
 from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import (
     FAMILIES,
@@ -67,7 +67,9 @@ class Llava(ModelFamily):
         seeing = activations.vision(
             getattr(tower, "vision_model", tower).encoder.layers, activations.CLIP
         )
-        reading = activations.llama(model.get_decoder(), inner.lm_head)
+        stack: Any = model.get_decoder()
+        found = {i: block.self_attn for i, block in enumerate(stack.layers)}
+        reading = decoders.decoder(model, stack, inner.lm_head, found)
         return reading._replace(places=(*seeing, *reading.places))
 
     def image_token_id(self, model: PreTrainedModel) -> int:

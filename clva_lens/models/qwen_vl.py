@@ -8,7 +8,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, ProcessorMixin
 
 from clva_lens.ground.errors import PromptError
-from clva_lens.models import activations
+from clva_lens.models import activations, decoders
 from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import (
     FAMILIES,
@@ -50,7 +50,9 @@ class QwenVL(ModelFamily):
         """Return the names of the vision tower and of the decoder; the resampler has none."""
         inner: Any = model
         seeing = activations.vision(inner.model.vision_tower.encoder.layers, activations.CLIP)
-        reading = activations.llama(model.get_decoder(), inner.lm_head)
+        stack: Any = model.get_decoder()
+        found = {i: block.self_attn for i, block in enumerate(stack.layers)}
+        reading = decoders.decoder(model, stack, inner.lm_head, found)
         return reading._replace(places=(*seeing, *reading.places))
 
     def image_token_id(self, model: PreTrainedModel) -> int:

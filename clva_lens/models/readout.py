@@ -9,16 +9,14 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from clva_lens.ground.errors import ModelLoadError, ParameterError
-from clva_lens.models.activations import Readout
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from clva_lens.models.activations import Readout, Written
+from clva_lens.models.norms import called, norm_form, plain_weight
 
 
 class CacheModel:
@@ -35,23 +33,22 @@ class CacheModel:
         self._tokenizer = tokenizer
         self.ln_final = readout.norm
         self.unembed = readout.unembed
-        self.blocks = tuple(
-            _Block(_Attention(out, readout.d_head), _Mlp(down))
-            for out, down in zip(readout.attention, readout.mlp, strict=True)
-        )
-        centred = isinstance(readout.norm, nn.LayerNorm)
-        attention: Any = readout.attention[0]
-        mlp: Any = readout.mlp[0]
+        self.final = readout.final
+        self.form = norm_form(readout.norm)
+        self.blocks = tuple(_Block(_Attention(one), _Mlp(one)) for one in readout.written)
         unembed: Any = readout.unembed
-        heads, d_head = attention.in_features // readout.d_head, readout.d_head
+        heads = config.num_attention_heads
+        downs = [one.mlp for one in readout.written if one.mlp is not None]
+        mlp: Any = downs[0] if downs else None
+        centred = self.form.centred
         self.cfg = SimpleNamespace(
             model_name=name,
             n_layers=len(self.blocks),
             n_heads=heads,
             n_key_value_heads=getattr(config, "num_key_value_heads", heads),
-            d_head=d_head,
-            d_model=attention.out_features,
-            d_mlp=mlp.in_features,
+            d_head=readout.d_head,
+            d_model=len(self.form.gain),
+            d_mlp=None if mlp is None else mlp.in_features,
             d_vocab=unembed.out_features,
             n_ctx=config.max_position_embeddings,
             normalization_type="LN" if centred else "RMS",
@@ -78,13 +75,14 @@ class CacheModel:
     ) -> Float[Tensor, "*tokens d_model"]:
         """Return the directions whose products with the normalised stream are the tokens' logits.
 
-        They carry the final norm's weight.
+        They carry the final norm's weight, and the factor of the logits. A soft cap comes after.
         """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         if isinstance(tokens, Tensor) and tokens.numel() == 1:
             tokens = int(tokens)
-        return self.W_U.T[tokens] * plain_weight(self.ln_final).detach().to(self.cfg.device)
+        gain = self.form.gain * (self.final.times / self.final.over)
+        return self.W_U.T[tokens] * gain.to(self.cfg.device, self.cfg.dtype)
 
     def to_single_token(self, text: str) -> int:
         """Return the id of a text that is one token.
@@ -92,19 +90,7 @@ class CacheModel:
         Raises:
             ParameterError: if it is none or several, or unknown to the tokenizer.
         """
-        ids = self._tokenizer(text, add_special_tokens=False).input_ids
-        if len(ids) != 1:
-            raise ParameterError(
-                f"{text!r} is {len(ids)} tokens ({ids}), but a single one is needed. Pass a text "
-                "that is one token, or a token id."
-            )
-        unknown = getattr(self._tokenizer, "unk_token_id", None)
-        if ids[0] == unknown and text.strip() != self._tokenizer.unk_token:
-            raise ParameterError(
-                f"{text!r} is a word that the tokenizer does not know, so that it stands for every "
-                f"unknown one ('{self._tokenizer.unk_token}'). Pass another text, or a token id."
-            )
-        return ids[0]
+        return single_token(self._tokenizer, text)
 
     def to_single_str_token(self, token: int) -> str:
         """Return the text of a token."""
@@ -123,28 +109,33 @@ class CacheModel:
 
 
 class _Attention(NamedTuple):
-    out: Any
-    d_head: int
+    written: Written
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
-        return per_head(self.out, self.d_head)
+        return per_head(
+            _there(self.written.heads, "no heads of softmax attention"), self.written.d_head
+        )
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
-        return _bias(self.out)
+        return _bias(_there(self.written.heads, "no heads of softmax attention"))
 
 
 class _Mlp(NamedTuple):
-    down: Any
+    written: Written
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
-        return plain_weight(self.down).detach().T
+        return plain_weight(self._down).detach().T
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
-        return _bias(self.down)
+        return _bias(self._down)
+
+    @property
+    def _down(self) -> Any:
+        return _there(self.written.mlp, "experts in place of one MLP")
 
 
 class _Block(NamedTuple):
@@ -152,29 +143,12 @@ class _Block(NamedTuple):
     mlp: _Mlp
 
 
-def plain_weight(module: Any) -> Tensor:
-    """Return a module's weight, if it is all that the module multiplies by.
-
-    Raises:
-        ModelLoadError: if it is quantised, offloaded, or has an adapter beside it.
-    """
-    weight, what = module.weight, f"the weight of a {type(module).__name__}"
-    if hasattr(module, "base_layer"):
+def _there(module: Any, instead: str) -> Any:
+    if module is None:
         raise ModelLoadError(
-            f"{what} cannot be read for this, because an adapter adds to it. Merge it first: "
-            "cl.load((peft_model.merge_and_unload(), processor))."
+            f"the layer has {instead}, so it has no such weight. Ask for layers that have one."
         )
-    if weight.is_meta:
-        raise ModelLoadError(
-            f"{what} cannot be read for this, because it is offloaded (on the device 'meta'). Load "
-            "the model with a device_map that keeps the language model on a device."
-        )
-    if weight.dtype not in FLOATS:
-        raise ModelLoadError(
-            f"{what} cannot be read for this, because it is quantised ({weight.dtype}). Load the "
-            "model without quantization_config."
-        )
-    return weight
+    return module
 
 
 def per_head(out: Any, d_head: int) -> Float[Tensor, "head d_head d_model"]:
@@ -189,44 +163,49 @@ def _bias(linear: Any) -> Tensor:
 
 
 def read_out(
-    readout: Readout, residual: Float[Tensor, "*places d_model"]
+    readout: Readout, residual: Float[Tensor, "*stream d_model"]
 ) -> Float[Tensor, "*places vocabulary"]:
-    """Return the logits of a residual stream: the model's own final norm, then its unembedding.
+    """Return the logits of a residual stream: the model's own final norm, unembedding and cap.
 
-    Computed from the modules' weights without calling them, so that it may be used in a trace.
-    In the model's own type, as the model does it.
+    Without the modules' hooks, so that it may be used in a trace. In the model's own type, as the
+    model does it. A stream of several copies has them in the axis before the last.
     """
     norm: Any = readout.norm
     unembed: Any = readout.unembed
     weight, words = plain_weight(norm), plain_weight(unembed)
     residual = residual.to(weight.device)
-    if isinstance(norm, nn.LayerNorm):
-        normal = functional.layer_norm(residual, norm.normalized_shape, weight, norm.bias, norm.eps)
-    else:
-        exact = wide(residual)
-        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-        normal = weight * exact.to(residual.dtype)
-    return functional.linear(normal.to(words.device), words, getattr(unembed, "bias", None))
+    if readout.copies is not None:
+        flat = residual.flatten(0, -3)[None]
+        residual = called(readout.copies, flat)[0].unflatten(0, residual.shape[:-2])
+    normal = called(norm, residual).to(words.device)
+    return readout.final.of(functional.linear(normal, words, getattr(unembed, "bias", None)))
 
 
-def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return a tensor in float32, or float64 if it is."""
-    return x if x.dtype == torch.float64 else x.float()
+def single_token(tokenizer: Any, text: str) -> int:
+    """Return the id of a text that is one token.
+
+    Raises:
+        ParameterError: if it is none or several, or unknown to the tokenizer.
+    """
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise ParameterError(
+            f"{text!r} is {len(ids)} tokens ({ids}), but a single one is needed. Pass a text "
+            "that is one token, or a token id."
+        )
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if ids[0] == unknown and text.strip() != tokenizer.unk_token:
+        raise ParameterError(
+            f"{text!r} is a word that the tokenizer does not know, so that it stands for every "
+            f"unknown one ('{tokenizer.unk_token}'). Pass another text, or a token id."
+        )
+    return ids[0]
 
 
-def normalise(norm: Any, value: Tensor, form: str) -> Tensor:
-    """Return a norm's scale, or its output before its weight; in float32 or better."""
-    value = wide(value)
-    if isinstance(norm, nn.LayerNorm):
-        value, eps = value - value.mean(dim=-1, keepdim=True), norm.eps
-    else:
-        eps = norm.variance_epsilon
-    scale = (value.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt()
-    return scale if form == "scale" else value / scale
-
-
-def token_ids(standing: CacheModel, words: Any, tokens: Sequence[str | int]) -> list[int]:
+def token_ids(size: int, words: Any, tokens: Sequence[str | int]) -> list[int]:
     """Return the ids of tokens that are given as texts or ids; ``words`` is the tokenizer.
+
+    ``size`` is that of the vocabulary.
 
     Raises:
         ParameterError: if a text is no single token, an id does not exist, or there is no tokenizer
@@ -237,8 +216,7 @@ def token_ids(standing: CacheModel, words: Any, tokens: Sequence[str | int]) -> 
             f"tokens are {list(tokens)}, but the traced handle has no tokenizer. Pass token ids as "
             "tokens=, or trace the model that cl.load() returned."
         )
-    ids = [standing.to_single_token(one) if isinstance(one, str) else one for one in tokens]
-    size = standing.cfg.d_vocab
+    ids = [single_token(words, one) if isinstance(one, str) else one for one in tokens]
     if any(not 0 <= one < size for one in ids):
         raise ParameterError(f"tokens are {ids}, but ids are 0 to {size - 1}. Pass ids like that.")
     return ids

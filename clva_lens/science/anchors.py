@@ -87,6 +87,24 @@ def default_positive_layer(num_layers: int) -> int:
     return num_layers // 2 - 2
 
 
+def default_anchor_layers(layers: Sequence[int], num_layers: int) -> tuple[int, int]:
+    """Return the default layers of the positive and the negative anchor, of those with attention.
+
+    ``layers`` are these, in a stack of ``num_layers``. The negative anchor is the first of them,
+    the positive one the nearest to L/2 − 2, the earlier of two as near; but the last of them only
+    if there is no other, since what is edited comes after the anchors.
+
+    Raises:
+        ParameterError: if the model is too shallow for a default.
+
+    >>> default_anchor_layers(range(32), 32), default_anchor_layers(range(3, 32, 4), 32)
+    ((14, 0), (15, 3))
+    """
+    wanted = default_positive_layer(num_layers)
+    earlier = sorted(layers)[:-1] or list(layers)
+    return min(earlier, key=lambda layer: abs(layer - wanted)), min(layers)
+
+
 @exact()
 def saliency_map(
     rows: Float[Tensor, "*batch head visual"], heads: Bool[Tensor, "*#batch head"]

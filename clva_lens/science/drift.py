@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clva_lens.ground.errors import ParameterError
-from clva_lens.science.anchors import default_positive_layer
+from clva_lens.science.anchors import default_anchor_layers
 
 
 @runtime_checkable
@@ -148,17 +148,21 @@ def attention_drift(
     """Return the drift curves of a traced forward pass.
 
     Eqs. 5-6, arXiv:2603.25088v1, over the layers that ``attn`` traced. The positive anchor is the
-    sensitive heads' map at ``positive_layer`` (default: num_layers // 2 - 2), the negative anchor
-    the insensitive heads' map at ``negative_layer``; both 0-based. Where a head set is empty and
-    was left so (``empty="skip"``), its map is zeros and the correlation with it NaN.
+    sensitive heads' map at ``positive_layer`` (default: num_layers // 2 - 2, or the nearest that
+    has attention), the negative anchor the insensitive heads' map at ``negative_layer`` (0: the
+    first that has attention); both 0-based. Where a head set is empty and was left so
+    (``empty="skip"``), its map is zeros and the correlation with it NaN.
 
     Raises:
         ParameterError: if an anchor layer was not traced, or the model has fewer than 4 layers and
             no ``positive_layer`` is given.
     """
-    if positive_layer is None:
-        positive_layer = default_positive_layer(attn.num_layers)
     layers = tuple(attn.layers)
+    attending = getattr(attn, "site_layers", ()) or range(attn.num_layers)
+    if positive_layer is None:
+        positive_layer = default_anchor_layers(attending, attn.num_layers)[0]
+    if negative_layer == 0:
+        negative_layer = min(attending)
     for name, layer in (("positive_layer", positive_layer), ("negative_layer", negative_layer)):
         if layer not in layers:
             raise ParameterError(

@@ -146,7 +146,7 @@ def test_embeddings_only(one, ask):
 # ── on the wrong model ──
 
 
-@pytest.mark.parametrize("name", ["flex_attention", "flash_attention_2", "somebody_elses"])
+@pytest.mark.parametrize("name", ["flash_attention_4", "somebody_elses"])
 def test_kernel_that_cannot_be_intercepted(name):
     model = tiny_model()
     model.model.language_model.config._attn_implementation_internal = name

@@ -22,7 +22,7 @@ def state(model):
         }
         modules[name] = (kept, hooks, module.training, type(module))
     configs = {
-        name: (module.config.to_dict(), module.config._attn_implementation, id(module.config))
+        name: (module.config.to_dict(), str(module.config._attn_implementation), id(module.config))
         for name, module in model.named_modules()
         if hasattr(module, "config")
     }

@@ -160,12 +160,20 @@ def test_a_trace_is_no_place_for_it(one, ask):
     assert one.run_with_cache(prompt, "hook_embed").cache["hook_embed"].shape[0] == 1
 
 
-def test_layers_of_another_make_are_refused(ask):
+def test_layers_of_another_make_have_fewer_names(ask):
+    """What their norms are for is unknown; the stream between them is not."""
     model = tiny_model()
-    model.model.language_model.layers[0].extra = torch.nn.Linear(2, 2)
+    model.model.language_model.layers[3].extra = torch.nn.Linear(2, 2)
     lens = cl.load((model, lens_of("full", "sdpa").processor))
-    with pytest.raises(ModelLoadError, match="the table of TransformerLens' names is for layers"):
-        lens.run_with_cache(ask(lens))
+    prompt = ask(lens)
+    names = set(lens.run_with_cache(prompt).cache)
+    assert {"blocks.3.hook_resid_pre", "blocks.3.attn.hook_z", "blocks.3.mlp.hook_post"} <= names
+    assert {"blocks.2.hook_resid_mid", "blocks.2.ln2.hook_scale"} <= names
+    for name in ("hook_resid_mid", "ln2.hook_scale"):
+        with pytest.raises(UnknownName, match=r"norms are of no known.*extra.*\(layers 3\)\. Ask"):
+            lens.run_with_cache(prompt, f"blocks.3.{name}")
+    with pytest.raises(ModelLoadError, match="no sum over its heads and MLPs: its layers' norms"):
+        cl.direct_logit_attribution(lens, prompt)
 
 
 # ── interventions ──

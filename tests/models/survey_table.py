@@ -63,7 +63,6 @@ NO_TOKEN = Reason("refused", "the configuration names no image token", UNKNOWN)
 OTHER = Reason("refused", "pictures come in otherwise than as tokens of a decoder", UNKNOWN)
 CROSS = Reason("refused", "pictures are read by cross-attention", "by cross-attention")
 ENCODER = Reason("refused", "an encoder-decoder model", "is an encoder-decoder model")
-SINKS = Reason("refused as it runs", "attention sinks", "or sinks")
 SEVERAL = Reason(
     "refused", "a layer has several modules that call attention", "several attention modules"
 )
@@ -88,7 +87,6 @@ REASONS: dict[str, Reason] = {
     "gemma3n": TIMM,
     "git": OTHER,
     "granite4_vision": Reason("does not build", DEFAULT, "has no len"),
-    "hy_v4_vl": SINKS,
     "idefics": NO_TOKEN,
     "inkling2": Reason("unproven", SMALL, "text_hidden_size"),
     "inkling2_loop": SEVERAL,

@@ -104,8 +104,8 @@ def test_layers_without_softmax_attention_are_left_out_with_a_note(kind):
     note, *_ = find_family(model).notes(model)
     listed = ", ".join(map(str, left_out))
     assert note.startswith(f"layers {listed} have no softmax attention and are left out; depth")
-    with pytest.raises(ParameterError, match=rf"layer {left_out[0]}, but .* has layers"):
-        read(model, tiny.sample(kind, 0), cl.CLVA(negative_layer=left_out[0]))
+    with pytest.raises(ParameterError, match=rf"layer {left_out[1]}, but .* has layers"):
+        read(model, tiny.sample(kind, 0), cl.CLVA(negative_layer=left_out[1]))
 
 
 def test_windows_are_in_a_note():

@@ -115,6 +115,7 @@ def test_rows_are_those_of_eager_attention(kind):
         for layer, module in zip(site.layers, site.modules, strict=True)
     ]
     decoder = model.get_decoder()  # a part that has no other kernel keeps its own
+    kernel = decoder.config._attn_implementation
     decoder.set_attn_implementation("eager")
     try:
         with torch.inference_mode(), running(model, [observer]):
@@ -123,7 +124,7 @@ def test_rows_are_those_of_eager_attention(kind):
             hook.remove()
         eager = read(model, inputs, anchored(model))
     finally:
-        decoder.set_attn_implementation("sdpa")
+        decoder.set_attn_implementation(kernel)
     maps = observer.trace(batched=True).maps
     (visual,) = family.spans(model, "decoder", inputs).visual_index()
     for index, layer in enumerate(site.layers):

@@ -134,7 +134,7 @@ def test_a_bare_handle_has_no_words(one, ask):
 def test_pieces_do_not_matter(one, ask, monkeypatch):
     prompt = ask(one)
     whole = cl.logit_lens(one, prompt, "image")
-    monkeypatch.setattr(sys.modules["clva_lens.lens.logit_lens"], "LOGITS_AT_ONCE", 64 * 3)
+    monkeypatch.setattr(sys.modules["clva_lens.lens.layer_reading"], "LOGITS_AT_ONCE", 64 * 3)
     parts = cl.logit_lens(one, prompt, "image")
     assert (whole.margin - parts.margin).abs().max() < 1e-5
 
