@@ -139,9 +139,7 @@ def run(
     limit: Annotated[int | None, typer.Option(help="So many samples only.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Which samples a limit takes.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.", min=1)] = 16,
-    share: Annotated[
-        bool, typer.Option(help="Read a picture once for all its questions, where that is exact.")
-    ] = True,
+    share: Annotated[bool, typer.Option(help="Read a picture once for its questions.")] = True,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in the folder, if there is one.")
     ] = False,

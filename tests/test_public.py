@@ -63,6 +63,7 @@ def test_public_names():
         "patch_activations",
         "patch_mask",
         "pointing_game",
+        "read",
         "register_method",
         "score",
         "to_transformer_lens",

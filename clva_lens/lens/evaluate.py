@@ -3,6 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,8 +20,8 @@ from clva_lens.lens.facts import QUESTION
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import AnswerTokens, readout_tokens
 from clva_lens.lens.provenance import describe, identity, machine
-from clva_lens.lens.sharing import Prefixes, why_unshared
-from clva_lens.methods.base import MethodLike, as_method
+from clva_lens.lens.sharing import Prefixes, picture_keys, why_unshared
+from clva_lens.methods.base import Method, MethodLike, as_method
 from clva_lens.methods.target import Target
 
 _END = 16
@@ -79,8 +80,7 @@ def evaluate(
     With ``out`` every answer is written to that folder as it comes (see
     ``clva_lens.benchmarks.run_folder``), and ``resume`` continues a run that was stopped, however
     it was stopped; the answers and the score are then those of a run that was not. Samples that
-    failed are asked again, at their places, unless ``keep_failed``. A run that is finished, and of
-    which nothing failed, is only scored again.
+    failed are asked again, at their places, unless ``keep_failed``.
 
     A sample that fails (a broken picture, a prompt that is too long, an exception in the model) is
     asked again alone, and is then recorded with its error, scored as wrong, and counted as
@@ -108,14 +108,20 @@ def evaluate(
     options = {"resume": resume, "keep_failed": keep_failed, "max_failed": max_failed}
     if methods is None:
         return run_benchmark(model, chosen, asking, progress=progress, out=out, **options)
+    each = [replace(asking, method=one) for one in _each_method(method, methods)]
+    folders = [None if out is None else Path(out) / str(place) for place in range(len(each))]
+    return run_side_by_side(model, chosen, each, folders, progress=progress, **options)
+
+
+def _each_method(
+    method: MethodLike | None, methods: Sequence[MethodLike | None]
+) -> list[Method | None]:
     if method is not None or not methods:
         raise ParameterError(
             "methods= is a list of at least one, in the place of method=. Pass one of the two; "
             "None in the list is the model alone."
         )
-    each = [replace(asking, method=as_method(one)) for one in methods]
-    folders = [None if out is None else Path(out) / str(place) for place in range(len(each))]
-    return run_side_by_side(model, chosen, each, folders, progress=progress, **options)
+    return [as_method(one) for one in methods]
 
 
 def run_benchmark(
@@ -199,9 +205,7 @@ def _asked(
 ) -> Generator[None, None, Report]:
     """Ask one batch after the other; return the report."""
     asking = _with_margin(asking.fitted(model, benchmark.max_new_tokens), model, benchmark)
-    unshared = why_unshared(model, asking.method) if asking.share else None
-    if unshared is not None:
-        asking = replace(asking, share=None)
+    asking, unshared = _sharing(model, asking, samples)
     if asking.method is not None:  # an error of the settings is no sample's error
         asking.method.sessions(Target(model.hf_model, model.processor))
     if resume and out is None:
@@ -238,6 +242,17 @@ def _asked(
         report = answering.report(run.answers, record)
         run.finish(report)
     return report
+
+
+def _sharing(
+    model: LensModel, asking: Asking, samples: Sequence[Sample]
+) -> tuple[Asking, str | None]:
+    """Return how to ask, and why nothing is shared where that was wanted."""
+    keys = picture_keys([sample.image for sample in samples])
+    if asking.share is None or all(one != next_one for one, next_one in pairwise(keys)):
+        return replace(asking, share=None), None
+    unshared = why_unshared(model, asking.method)
+    return asking if unshared is None else replace(asking, share=None), unshared
 
 
 def _with_margin(asking: Asking, model: LensModel, benchmark: Benchmark) -> Asking:

@@ -106,13 +106,12 @@ class LensModel(TransformersModel):
         answer) pairs, (picture, question, answer) where the model takes several pictures, or chat
         messages. Without pictures in the turns, the picture comes first of all. ``answer`` is the
         beginning of the answer, which the model continues. ``background`` is the colour behind what
-        is transparent; None takes the one that is stored with transparent pixels. ``processor``
-        takes the place of the model's own.
+        is transparent; None takes the stored one. ``processor`` takes the place of the model's own.
 
         Raises:
-            PromptError: if an image cannot be read, a text is empty, has a control token or no
-                image, the lists differ in length, it is longer than the model's positions, or the
-                model has no place for the turns or for the beginning of an answer.
+            PromptError: if an image cannot be read, a text is empty or has a control token, the
+                lists differ in length, it is longer than the model's positions, or the model has no
+                place for the turns or for the beginning of an answer.
             ParameterError: if the background is no opaque colour.
         """
         images, questions, batched = as_lists(image, question, background)
