@@ -127,7 +127,7 @@ class PatchActivations(Method):
     def _refuse_gates(self, target: Target, layers: Sequence[int]) -> None:
         """Refuse to put what is after the gates of a layer's heads before them."""
         written = target.readout().written
-        gated = [layer for layer in layers if written[layer].gated]
+        gated = [layer for layer in layers if written and written[layer].gated]  # none of a bridge
         if gated:
             raise ParameterError(
                 f"the heads of layer {gated[0]} are multiplied by gates before they are projected, "
