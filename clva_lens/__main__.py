@@ -143,9 +143,7 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in the folder, if there is one.")
     ] = False,
-    keep_failed: Annotated[
-        bool, typer.Option("--keep-failed", help="Do not ask failed samples again.")
-    ] = False,
+    keep_failed: Annotated[bool, typer.Option("--keep-failed", help="As they are.")] = False,
     max_failed: Annotated[
         float, typer.Option(help="End the run if more fail, as a share.", min=0, max=1)
     ] = 0.1,

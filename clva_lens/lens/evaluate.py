@@ -84,9 +84,8 @@ def evaluate(
 
     A sample that fails (a broken picture, a prompt that is too long, an exception in the model) is
     asked again alone, and is then recorded with its error, scored as wrong, and counted as
-    ``failed``. A method that does not fit ends the run; so do too little memory, a lost device, a
-    picture whose file is gone, and failures of more than ``max_failed`` of all samples (and more
-    than nine). So does Ctrl-C. All whole batches before are kept.
+    ``failed``. Whole batches are kept when a run ends: by a method that does not fit, too little
+    memory, a lost device, a picture that is gone, or more than ``max_failed`` (and nine) failures.
 
     Raises:
         UnknownName: if there is no such benchmark, or no method of that name.

@@ -104,9 +104,9 @@ class LensModel(TransformersModel):
         Batches are padded on the left. ``system`` is the system message: None leaves the model's
         own, "" leaves it out. ``turns`` were said before, in each prompt of a batch: (question,
         answer) pairs, (picture, question, answer) where the model takes several pictures, or chat
-        messages. Without pictures in the turns, the picture comes first of all. ``answer`` is the
-        beginning of the answer, which the model continues. ``background`` is the colour behind what
-        is transparent; None takes the stored one. ``processor`` takes the place of the model's own.
+        messages. Without pictures there, the picture comes first. The model continues ``answer``.
+        ``background`` is the colour behind what is transparent; None takes the stored one.
+        ``processor`` takes the place of the model's own.
 
         Raises:
             PromptError: if an image cannot be read, a text is empty or has a control token, the
