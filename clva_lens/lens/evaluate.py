@@ -74,8 +74,7 @@ def evaluate(
 
     ``limit`` takes that many samples only, drawn with ``seed``: the same ones for every method.
     With ``share="picture"`` neighbours with the same picture are asked together, and what is read
-    of it is read once; where that is not possible, the record says why (``unshared``). The answers
-    are those without sharing up to what another batch size makes.
+    of it is read once, up to what another batch size makes; or the record says why not.
 
     With ``out`` every answer is written to that folder as it comes (see
     ``clva_lens.benchmarks.run_folder``), and ``resume`` continues a run that was stopped, however

@@ -109,9 +109,8 @@ class LensModel(TransformersModel):
         ``processor`` takes the place of the model's own.
 
         Raises:
-            PromptError: if an image cannot be read, a text is empty or has a control token, the
-                lists differ in length, it is longer than the model's positions, or the model has no
-                place for the turns or for the beginning of an answer.
+            PromptError: if an image cannot be read, a text is empty or has a control token, lists
+                differ in length, or there is no place for the turns, the answer or so many tokens.
             ParameterError: if the background is no opaque colour.
         """
         images, questions, batched = as_lists(image, question, background)
