@@ -60,7 +60,10 @@ def test_the_commands_exist():
 
 
 def test_the_install_commands_are_the_ones_ci_runs():
-    assert 'pip install -e ".[test]" -c tests/versions.txt && pytest' in (ROOT / ".ci" / "run").read_text()
+    assert (
+        'pip install -e ".[test]" -c tests/versions.txt && pytest'
+        in (ROOT / ".ci" / "run").read_text()
+    )
     assert 'pip install -e ".[test]" -c tests/versions.txt && pytest\n' in README
     assert "pip install -e . && clva-lens demo\n" in README
 

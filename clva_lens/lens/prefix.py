@@ -104,9 +104,9 @@ class Prefix:
             ).inputs
             for owner, text in zip(owners, questions, strict=True)
         ]
-        return self._continued(owners, whole, questions, batched=not isinstance(question, str))
+        return self.continued(owners, whole, questions, batched=not isinstance(question, str))
 
-    def _continued(
+    def continued(
         self,
         owners: list[int],
         whole: list[dict[str, Tensor]],
@@ -114,7 +114,13 @@ class Prefix:
         *,
         batched: bool,
     ) -> "Continued":
-        """Return prompts, cut after the prefix; padding is before the questions."""
+        """Return what to read of whole prompts, each about the picture that its owner names.
+
+        ``whole`` has the inputs of each, unpadded; padding stands before the questions.
+
+        Raises:
+            PromptError: if one does not begin as the prefix does.
+        """
         rows = self._rows(owners)
         before, known_real = self.ids[rows], self.spans.real[rows]
         columns: dict[str, list[Tensor]] = {}

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError
 from clva_lens.models.belonging import hook_before
+from clva_lens.models.context import written_before_drafts
 from clva_lens.models.kv_cache import cache_of
 from clva_lens.models.step import Step
 
@@ -165,6 +166,12 @@ class EncoderDecoderPasses(TokenPasses):
                 "rows are unknown. Pass them: model.prompt(image, question) has them."
             )
         offset = cached_length(kwargs)
+        if written_before_drafts() is not None:
+            raise InterventionError(
+                "assisted decoding has several tokens of an encoder-decoder's answer checked in "
+                "one pass, which is not followed. Generate without assistant_model and "
+                "prompt_lookup_num_tokens."
+            )
         if offset == 0 and not self.is_rerun(rows, offset, kwargs):
             spans = self.begin(
                 rows, self.embedded_ids(len(rows), None), kwargs.get("attention_mask")

@@ -193,3 +193,13 @@ def test_t5_without_its_rows(ask):
         pytest.raises(InterventionError, match=r"without decoder_input_ids.*model.prompt"),
     ):
         lens.hf_model(**inputs, labels=labels)
+
+
+def test_guesses_of_an_encoder_decoder_are_refused(ask):
+    lens = blip_of("sdpa", "t5")
+    with (
+        torch.inference_mode(),
+        cl.intervening(lens.hf_model, CLVA["decoder"]),
+        pytest.raises(InterventionError, match="Generate without assistant_model"),
+    ):
+        lens.hf_model.generate(**ask(lens).inputs, max_new_tokens=6, prompt_lookup_num_tokens=3)

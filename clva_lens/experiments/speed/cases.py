@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from clva_lens.engine import bias as folding
 from clva_lens.engine.bias import BiasForm
 from clva_lens.experiments.speed.models import random_prompt
+from clva_lens.experiments.speed.questions import ways_to_ask
 from clva_lens.experiments.speed.rewriting import NAME, rewriting
 from clva_lens.ground.errors import ParameterError
 from clva_lens.lens.intervene import intervene, intervening
@@ -47,6 +48,7 @@ def cases_of(
     handle = _handle(model)
     cases = generation_cases(model, handle, new_tokens, batch)
     cases += forward_cases(model, handle, batch)
+    cases += [Case(one.name, one.over, "sdpa", one.call) for one in ways_to_ask(handle)]
     if only is None:
         return cases
     unknown = sorted(set(only) - {case.name for case in cases})
