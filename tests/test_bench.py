@@ -57,7 +57,15 @@ PREFILLS = {
 }
 TOKENS = {"a token", "a token, CLVA", "a token, the paper's rewriting"}
 FORWARDS = {"forward", "trace_attention", "output_attentions"}
-LLAVAS = {"run_with_cache", "TransformerLens' run_with_cache"}
+LLAVAS = {
+    "run_with_cache",
+    "TransformerLens' run_with_cache",
+    "6 questions",
+    "6 questions, CLVA",
+    "6 questions, picture read once",
+    "6 questions, CLVA, picture read once",
+    "6 questions, greedy + CLVA + KnockOut, picture read once",
+}
 TIMED = {(case, "s") for case in GENERATIONS | PREFILLS | TOKENS | FORWARDS}
 CASES = {
     *TIMED,

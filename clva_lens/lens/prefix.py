@@ -143,7 +143,8 @@ class Prefix:
             site.name: visual_tokens(model, site.name, family.spans(model, site.name, everything))
             for site in family.sites(model)
         }
-        shown = tuple(self.prompt.images[owner] for owner in owners)
+        images = self.prompt.images
+        shown = tuple(images[owner] for owner in owners) if images else ()
         return Continued(
             inputs, sites, batched, shown, tuple(questions), self.prompt.system, self, owners
         )
