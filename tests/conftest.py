@@ -2,7 +2,10 @@
 
 import os
 
+import shape_checks
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+shape_checks.install()
 
 import subprocess
 from collections.abc import Callable, Iterator
