@@ -2,7 +2,8 @@
 
 What ``jaxtyping.jaxtyped`` does to every function costs a third of the suite's time: it binds the
 arguments and checks them twice. Here only functions and dataclasses whose annotations hold an
-array are checked, in one go. To be imported before the package, and before nnsight.
+array are checked, in one go. Importing this checks ``clva_lens`` as it is imported afterwards;
+beartype does not bear nnsight before it.
 """
 
 import functools
@@ -43,18 +44,16 @@ def _checked(function: Callable) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         if jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
-        with jaxtyping.jaxtyped("context"):  # An axis has one size in all of a call's shapes.
+        with _ORIGINAL("context"):  # An axis has one size in all of a call's shapes.
             return strict(*args, **kwargs)
 
     return call
 
 
-def install() -> None:
-    """Check ``clva_lens`` as it is imported: the hook decorates all with ``jaxtyping.jaxtyped``."""
-    original = jaxtyping.jaxtyped
+def _jaxtyped(fn: Any = None, **options: Any) -> Any:
+    """Stand for ``jaxtyping.jaxtyped``, with which jaxtyping's import hook decorates everything."""
+    return check_shapes if fn is None else _ORIGINAL(fn, **options)
 
-    def jaxtyped(fn: Any = None, **options: Any) -> Any:
-        return check_shapes if fn is None else original(fn, **options)
 
-    jaxtyping.jaxtyped = jaxtyped
-    jaxtyping.install_import_hook("clva_lens", "beartype.beartype")
+_ORIGINAL, jaxtyping.jaxtyped = jaxtyping.jaxtyped, _jaxtyped
+jaxtyping.install_import_hook("clva_lens", "beartype.beartype")

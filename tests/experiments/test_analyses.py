@@ -16,22 +16,23 @@ from clva_lens.ground.moved import MOVED
 
 ARCHIVE = Archive(Path(__file__).parents[2])
 
-# What makes each analysis small enough to run with every change.
+# What makes each analysis small enough to run with every change; 7 questions are of two pictures,
+# so that intervals over pictures can be drawn.
 SMALL = {
     "01_head_intensity": ["questions=24"],
     "02_saliency": ["pictures=2"],
-    "03_drift": ["questions=24"],
-    "04_pope": ["questions=12"],
+    "03_drift": ["questions=12"],
+    "04_pope": ["questions=7"],
     "05_chair": ["captions=4"],
     "06_mme": ["pictures=3"],
-    "07_anchors": ["questions=12"],
+    "07_anchors": ["questions=7"],
     "08_speed": ["small=True", "rounds=1", "new_tokens=2"],
     "09_nucleus": ["questions=12", "seeds=[0]"],
     "10_strengths": ["questions=12", "alphas=[0, 14]", "betas=[0.0, 0.9]"],
-    "11_sensitivity": ["questions=12", "captions=2"],
+    "11_sensitivity": ["questions=7", "captions=2"],
     "12_paper_arithmetic": [],
-    "13_is_there_drift": ["scenes=2", "questions=12", 'models=["toy-llava"]'],
-    "14_method_zoo": ["questions=12", "captions=2"],
+    "13_is_there_drift": ["scenes=2", "questions=7", 'models=["toy-llava"]'],
+    "14_method_zoo": ["questions=7", "captions=2"],
 }
 RECORDS = ARCHIVE.records()
 
