@@ -14,7 +14,7 @@ from clva_lens.lens.asking import Asking
 from clva_lens.lens.decoding import Beam, FromCheckpoint, Greedy, Sampling, _Draw, told
 from clva_lens.lens.generate import generate_batches
 
-STEPS = 6
+STEPS = 4
 HOW = {
     "greedy": Greedy(max_new_tokens=STEPS),
     "beam": Beam(num_beams=3, max_new_tokens=STEPS),

@@ -65,7 +65,7 @@ def watched(lens, which=0):
 
 
 def answers(lens, method, which=0, beams=False):
-    how = cl.Beam(num_beams=3, max_new_tokens=4) if beams else cl.Greedy(max_new_tokens=4)
+    how = cl.Beam(num_beams=3, max_new_tokens=3) if beams else cl.Greedy(max_new_tokens=3)
     found = cl.generate(lens, asked(lens, which), method, how, progress=False)
     return torch.stack(found.ids)
 
