@@ -34,10 +34,15 @@ def lens(request):
     return lens_of("full", request.param)
 
 
-@pytest.fixture(autouse=True)
-def unchanged():
+@pytest.fixture(scope="module")
+def untouched():
     models = [lens_of("full", kernel).hf_model for kernel in KERNELS]
-    before = [state(model) for model in models]
+    return models, [state(model) for model in models]
+
+
+@pytest.fixture(autouse=True)
+def unchanged(untouched):
+    models, before = untouched
     yield
     assert not _ACTIVE
     assert not HERE.get()
