@@ -428,5 +428,5 @@ def test_window():
     method, seed = CASES["going back"]
     lens = lens_of("full", "sdpa")
     prompt = lens.prompt(picture(seed), QUESTIONS[seed % 3])
-    assert searched(lens, prompt, method, max_new_tokens=9)[1].returns
-    assert not searched(lens, prompt, replace(method, window=2), max_new_tokens=9)[1].returns
+    assert searched(lens, prompt, method)[1].returns
+    assert not searched(lens, prompt, replace(method, window=2))[1].returns
