@@ -3,11 +3,13 @@
 import ast
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments import notebook as notebooks
 from clva_lens.experiments.archive import Archive, analyse
 from clva_lens.experiments.drawing import check_figures
@@ -42,8 +44,15 @@ def test_every_analysis_has_a_record_and_is_run_here():
     assert {record.folder.parent.name for record in RECORDS} == set(SMALL)
 
 
+@pytest.fixture
+def short_captions(monkeypatch):
+    """Captions of some words: two or three objects, not all."""
+    short = replace(BENCHMARKS.get("chair/toy"), max_new_tokens=12)
+    monkeypatch.setitem(BENCHMARKS._items, "chair/toy", short)
+
+
 @pytest.mark.parametrize("slug", SMALL)
-def test_it_runs_on_the_toys(slug, tmp_path, no_kernel):
+def test_it_runs_on_the_toys(slug, tmp_path, no_kernel, short_captions):
     root = tmp_path / "checkout"
     shutil.copytree(ARCHIVE.root / "analyses", root / "analyses", ignore=lambda *_: ["records"])
     outcome = analyse(slug, SMALL[slug], root=root, progress=False)
