@@ -2,7 +2,10 @@
 
 import os
 
+import shape_checks  # noqa: F401  It checks what is imported after it.
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # Here and in subprocesses; threads that wait burn time.
 
 import subprocess
 from collections.abc import Callable, Iterator

@@ -249,7 +249,8 @@ def test_scaling_varies_one_thing(monkeypatch):
         "batch": [(256, 8), (512, 8)],
         "layers": [(256, 4), (256, 5)],
     }
-    made = bench(rounds=1, subjects=scaling_subjects("tokens"), new_tokens=1, progress=False)
+    subjects = [one._replace(only=("output_attentions",)) for one in scaling_subjects("tokens")]
+    made = bench(rounds=1, subjects=subjects, new_tokens=1, progress=False)
     found = {row.model: row.ratio for row in made.rows if row.case == "output_attentions"}
     assert list(found) == [f"random LLaVA, 8 × 512, {count} image tokens" for count in (16, 64)]
     with pytest.raises(ParameterError, match="tokens, batch, layers"):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import clva_lens as cl
 from clva_lens.__main__ import app
+from clva_lens.experiments.demo import output_folder
 from clva_lens.lens.load import DEVICE, DTYPE, load
 from clva_lens.methods.base import METHODS
 from clva_lens.toy.build import processor, untrained
@@ -66,7 +67,14 @@ def test_the_demo_draws_and_counts(tmp_path):
         assert row["record"]["packages"]["torch"] == torch.__version__
     for word in ("share of yes", "AUC", "knock-out", "same bias", "points at the object"):
         assert word in result.output
-    assert run("demo", "--out", out, "--questions", 12).exit_code == 0  # its own folder: redrawn
+
+
+def test_a_folder_of_a_demo_is_its_own_to_replace(tmp_path):
+    for number in range(2):
+        with output_folder(tmp_path / "demo") as folder:
+            (folder / "results.json").write_text(f"{number}")
+    assert [path.read_text() for path in (tmp_path / "demo").iterdir()] == ["1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
 def test_the_demo_of_a_qformer_draws_both_sites(tmp_path):

@@ -1,6 +1,7 @@
 """The order of the rooms: nothing imports what comes after it, and no files import in a circle."""
 
 import ast
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,14 +45,17 @@ def within(name, places):
     return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
+@cache
 def imports(path):
     """(module, name) of everything that a file imports, at its top or inside a function."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, None) for alias in node.names)
+            found += [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield from ((node.module, alias.name) for alias in node.names)
+            found += [(node.module, alias.name) for alias in node.names]
+    return found
 
 
 def own_imports(known):

@@ -11,9 +11,9 @@ from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Sco
 from clva_lens.benchmarks.chair import label, score_captions
 from clva_lens.benchmarks.chair_reading import Reader
 from clva_lens.benchmarks.chair_vocabulary import Vocabulary
-from clva_lens.benchmarks.toy_pope import SEED
+from clva_lens.benchmarks.toy_pope import SEED, drawn
 from clva_lens.toy.questions import CAPTION_REQUEST
-from clva_lens.toy.scenes import KINDS, render, sample_scenes
+from clva_lens.toy.scenes import KINDS, sample_scenes
 
 READER = Reader(Vocabulary("toy", {kind: kind for kind in KINDS}, {}), "builtin")
 
@@ -37,7 +37,7 @@ class ToyChair(Benchmark):
         everything = [
             Sample(
                 id=str(index),
-                image=render(scene),
+                image=scene,
                 question=CAPTION_REQUEST,
                 label=label(scene.kinds),
                 group=str(index),
@@ -45,7 +45,7 @@ class ToyChair(Benchmark):
             )
             for index, scene in enumerate(sample_scenes(self.count, self.seed))
         ]
-        return choose(everything, limit, seed)
+        return drawn(choose(everything, limit, seed))
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
         """Return the CHAIR score."""

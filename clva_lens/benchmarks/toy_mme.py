@@ -25,7 +25,7 @@ from clva_lens.benchmarks.mme import HALLUCINATION, score_mme
 from clva_lens.benchmarks.parsers import PARSERS
 from clva_lens.benchmarks.protocols import PROTOCOLS
 from clva_lens.benchmarks.readouts import READOUTS, TEXT
-from clva_lens.benchmarks.toy_pope import SEED
+from clva_lens.benchmarks.toy_pope import SEED, drawn
 from clva_lens.ground.errors import ParameterError
 from clva_lens.toy.questions import (
     NUMBERS,
@@ -34,7 +34,7 @@ from clva_lens.toy.questions import (
     count_questions,
     side_questions,
 )
-from clva_lens.toy.scenes import COLORS, KINDS, SIDES, Scene, render, sample_scene
+from clva_lens.toy.scenes import COLORS, KINDS, SIDES, Scene, sample_scene
 
 _Pair = tuple[str, str]
 
@@ -118,11 +118,10 @@ class ToyMme(Benchmark):
         everything = []
         for number, task in enumerate(HALLUCINATION):
             for index, scene, pair in self._pairs(number, task):
-                image = render(scene)
                 everything += [
                     Sample(
                         id=f"{task}/{index}/{label}",
-                        image=image,
+                        image=scene,
                         question=protocol.ask(question),
                         label=label,
                         group=f"{task}/{index}",
@@ -131,7 +130,7 @@ class ToyMme(Benchmark):
                     )
                     for question, label in zip(pair, ("yes", "no"), strict=True)
                 ]
-        return choose(everything, limit, seed)
+        return drawn(choose(everything, limit, seed))
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
         """Return the MME score."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, Score, choose, match
-from clva_lens.benchmarks.toy_pope import SEED
+from clva_lens.benchmarks.toy_pope import SEED, drawn
 from clva_lens.toy.questions import Skill, skill_questions
-from clva_lens.toy.scenes import render, sample_scenes
+from clva_lens.toy.scenes import sample_scenes
 
 SCENES = 800
 
@@ -40,10 +40,10 @@ class ToySkill(Benchmark):
         """Return all samples, or ``limit`` of them from scenes drawn with ``seed``."""
         scenes = sample_scenes(self.count, SEED + 1)
         everything = [
-            Sample(f"{index}/{q.kind}", render(scenes[index]), q.text, q.answer, str(index))
+            Sample(f"{index}/{q.kind}", scenes[index], q.text, q.answer, str(index))
             for index, q in skill_questions(self.skill, scenes, SEED, 600)
         ]
-        return choose(everything, limit, seed)
+        return drawn(choose(everything, limit, seed))
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> Score:
         """Return the accuracy of the first words; ``unparsed`` are no answer to any question."""

@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ def code_digest() -> str:
 
 def packages() -> dict[str, str]:
     """Return the versions of the packages that decide what a model says."""
-    return {name: version(name) for name in PACKAGES}
+    return {name: _version(name) for name in PACKAGES}
+
+
+@cache
+def _version(name: str) -> str:
+    return version(name)
 
 
 def origin() -> dict[str, Any]:

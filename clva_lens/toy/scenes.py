@@ -8,6 +8,7 @@ are planted, and every one can be checked, since the truth comes with a mask.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -97,7 +98,7 @@ class Scene:
     things: tuple[Thing, ...]
     noise_seed: int
 
-    @property
+    @cached_property
     def kinds(self) -> tuple[str, ...]:
         """The kinds present, each once, in the order of ``KINDS``."""
         present = {thing.kind for thing in self.things}

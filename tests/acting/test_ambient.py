@@ -177,12 +177,24 @@ def same(found, wanted, within=0.0):
             assert one == other or (one != one and other != other)  # NaN
 
 
-@pytest.fixture(autouse=True)
-def unchanged():
+@cache
+def wanted_of(name):
+    """What a call says in no ambient state."""
+    return CALLS[name]()
+
+
+@pytest.fixture(scope="module")
+def untouched():
+    """Both models, and their state before any of these tests."""
     models = [lens().hf_model, blip_of("sdpa").hf_model]
     with lens().trace(asked()):  # nnsight's own lazy set-up is not ours
         lens().output.logits.save()
-    before = [state(model) for model in models]
+    return models, [state(model) for model in models]
+
+
+@pytest.fixture(autouse=True)
+def unchanged(untouched):
+    models, before = untouched
     yield
     assert torch.get_default_dtype() == torch.float32
     assert [state(model) for model in models] == before
@@ -191,7 +203,7 @@ def unchanged():
 @pytest.mark.parametrize("around", STATES)
 @pytest.mark.parametrize("name", CALLS)
 def test_ambient_state(name, around):
-    wanted = CALLS[name]()
+    wanted = wanted_of(name)
     with STATES[around]():
         found = CALLS[name]()
     if around == "autocast" and name in OWN_RUN:
@@ -205,10 +217,15 @@ def test_ambient_state(name, around):
         assert name in made or not any(one.is_inference() for one in tensors)
 
 
+@cache
+def traced_without(name):
+    return traced(METHODS.get(name)())
+
+
 @pytest.mark.parametrize("around", ["bfloat16", "float64"])
 @pytest.mark.parametrize("name", ACTING)
 def test_methods_under_another_default_dtype(name, around):
-    wanted = traced(METHODS.get(name)())
+    wanted = traced_without(name)
     with STATES[around]():
         same(traced(METHODS.get(name)()), wanted)
 
@@ -239,7 +256,7 @@ def test_methods_in_a_scan(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_in_a_second_thread(name):
-    wanted, found = CALLS[name](), []
+    wanted, found = wanted_of(name), []
     thread = threading.Thread(target=lambda: found.append(CALLS[name]()))
     thread.start()
     thread.join()
@@ -248,7 +265,7 @@ def test_in_a_second_thread(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_after_an_exception_in_a_run(name):
-    wanted = CALLS[name]()
+    wanted = wanted_of(name)
     with pytest.raises(KeyError), cl.intervening(lens(), cl.CLVA(tau=1.0), cl.VCD()):
         lens().hf_model(**asked())
         raise KeyError

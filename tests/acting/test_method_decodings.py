@@ -9,7 +9,7 @@ from clva_lens.ground.errors import ParameterError
 from clva_lens.lens.decoding import DECODINGS, check_decoding
 from clva_lens.methods.base import METHODS
 
-STEPS = 4
+STEPS = 3
 HOW = {
     "greedy": cl.Greedy(max_new_tokens=STEPS),
     "beam": cl.Beam(num_beams=5, max_new_tokens=STEPS),

@@ -176,16 +176,29 @@ def test_qformer(one_blip, part):
 # ── TransformerLens ──
 
 
+BRIDGED = {}
+
+
+@pytest.fixture
+def bridged(lens, no_process):
+    """The prompts, a bridge, its logits, and its cache of the source: once a model."""
+    if lens not in BRIDGED:
+        source, target = pair(lens, 3)
+        bridge = cl.to_transformer_lens(lens)
+        with torch.inference_mode():
+            plain = bridge(**bridge.inputs(target))
+            _, cache = bridge.run_with_cache(**bridge.inputs(source))
+        BRIDGED[lens] = source, target, bridge, plain, cache
+    return BRIDGED[lens]
+
+
 @pytest.mark.parametrize("part", PARTS)
-def test_transformer_lens_patches_the_same(lens, no_process, part):
-    source, target = pair(lens, 3)
-    bridge = cl.to_transformer_lens(lens)
-    given, other = bridge.inputs(target), bridge.inputs(source)
+def test_transformer_lens_patches_the_same(lens, bridged, part):
+    source, target, bridge, plain, theirs = bridged
+    given = bridge.inputs(target)
     name = "blocks.5.attn.hook_z" if part == "z" else f"blocks.5.hook_{part}"
     places = target.spans.image
     with torch.inference_mode():
-        plain = bridge(**given)
-        _, theirs = bridge.run_with_cache(**other)
 
         def hook(value, hook):
             value[places] = theirs[name][places] * LOUD.get(part, 1.0)

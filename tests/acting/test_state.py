@@ -21,11 +21,9 @@ def state(model):
             key: sorted(value) for key, value in vars(module).items() if key.endswith("_hooks")
         }
         modules[name] = (kept, hooks, module.training, type(module))
-    configs = {
-        name: (module.config.to_dict(), str(module.config._attn_implementation), id(module.config))
-        for name, module in model.named_modules()
-        if hasattr(module, "config")
-    }
+    owned = {n: module.config for n, module in model.named_modules() if hasattr(module, "config")}
+    told = {id(one): (one.to_dict(), str(one._attn_implementation)) for one in owned.values()}
+    configs = {name: id(one) for name, one in owned.items()}, told
     parameters = {name: (p.data_ptr(), p._version) for name, p in model.named_parameters()}
     runs = dict(_ACTIVE), dict(HERE.get())
     return modules, configs, parameters, model.generation_config.to_dict(), *runs

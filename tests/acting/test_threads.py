@@ -34,10 +34,15 @@ def lens(request):
     return lens_of("full", request.param)
 
 
-@pytest.fixture(autouse=True)
-def unchanged():
+@pytest.fixture(scope="module")
+def untouched():
     models = [lens_of("full", kernel).hf_model for kernel in KERNELS]
-    before = [state(model) for model in models]
+    return models, [state(model) for model in models]
+
+
+@pytest.fixture(autouse=True)
+def unchanged(untouched):
+    models, before = untouched
     yield
     assert not _ACTIVE
     assert not HERE.get()
@@ -65,7 +70,7 @@ def watched(lens, which=0):
 
 
 def answers(lens, method, which=0, beams=False):
-    how = cl.Beam(num_beams=3, max_new_tokens=4) if beams else cl.Greedy(max_new_tokens=4)
+    how = cl.Beam(num_beams=3, max_new_tokens=3) if beams else cl.Greedy(max_new_tokens=3)
     found = cl.generate(lens, asked(lens, which), method, how, progress=False)
     return torch.stack(found.ids)
 

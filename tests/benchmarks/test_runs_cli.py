@@ -22,7 +22,7 @@ def run(*args, code=0):
     return " ".join((result.output if code == 0 else result.stderr).split())
 
 
-ASKED = ("run", "--benchmark", "pope/toy/adversarial", "--limit", 60, "-s", "parser=official")
+ASKED = ("run", "--benchmark", "pope/toy/adversarial", "--limit", 36, "-s", "parser=official")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def pair(tmp_path_factory):
 def test_the_command_line_is_evaluate(pair):
     model = cl.load("toy-llava")
     report = cl.evaluate(
-        model, "pope/toy/adversarial", cl.KnockOut(layers=(5, 6, 7, 8, 9)), limit=60
+        model, "pope/toy/adversarial", cl.KnockOut(layers=(5, 6, 7, 8, 9)), limit=36
     )
     told = cl.score(pair / "blind", parser="strict")
     assert told.rows == report.rows
@@ -54,11 +54,11 @@ def test_resume_after_the_command_was_cut_off(pair, tmp_path):
     answers = tmp_path / "cut" / "answers.jsonl"
     whole = answers.read_bytes()
     answers.write_bytes(whole[:2000])
-    assert "of its 60 answers. Continue it with" in run("score", tmp_path / "cut", code=1)
+    assert "of its 36 answers. Continue it with" in run("score", tmp_path / "cut", code=1)
     assert "Pass resume=True (--resume)" in run(*ASKED, "--out", tmp_path / "cut", code=1)
     changed = run(*ASKED, "--out", tmp_path / "cut", "--resume", "-d", "max_new_tokens=2", code=1)
     assert "decoding.max_new_tokens: 4 then, 2 now" in changed
-    assert "n 60" in run(*ASKED, "--out", tmp_path / "cut", "--resume")
+    assert "n 36" in run(*ASKED, "--out", tmp_path / "cut", "--resume")
     assert answers.read_bytes() == whole
 
 

@@ -14,7 +14,7 @@ import clva_lens as cl
 from clva_lens.methods.base import Method
 from clva_lens.methods.contrast import ContrastRule, ContrastSession, text_only
 
-STEPS = 5
+STEPS = 4
 ERROR = 2e-4
 FAMILIES = ("llava", "instructblip")
 

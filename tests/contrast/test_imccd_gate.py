@@ -17,7 +17,7 @@ from clva_lens.engine.run import _ACTIVE
 from clva_lens.ground.errors import ParameterError
 from clva_lens.methods import imccd
 
-STEPS, WINDOW = 7, 2
+STEPS, WINDOW = 5, 2
 ERROR = 3e-4
 GATES = {gate: cl.IMCCD(alpha=0.8, beta=0.1, gate=gate) for gate in (None, "first", "last")}
 

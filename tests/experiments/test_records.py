@@ -198,7 +198,7 @@ def test_a_notebook_that_fails_leaves_no_record(tmp_path):
     assert (root / "analyses" / "records" / ".failed" / "01_powers.ipynb").is_file()
 
 
-def test_a_killed_run_leaves_no_half_record(tmp_path):
+def test_a_killed_run_leaves_no_half_record(tmp_path, no_kernel):
     slow = SOURCE + '\nopen("waiting", "w").close()\nimport time\ntime.sleep(600)\n'
     root = make_checkout(tmp_path / "slow", slow)
     command = [sys.executable, "-m", "clva_lens", "analyse", "01_powers", "--root", str(root)]

@@ -11,7 +11,8 @@ import tiny_families as tiny
 import torch
 from accelerate import dispatch_model
 from survey_table import PROVEN
-from test_survey import anchored, apart, read, write
+from test_survey import anchored, apart, read
+from test_survey import write as write_steps
 from tiny_models import QUESTIONS, blip_of, lens_of, make_processor, picture, tiny_model
 from two_devices import FIRST, HOST, SECOND, Emulated, place_of, split
 
@@ -44,6 +45,11 @@ NOT_EMULATED = {
     "qwen3_omni_moe_thinker": MIXES,
     "qwen3_vl_moe": COUNTS,
 }
+
+
+def write(model, inputs, *methods):
+    """The logits of the prompt, and of a step onto its cache."""
+    return write_steps(model, inputs, *methods, steps=2)
 
 
 def on_first(inputs):

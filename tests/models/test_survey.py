@@ -57,11 +57,11 @@ def read(model, inputs, *methods):
         return model(**inputs).logits[:, -1]
 
 
-def write(model, inputs, *methods, **options):
+def write(model, inputs, *methods, steps=STEPS, **options):
     with torch.inference_mode(), cl.intervening(model, *methods):
         out = model.generate(
             **inputs,
-            max_new_tokens=STEPS,
+            max_new_tokens=steps,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,

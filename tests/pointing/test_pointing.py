@@ -350,7 +350,7 @@ def test_coco_objects(one):
     data = json.loads(COCO.read_text())
     sizes = {one["id"]: (one["height"], one["width"]) for one in data["images"]}
     masks, pictures, runs, digests = [], [], 0, ""
-    for annotation in data["annotations"]:
+    for number, annotation in enumerate(data["annotations"]):
         size = sizes[annotation["image_id"]]
         pixels = coco_mask(annotation, size)
         assert pixels.shape == size
@@ -363,6 +363,8 @@ def test_coco_objects(one):
         assert ((x - 1 <= xs) & (xs <= x + wide)).all()
         assert ((y - 1 <= ys) & (ys <= y + high)).all()
         digests += hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+        if number % 4:  # all masks are checked above; patches of a quarter of them
+            continue
         patches = cl.patch_mask(one, pixels)
         if patches.any():
             masks.append(patches)
@@ -372,7 +374,7 @@ def test_coco_objects(one):
     whole = hashlib.sha256(digests.encode()).hexdigest()
     assert whole == "9b542bad6743d8db68bf051ba4338d91ea7acb90f85dfd872fd7541c03d9b5d3"
     found = torch.stack(masks)
-    assert len(found) > 300
+    assert len(found) > 75
     game = cl.pointing_game(torch.ones(len(found), 2, 16), found, groups=pictures)
     torch.testing.assert_close(game.shares, torch.full((2,), game.chance))
     perfect = cl.pointing_game(found.float()[:, None], found, groups=pictures)

@@ -216,7 +216,9 @@ def test_every_method_acts(one, name):
 # ── what else reads the model ──
 
 
-@pytest.mark.parametrize("decoding", [cl.Beam(num_beams=3, max_new_tokens=4), cl.Greedy()])
+@pytest.mark.parametrize(
+    "decoding", [cl.Beam(num_beams=3, max_new_tokens=4), cl.Greedy(max_new_tokens=4)]
+)
 def test_generate_in_every_way_is_the_same(one, decoding):
     prompt, method = one.prompt(picture(0), QUESTIONS[0]), cl.CLVA(tau=1)
     ours = cl.generate(one, prompt, method, decoding).ids[0].tolist()

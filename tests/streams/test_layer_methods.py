@@ -20,7 +20,7 @@ from clva_lens.engine.run import running
 from clva_lens.ground.errors import InterventionError, ModelLoadError, ParameterError
 from clva_lens.methods.target import Target
 
-STEPS, ERROR = 5, 2e-4
+STEPS, ERROR = 4, 2e-4
 FED = 8.0  # FFNs that matter
 FAMILIES = ("llava", "instructblip")
 MEMVR = {"llava": cl.MemVR(ratio=0.3, gamma=0.87), "instructblip": cl.MemVR(ratio=0.3, gamma=0.93)}

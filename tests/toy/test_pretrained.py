@@ -145,7 +145,7 @@ def test_pointing_and_knock_out_on_fresh_scenes(toys):
 
 
 def test_the_knock_out_blinds_the_toy_but_not_the_control(toys):
-    benchmark = ToyPope("adversarial", count=20, seed=FRESH + 2)
+    benchmark = ToyPope("adversarial", count=12, seed=FRESH + 2)
     change = {}
     for name, model in toys.items():
         runs = [
