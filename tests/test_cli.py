@@ -156,6 +156,7 @@ def test_check_model_says_what_it_checked(random_llava):
         "64 at positions",
         "grid at the decoder: 8 × 8",
         "check: rows of every layer sum to 1",
+        "a picture is read once for its questions: yes",
         "clva: applies",
         "opera: applies",
     ):

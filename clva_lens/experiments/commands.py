@@ -25,7 +25,7 @@ def check_model(
     dtype: Dtype = None,
 ) -> None:
     """Say what a model is to clva_lens, check its attention, and which methods apply to it."""
-    from clva_lens.lens.facts import check, facts, refusals, sample_prompt
+    from clva_lens.lens.facts import check, facts, refusals, sample_prompt, sharing
     from clva_lens.lens.load import load
 
     console = Console()
@@ -39,6 +39,7 @@ def check_model(
     for fact in facts(lens, prompt):
         say(fact, 2)
     say(f"check: {check(lens)}", 2)
+    say(f"a picture is read once for its questions: {sharing(lens)}", 2)
     say("methods, with their default parameters:")
     for name, reason in refusals(lens, prompt):
         say(f"{name}: applies" if reason is None else f"{name}: refused. {reason}", 2)

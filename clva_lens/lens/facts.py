@@ -11,6 +11,7 @@ from clva_lens.lens.decoding import Beam, Greedy
 from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.generate import generate
 from clva_lens.lens.load import LensModel
+from clva_lens.lens.sharing import why_unshared
 from clva_lens.lens.reading import first_line
 from clva_lens.methods.base import METHODS
 from clva_lens.models.family import Site
@@ -50,6 +51,12 @@ def facts(model: LensModel, prompt: Prompt) -> Iterator[str]:
                 yield f"pieces at the {site}: {', '.join(map(_piece_fact, tokens.pieces))}"
         else:
             yield f"grid at the {site}: {tokens.grid[0]} × {tokens.grid[1]}"
+
+
+def sharing(model: LensModel) -> str:
+    """Return whether questions about a picture can share what is read of it, or why not."""
+    reason = why_unshared(model, None)
+    return "yes" if reason is None else f"no. {reason}"
 
 
 def check(model: LensModel) -> str:
