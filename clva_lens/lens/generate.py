@@ -199,7 +199,12 @@ def _prompt(model: LensModel, unit: Unit, asking: Asking, prefixes: Prefixes) ->
         return unit
     images, questions, systems = zip(*unit, strict=True)
     if isinstance(images[0], Prefix):
-        return images[0].ask(list(questions))
+        if systems[0] not in (None, images[0].prompt.system):
+            raise PromptError(
+                "the picture was read under another system message than the question has. Pass it "
+                "to read(): cl.read(model, image, system=...)."
+            )
+        return as_prompt(model, images[0].ask(list(questions)), continued=True)
     if asking.share is not None:
         return prefixes.ask(model, images, questions, systems[0])
     return model.prompt(list(images), list(questions), system=systems[0])
