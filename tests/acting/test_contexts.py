@@ -302,3 +302,21 @@ def test_guesses_in_a_later_turn_are_refused(one):
         again = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: cache_of(out)}
         with pytest.raises(InterventionError, match="reads the whole conversation again"):
             written(one, again, None, prompt_lookup_num_tokens=3)
+
+
+def test_where_an_answer_looked_that_was_guessed(one):
+    """The rows of tokens that were taken back are none of the answer's."""
+    prompt, found = one.prompt(picture(0), QUESTIONS[0]), []
+    for options in ({}, {"prompt_lookup_num_tokens": 4}, {"assistant_model": one.hf_model}):
+        with torch.inference_mode(), cl.observing(one.hf_model) as seen:
+            given = {"do_sample": False, "max_new_tokens": 10, **options}
+            ids = one.hf_model.generate(**prompt.inputs, **given)
+        if "assistant_model" in options:
+            with pytest.raises(InterventionError, match="read its answer twice"):
+                seen.answers(ids)
+        else:
+            found.append(seen.answers(ids)[0])
+            passes = len(seen.steps)
+    assert passes < 9 < found[0].shape[2], "tokens were guessed"
+    assert found[0].shape == found[1].shape
+    assert (found[0] - found[1]).abs().max() < ATOL < found[0].std(dim=2).max() / 20
