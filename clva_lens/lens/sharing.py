@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import PromptError, SpanError
+from clva_lens.ground.picture import Picture
 from clva_lens.lens.check import QUESTIONS
 from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.load import LensModel
@@ -32,8 +33,14 @@ _PROBED: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def picture_keys(images: Sequence[Any]) -> list[Hashable]:
-    """Return what pictures are known by: their paths, else the very object."""
-    return [str(one) if isinstance(one, str | Path) else id(one) for one in images]
+    """Return what pictures are known by: their paths, else the very object, and how it is read."""
+    return [_key(one) for one in images]
+
+
+def _key(image: Any) -> Hashable:
+    if isinstance(image, Picture):
+        return (_key(image.source), image.orientation, image.background)
+    return str(image) if isinstance(image, str | Path) else id(image)
 
 
 class Prefixes:

@@ -15,8 +15,9 @@ from clva_lens.__main__ import app
 from clva_lens.benchmarks.base import Sample, choose
 from clva_lens.benchmarks.run_folder import read_run
 from clva_lens.ground.errors import BenchmarkError, SpanError
+from clva_lens.ground.picture import Picture
 from clva_lens.lens import sharing
-from clva_lens.lens.sharing import why_unshared
+from clva_lens.lens.sharing import picture_keys, why_unshared
 
 POPE = "pope/toy/adversarial"
 METHODS = [None, cl.CLVA(), cl.KnockOut(layers=(5, 6, 7)), cl.PAI()]
@@ -52,6 +53,10 @@ def side_by_side(toy):
 def apart(found, wanted):
     """The largest difference of margins; the answers are the same."""
     assert [row["answer"] for row in found.rows] == [row["answer"] for row in wanted.rows]
+    return apart_margins(found, wanted)
+
+
+def apart_margins(found, wanted):
     pairs = zip(found.rows, wanted.rows, strict=True)
     return max(abs(one["margin"] - other["margin"]) for one, other in pairs)
 
@@ -83,6 +88,34 @@ def test_a_picture_is_read_once_for_all_methods(one, monkeypatch):
     monkeypatch.setattr(sharing, "read", counted)
     cl.evaluate(one, Shared(), methods=[None, cl.KnockOut()], batch_size=6, progress=False)
     assert readings == [2, 2], "two batches of two pictures, whatever the number of methods"
+
+
+@dataclass(frozen=True)
+class Cropped(Shared):
+    """What is shown depends on the sample, not on its picture alone."""
+
+    def picture(self, sample):
+        return np.roll(sample.image, 9 * int(sample.id[1]), axis=0)
+
+
+def test_a_picture_that_depends_on_the_sample(one):
+    """Samples of one picture that are shown different ones share nothing."""
+    found = cl.evaluate(one, Cropped(), batch_size=6, progress=False)
+    ask = [(Cropped().picture(s), s.question) for s in Cropped().samples()]
+    wanted = cl.generate(one, ask, progress=False).margins
+    error = max(abs(row["margin"] - w) for row, w in zip(found.rows, wanted, strict=True))
+    plain = cl.evaluate(one, Shared(), batch_size=6, progress=False)
+    assert error < 1e-4 < apart_margins(found, plain) / 100
+    assert "share" not in found.record
+
+
+def test_what_pictures_are_known_by(tmp_path):
+    """A file benchmark makes a new Picture for each sample: its file, and how it is read."""
+    path = tmp_path / "a.png"
+    same = [Picture(path), Picture(str(path)), Picture(path, "as stored"), Picture(tmp_path)]
+    keys = picture_keys(same)
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
 
 
 def test_who_cannot_share_says_why(one):
