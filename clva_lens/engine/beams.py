@@ -29,15 +29,36 @@ class Histories:
     def __init__(self) -> None:
         """Begin before any pass."""
         self.prompt: Int[Tensor, "row prompt"] | None = None
+        self.places: list[tuple[int, int]] = []
         self._passes: list[Int[Tensor, " row"]] = []
+        self._positions: list[int] = []
+        self._twice = False
         self._parents: dict[int, Int[Tensor, " row"]] = {}
 
     def read(self, step: Step) -> None:
-        """Take note of the tokens that a pass reads."""
+        """Take note of the tokens that a pass reads; what was guessed in vain is forgotten.
+
+        ``places`` has, for each token that was kept, the number of the pass that read it, and its
+        place among that pass's generated rows.
+        """
+        if step.ids is None:
+            return
+        count = step.ids.shape[1]
+        old = step.old_rows(count)
         if step.number == 0:
-            self.prompt, self._passes, self._parents = step.ids, [], {}
-        elif step.ids is not None:
-            self._passes.append(step.ids[:, -1])
+            self.prompt, self._passes, self._parents = step.ids[:, :old], [], {}
+            self.places, self._positions, self._twice = [], [], False
+        while self._positions and self._positions[-1] >= step.offset + old:
+            again = self._positions[-1] == step.offset and torch.equal(
+                self._passes[-1], step.ids[:, 0]
+            )
+            self._twice = self._twice or (again and step.offset > 0)
+            for known in (self._positions, self._passes, self.places):
+                known.pop()
+        for row in range(old, count):
+            self._passes.append(step.ids[:, row])
+            self._positions.append(step.offset + row)
+            self.places.append((step.number, row - old))
 
     def reorder(self, rows: Int[Tensor, " row"]) -> None:
         """Take note that each row of the next pass continues one of these of the pass before."""
@@ -47,8 +68,14 @@ class Histories:
         """Return, for each answer, the row of each pass that has read it so far, the prompt first.
 
         Raises:
-            InterventionError: if no row of an answer's prompt read its first token.
+            InterventionError: if no row of an answer's prompt read its first token, or two read
+                the same sequence.
         """
+        if self._twice:
+            raise InterventionError(
+                "the model read its answer twice, as its own assistant, so it is unknown which of "
+                "the two was seen. Generate without assistant_model and assistant_early_exit."
+            )
         assert self.prompt is not None
         size, count = len(self.prompt) // prompts, len(ids) // prompts
         start = self.prompt.shape[1]

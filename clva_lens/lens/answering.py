@@ -35,11 +35,15 @@ _FAULTS = {
 
 @dataclass
 class Answering:
-    """The questions of a run to a model; ``seconds`` is the time spent in it so far."""
+    """The questions of a run to a model, about ``pictures``, one for each sample.
+
+    ``seconds`` is the time spent in it so far.
+    """
 
     model: LensModel
     benchmark: Benchmark
     samples: Sequence[Sample]
+    pictures: Sequence[Any]
     asking: Asking
     progress: bool
     max_failed: float
@@ -50,18 +54,8 @@ class Answering:
 
     def stretches(self) -> list[range]:
         """Return which samples are asked at once."""
-        keys = None if self.asking.share is None else picture_keys([s.image for s in self.samples])
+        keys = None if self.asking.share is None else picture_keys(self.pictures)
         return batches(len(self.samples), self.asking.batch_size, keys)
-
-    def _pictures(self, count: int) -> Iterator[Any]:
-        """Yield the pictures of the first samples: one object for neighbours that share it."""
-        key, picture = None, None
-        samples = self.samples[:count]
-        keys = picture_keys([sample.image for sample in samples])
-        for sample, now in zip(samples, keys, strict=True):
-            if key is None or now != key:
-                key, picture = now, self.benchmark.picture(sample)
-            yield picture
 
     def batches(self, due: range) -> Iterator[tuple[int, list[Answer]]]:
         """Yield the answers to a stretch of the samples batch by batch, with each one's place.
@@ -75,7 +69,7 @@ class Answering:
         chats = self.model.family.chats
         asked = [
             (picture, s.question, s.system if chats else None)
-            for s, picture in zip(self.samples, self._pictures(due.stop), strict=False)
+            for s, picture in zip(self.samples[: due.stop], self.pictures, strict=False)
         ]
         done = due.start
         options = {

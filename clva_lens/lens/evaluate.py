@@ -203,7 +203,8 @@ def _asked(
 ) -> Generator[None, None, Report]:
     """Ask one batch after the other; return the report."""
     asking = _with_margin(asking.fitted(model, benchmark.max_new_tokens), model, benchmark)
-    asking, unshared = _sharing(model, asking, samples)
+    pictures = [benchmark.picture(sample) for sample in samples]
+    asking, unshared = _sharing(model, asking, pictures)
     if asking.method is not None:  # an error of the settings is no sample's error
         asking.method.sessions(Target(model.hf_model, model.processor))
     if resume and out is None:
@@ -223,7 +224,9 @@ def _asked(
     record = _record(model, benchmark, asking, len(samples))
     if unshared is not None:
         record["unshared"] = unshared
-    answering = Answering(model, benchmark, samples, asking, progress, max_failed, prefixes)
+    answering = Answering(
+        model, benchmark, samples, pictures, asking, progress, max_failed, prefixes
+    )
     if out is None:
         answers: list[Answer] = []
         for _, batch in answering.batches(range(len(samples))):
@@ -243,10 +246,10 @@ def _asked(
 
 
 def _sharing(
-    model: LensModel, asking: Asking, samples: Sequence[Sample]
+    model: LensModel, asking: Asking, pictures: Sequence[Any]
 ) -> tuple[Asking, str | None]:
     """Return how to ask, and why nothing is shared where that was wanted."""
-    keys = picture_keys([sample.image for sample in samples])
+    keys = picture_keys(pictures)
     if asking.share is None or all(one != next_one for one, next_one in pairwise(keys)):
         return replace(asking, share=None), None
     unshared = why_unshared(model, asking.method)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -199,7 +199,12 @@ def _prompt(model: LensModel, unit: Unit, asking: Asking, prefixes: Prefixes) ->
         return unit
     images, questions, systems = zip(*unit, strict=True)
     if isinstance(images[0], Prefix):
-        return images[0].ask(list(questions))
+        if systems[0] not in (None, images[0].prompt.system):
+            raise PromptError(
+                "the picture was read under another system message than the question has. Pass it "
+                "to read(): cl.read(model, image, system=...)."
+            )
+        return as_prompt(model, images[0].ask(list(questions)), continued=True)
     if asking.share is not None:
         return prefixes.ask(model, images, questions, systems[0])
     return model.prompt(list(images), list(questions), system=systems[0])
@@ -234,6 +239,17 @@ def _one_by_one(
     return _joined([answer(model, one, place + row, asking) for row, one in enumerate(parts)])
 
 
+def _by_picture(unit: Unit, asking: Asking) -> list[Unit]:
+    """Return the parts of a batch that share a picture, if there are several."""
+    if asking.share is None or not isinstance(unit, list):
+        return []
+    owned = zip(picture_keys([pair[0] for pair in unit]), unit, strict=True)
+    parts: list[Unit] = [
+        [pair for _, pair in group] for _, group in groupby(owned, key=lambda one: one[0])
+    ]
+    return parts if len(parts) > 1 else []
+
+
 def _answer_or_error(
     model: LensModel, unit: Unit, place: int, asking: Asking, prefixes: Prefixes
 ) -> Generation:
@@ -245,8 +261,12 @@ def _answer_or_error(
     except Exception as error:
         if machine_fault(error) is not None:
             raise
+        again = partial(_answer_or_error, prefixes=prefixes)
+        if parts := _by_picture(unit, asking):
+            starts = accumulate(map(_rows, parts), initial=place)
+            pairs = zip(parts, starts, strict=False)
+            return _joined([again(model, part, start, asking) for part, start in pairs])
         if _rows(unit) > 1:
-            again = partial(_answer_or_error, prefixes=prefixes)
             return _one_by_one(model, unit, place, asking, again)
         said = " ".join(f"{type(error).__name__}: {error}".split())
         return Generation([""], [torch.zeros(0, dtype=torch.long)], [None], 0.0, [said], [None])

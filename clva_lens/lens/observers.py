@@ -170,6 +170,7 @@ class Observer(Session):
         self.differentiable = differentiable
         self._prompt: dict[int, PromptRows] = {}
         self._generated: list[dict[int, Float[Tensor, "batch head row visual"]]] = []
+        self._guessed: dict[int, Float[Tensor, "batch head row visual"]] = {}
         self._sinks = False
         self._beams = Histories()
         self._reordering: Reordering | None = None
@@ -201,8 +202,10 @@ class Observer(Session):
             self._beams.read(call.step)
         if call.step.number == 0:
             if call.layer == self.layers[0]:
-                self._prompt, self._generated = {}, []
+                self._prompt, self._generated, self._guessed = {}, [], {}
             self._prompt[call.layer] = read_prompt_rows(call)
+            if call.new_rows:
+                self._guessed[call.layer] = read_generated_rows(call)
         elif call.new_rows:
             while len(self._generated) < call.step.number:
                 self._generated.append({})
@@ -266,8 +269,12 @@ class Observer(Session):
                 "the attention is not known yet: the model has not read a prompt. Read it after "
                 "the block that runs the model."
             )
+        rows = [self._guessed, *self._generated]  # by the number of the pass
         passes = [[self._prompt[layer].map for layer in self.layers]]
-        passes += [[s[layer][:, :, -1] for layer in self.layers] for s in self._generated if s]
+        passes += [
+            [rows[number][layer][:, :, row] for layer in self.layers]
+            for number, row in self._beams.places
+        ]
         maps = [stack_layers(one, dim=0) for one in passes]  # each: layer batch head visual
         return [
             torch.stack([maps[number][:, row] for number, row in enumerate(rows)], dim=2)

@@ -8,8 +8,8 @@ depends on the question: attention is causal there, and no method reads or edits
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -28,6 +28,7 @@ from clva_lens.models.once import pictures_once
 from clva_lens.models.pictures import ImageLike
 from clva_lens.models.positions import positions_of
 from clva_lens.models.prompt import Prompt, readable, visual_tokens
+from clva_lens.models.weights import weights_state
 
 # Inputs with a column for each token. Others come with the pictures.
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -40,7 +41,7 @@ class Prefix:
 
     A row a picture, padded on the left. ``ids`` are its tokens, ``spans`` says what they are.
     ``cache``, their keys and values, is never written to: ``fork`` copies it. ``prompt`` is the one
-    that was cut.
+    that was cut. ``weights`` are what the model's were then.
     """
 
     model: LensModel
@@ -48,6 +49,7 @@ class Prefix:
     ids: Int[Tensor, "picture position"]
     spans: TokenSpans
     cache: DynamicCache
+    weights: int
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -65,9 +67,15 @@ class Prefix:
         only one.
 
         Raises:
-            PromptError: if it is a number, but there are several pictures.
+            PromptError: if it is a number, but there are several pictures; if there is no such
+                picture; or if the model has other weights or adapters than when it read them.
         """
         rows = self._rows(pictures)
+        if weights_state(self.model.hf_model) != self.weights:
+            raise PromptError(
+                "the model's weights or its adapters were changed after it read the picture, so "
+                "what it read is no more what it would read. Read it again: cl.read(model, image)."
+            )
         forked = copy.copy(self.cache)
         forked.layers = [copy.copy(layer) for layer in self.cache.layers]
         forked.batch_select_indices(rows)
@@ -82,6 +90,11 @@ class Prefix:
                     "about: pictures=[0, 0, 1]."
                 )
             pictures = [0] * pictures
+        if not pictures or not all(0 <= picture < len(self) for picture in pictures):
+            raise PromptError(
+                f"pictures must name those of {len(pictures)} questions, from 0 to "
+                f"{len(self) - 1}, but is {list(pictures)}. Pass one for each question."
+            )
         return torch.as_tensor(pictures, device=self.ids.device)
 
     def ask(
@@ -92,11 +105,16 @@ class Prefix:
         ``pictures`` names the picture that each question is about; without, the only one.
 
         Raises:
-            PromptError: if a question is empty or has a control token, or a prompt does not begin
-                as the prefix does.
+            PromptError: if a question is empty or has a control token, ``pictures`` does not fit,
+                or a prompt does not begin as the prefix does.
         """
         questions = [question] if isinstance(question, str) else list(question)
         owners = self._rows(len(questions) if pictures is None else pictures).tolist()
+        if len(owners) != len(questions):
+            raise PromptError(
+                f"there are {len(questions)} questions, but pictures names {len(owners)}. Pass one "
+                "for each question."
+            )
         once = pictures_once(self.model.processor)
         whole = [
             self.model.prompt(
@@ -157,9 +175,13 @@ class Continued(Prompt):
     It can be run as often as you like: each ``model(**prompt)`` gets a fork of its own.
     """
 
-    continues: ClassVar[bool] = True
     prefix: Prefix
     pictures: list[int]
+
+    @property
+    def reader(self) -> PreTrainedModel:
+        """The model that has read the pictures."""
+        return self.prefix.model.hf_model
 
     def __getitem__(self, name: str) -> Any:
         """Return one of the model's inputs."""
@@ -172,6 +194,26 @@ class Continued(Prompt):
     def __len__(self) -> int:
         """Return the number of model inputs."""
         return len(self.inputs) + 1
+
+    def row(self, index: int) -> "Continued":
+        """Return one prompt of a batch, padding included.
+
+        Raises:
+            PromptError: if there is no such row.
+        """
+        batch, rows = len(self["input_ids"]), slice(index, index + 1)
+        if not 0 <= index < batch:
+            raise PromptError(f"there is no prompt {index} in a batch of {batch}. Pass 0 or more.")
+        return replace(
+            self,
+            # The batch is the last axis but one: of positions there may be three for each token.
+            inputs={name: one[..., rows, :] for name, one in self.inputs.items()},
+            sites={name: found.row(index) for name, found in self.sites.items()},
+            batched=False,
+            images=self.images[rows],
+            questions=self.questions[rows],
+            pictures=self.pictures[rows],
+        )
 
     def by_beam(self, beams: int) -> dict[str, Any]:
         """Return the model's inputs with a cache that has as many rows for each prompt."""
@@ -217,7 +259,7 @@ def read_prefix(model: LensModel, prompt: Prompt) -> Prefix:
             for span in (spans.system, spans.image, spans.text, spans.generated)
         )
     )
-    return Prefix(model, prompt, inputs["input_ids"], cut, cache)
+    return Prefix(model, prompt, inputs["input_ids"], cut, cache, weights_state(model.hf_model))
 
 
 def refuse_prefix(model: LensModel) -> None:

@@ -123,6 +123,6 @@ def head_means(
 def _last_logits(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "batch vocabulary"]:
     # An encoder-decoder's decoder has read one token only.
     keep: dict[str, Any] = {} if "decoder_input_ids" in prompt else {"logits_to_keep": 1}
-    keep["use_cache"] = prompt.continues
+    keep["use_cache"] = prompt.reader is not None
     with readable(prompt):
         return model(**prompt, **keep).logits[:, -1]

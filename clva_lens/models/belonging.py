@@ -95,13 +95,18 @@ def _refuse_beside_a_trace(owned: Owned) -> None:
 
 
 @contextmanager
-def opening(owned: Owned) -> Iterator[None]:
-    """Have hooks that are put on modules in the block belong to ``owned``."""
+def opening(owned: Owned | None) -> Iterator[None]:
+    """Have hooks that are put on modules in the block belong to ``owned``, or to nobody."""
     token = _OPENING.set(owned)
     try:
         yield
     finally:
         _OPENING.reset(token)
+
+
+def whose() -> Owned | None:
+    """Return whom hooks belong to that are put on modules now."""
+    return _OPENING.get()
 
 
 def hook_before(

@@ -6,7 +6,7 @@ image, and which are padding, is kept here for as long as the cache lives, whoev
 
 import sys
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from transformers import GenerationMixin
@@ -31,14 +31,27 @@ def known_spans(cache: Any, length: int) -> TokenSpans | None:
     return known.first(length)
 
 
-def written_before_drafts() -> int | None:
-    """Return how many tokens there were before those that assisted decoding has a pass check.
+class Drafting(NamedTuple):
+    """How assisted decoding has a pass check tokens that it guessed.
 
-    The prompt and what was accepted since; None if the pass is none of assisted decoding's, which
-    nothing but its caller tells.
+    ``written`` is the number of tokens before them that it was given or has accepted; ``first``:
+    the pass reads what it was given too.
+    """
+
+    written: int
+    first: bool
+
+
+def drafting() -> Drafting | None:
+    """Return what assisted decoding is about, None if the pass is none of its.
+
+    Nothing but its caller tells.
     """
     caller = _caller(_ASSISTED)
-    return None if caller is None else caller.f_locals["input_ids"].shape[1]
+    if caller is None:
+        return None
+    known = caller.f_locals
+    return Drafting(known["input_ids"].shape[1], known["is_first_iteration"])
 
 
 def is_generating() -> bool:

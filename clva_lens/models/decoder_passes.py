@@ -8,21 +8,25 @@ later layers of the same pass.
 """
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError
+from clva_lens.models.belonging import Owned, hook_after, opening, whose
 from clva_lens.models.context import (
+    Drafting,
+    drafting,
     is_generating,
     known_spans,
     remember,
-    written_before_drafts,
 )
 from clva_lens.models.kv_cache import cache_of
 from clva_lens.models.passes import TokenPasses, cached_length, padding_of
@@ -42,7 +46,15 @@ class DecoderPasses(TokenPasses):
 
     _room: TokenSpans | None = None
     _cache: weakref.ref[Cache] | None = None
+    _made: RemovableHandle | None = None
+    _owner: Owned | None = None
+    _left: set[weakref.ref[Cache]]
     _end = 0
+
+    def hooks(self) -> list[RemovableHandle]:
+        """Start watching for the run that opens it; the handles stop it."""
+        self._owner, self._left = whose(), set()
+        return super().hooks()
 
     def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin with a prompt, go on with a turn of it, or with generated tokens."""
@@ -54,9 +66,11 @@ class DecoderPasses(TokenPasses):
         offset, cache = self._position(ids.shape[1], kwargs), cache_of(kwargs)
         follows = self._follows(cache, offset)
         self._end = offset + ids.shape[1]
-        self._cache = weakref.ref(cache) if isinstance(cache, Cache) else None
+        if not follows or cache is None or self._cache is None or cache is not self._cache():
+            self._turn_to(cache, kwargs.get("use_cache") is not False)
         mask = kwargs.get("attention_mask")
         if offset == 0 and not self.is_rerun(ids, offset, kwargs):
+            self._left = {one for one in self._left if one() not in (cache, None)}
             self._room = None
             self.step = self._first(ids, mask)
             if self.step.number < 0 and not self._is_piece(kwargs):
@@ -68,15 +82,40 @@ class DecoderPasses(TokenPasses):
 
     def end(self) -> None:
         """Leave what the positions are to whoever reads on."""
-        cache = None if self._cache is None else self._cache()
-        if cache is not None and self.step is not None:
-            remember(cache, self.step.spans)
+        self._turn_to(None, makes_one=False)
         super().end()
+
+    def _turn_to(self, cache: Any, makes_one: bool) -> None:
+        """Leave what is known of the last cache's positions with it; the passes go on in this one.
+
+        A cache that the model makes in this pass is known when it is over.
+        """
+        last = None if self._cache is None else self._cache()
+        if last is not None and self.step is not None:
+            remember(last, self.step.spans)
+            self._left.add(weakref.ref(last))
+        self._cache = weakref.ref(cache) if isinstance(cache, Cache) else None
+        self._unhook()
+        if cache is None and makes_one:
+            with opening(self._owner):
+                self._made = hook_after(self.entry, self._take)
+
+    def _take(self, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        """Take the cache that the model made in this pass."""
+        self._unhook()
+        cache = cache_of(out) if isinstance(out, Mapping) else None
+        if isinstance(cache, Cache):
+            self._cache = weakref.ref(cache)
+
+    def _unhook(self) -> None:
+        if self._made is not None:
+            self._made.remove()
+            self._made = None
 
     def _follows(self, cache: Any, offset: int) -> bool:
         """Whether a pass goes on with the last one, as far as anybody knows."""
         last = None if self._cache is None else self._cache()
-        same = last is None or cache is last or known_spans(cache, offset) is None
+        same = self._cache is None or cache is last or known_spans(cache, offset) is None
         return self.step is not None and same
 
     def _is_piece(self, kwargs: dict[str, Any]) -> bool:
@@ -86,7 +125,8 @@ class DecoderPasses(TokenPasses):
 
     def _first(self, ids: Tensor, mask: Any) -> Step:
         """Return the pass that reads a prompt, or all that is before its text."""
-        length = written_before_drafts()
+        drafts = drafting()
+        length = None if drafts is None else drafts.written
         spans = self.begin(ids, ids, mask, length)
         text = spans.text if length is None else spans.text[:, :length]
         return self._prompt_step(ids, spans, text, 0)
@@ -117,14 +157,50 @@ class DecoderPasses(TokenPasses):
 
     def _onto(self, cache: Any, follows: bool, ids: Tensor, offset: int, mask: Any) -> Step:
         """Return a pass onto a filled cache that is no single token after the last one."""
+        drafts = drafting()
+        if drafts is not None and not drafts.first:
+            return self._generated(self.next(ids, offset), ids, offset)
         known = (
             self.step.spans.first(offset) if follows and self.step else known_spans(cache, offset)
         )
         if known is None or len(known.image) != len(ids) or known.image.shape[1] < offset:
             return self._generated(self.next(ids, offset), ids, offset)  # raises: nobody knows
-        if follows and written_before_drafts() is not None:
-            return self._generated(self.next(ids, offset), ids, offset)
+        self._refuse_onto(known, cache, ids, offset, drafts)
+        padding = padding_of(mask, torch.empty(len(ids), self._end))
+        real = torch.ones_like(ids, dtype=torch.bool)
+        if padding is not None and drafts is None:  # which is of one prompt, and cuts its mask
+            real = padding[:, offset:].bool()
+        count = ids.shape[1] if drafts is None else min(ids.shape[1], drafts.written)
+        text, guessed = real[:, :count], real[:, count:]
+        more = (0, ids.shape[1])
+        self._room = None
+        spans = TokenSpans(
+            system=functional.pad(known.system, more),
+            image=functional.pad(known.image, more),
+            text=torch.cat([known.text, text, torch.zeros_like(guessed)], dim=1),
+            generated=torch.cat([known.generated, torch.zeros_like(text), guessed], dim=1),
+        )
+        self.follow(ids)
+        self._left = {one for one in self._left if one() not in (cache, None)}
+        return self._prompt_step(ids, spans, functional.pad(text, (offset, 0)), offset)
+
+    def _refuse_onto(
+        self, known: TokenSpans, cache: Any, ids: Tensor, offset: int, drafts: Drafting | None
+    ) -> None:
+        """Raise InterventionError if a pass onto a filled cache is no turn's whole text."""
+        if ids.shape[1] == 1 and any(one() is cache for one in self._left):
+            raise InterventionError(
+                "a token goes on with a sequence that this run left to read another, whose anchors "
+                "and positions it has now. Finish one before the next is begun, or give each its "
+                "own cl.intervening() block."
+            )
         if (ids == self.image_token_id).any():
+            if drafts is not None:
+                raise InterventionError(
+                    "assisted decoding reads the whole conversation again onto a key-value cache "
+                    "that has its beginning. Pass no cache, or no assistant_model and no "
+                    "prompt_lookup_num_tokens."
+                )
             raise InterventionError(
                 "a later turn has a picture of its own, so there would be image tokens of two "
                 "kinds. Read the whole conversation in one pass."
@@ -136,20 +212,6 @@ class DecoderPasses(TokenPasses):
                 "within a question (a prefill cut into chunks), whose rows belong together. Read "
                 "all that is after the image in one pass: leave prefill_chunk_size unset."
             )
-        padding = padding_of(mask, torch.empty(len(ids), self._end))
-        real = torch.ones_like(ids, dtype=torch.bool)
-        if padding is not None:
-            real = padding[:, offset:].bool()
-        text, before = functional.pad(real, (offset, 0)), functional.pad
-        self._room = None
-        spans = TokenSpans(
-            system=before(known.system, (0, ids.shape[1])),
-            image=before(known.image, (0, ids.shape[1])),
-            text=before(known.text, (0, ids.shape[1])) | text,
-            generated=before(known.generated, (0, ids.shape[1])),
-        )
-        self.follow(ids)
-        return self._prompt_step(ids, spans, text, offset)
 
     def _generated(self, known: Step, ids: Tensor, offset: int) -> Step:
         """Return a pass of generated tokens after one that is known."""

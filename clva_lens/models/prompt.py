@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -43,7 +43,6 @@ class Prompt(Mapping[str, Tensor]):
     images: tuple[Image.Image, ...]
     questions: tuple[str, ...]
     system: str | None
-    continues: ClassVar[bool] = False
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one of the model's inputs."""
@@ -56,6 +55,11 @@ class Prompt(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Return the number of model inputs."""
         return len(self.inputs)
+
+    @property
+    def reader(self) -> PreTrainedModel | None:
+        """The model that has read this prompt's beginning; None where it is to be read whole."""
+        return None
 
     @property
     def spans(self) -> TokenSpans:
@@ -269,17 +273,23 @@ def as_prompt(model: Any, asked: Asked, *, continued: bool = False) -> Prompt:
     ``continued``: what continues a prefix (``lens/prefix.py``) will do.
 
     Raises:
-        PromptError: if it is none of these, continues a prefix where it must not, is longer than
-            the model's positions, or there is no processor to make it.
+        PromptError: if it is none of these, continues a prefix where it must not, or one of another
+            model, is longer than the model's positions, or there is no processor to make it.
         ModelLoadError: if no family knows the model.
     """
     if isinstance(asked, Prompt):
-        if asked.continues and not continued:
+        found = transformers_model(model)
+        if asked.reader is not None and not continued:
             raise PromptError(
                 "this prompt continues a picture that was read before, but here a whole one is "
                 "needed. Pass model.prompt(image, question)."
             )
-        check_length(transformers_model(model), asked.inputs)
+        if asked.reader not in (None, found):
+            raise PromptError(
+                "this prompt continues what another model has read. Read the picture with the one "
+                "that is asked: cl.read(model, image)."
+            )
+        check_length(found, asked.inputs)
         return asked
     if isinstance(asked, Mapping):
         found = transformers_model(model)

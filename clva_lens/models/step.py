@@ -92,8 +92,10 @@ class Step:
 
     @property
     def drafts(self) -> bool:
-        """Whether this pass reads several tokens that were not in the prompt."""
-        return self.ids is not None and self.ids.shape[1] > 1 + self.old_rows(self.ids.shape[1])
+        """Whether this pass reads several tokens that were not in the prompt, and none again."""
+        if self.ids is None or (self.offset == 0 and self.number > 0):  # a pass without a cache
+            return False
+        return self.ids.shape[1] > 1 + self.old_rows(self.ids.shape[1])
 
     @property
     def keys(self) -> int:

@@ -5,14 +5,20 @@ and turns of a conversation give the numbers of the passes that they stand for, 
 that leaves the picture's rows alone. The others are refused in words.
 """
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import QUESTIONS, lens_of, picture
+from transformers import DynamicCache
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import clva_lens as cl
 from clva_lens.ground.errors import InterventionError, ParameterError, PromptError
 from clva_lens.lens.prefix import read
 from clva_lens.models.kv_cache import CACHE, cache_of
+from clva_lens.models.weights import weights_state
 
 ATOL = 1e-5
 APART = {
@@ -203,3 +209,114 @@ def test_a_prefix_where_a_whole_prompt_is_needed(one, one_blip):
         one.run_with_cache(asked)
     with pytest.raises(PromptError, match="the Q-Former of this model reads the question"):
         read(one_blip, picture(0))
+
+
+def test_who_may_continue_what_was_read(one):
+    """The model that read it, as it was then: other numbers would look like any."""
+    prefix = read(one, picture(0))
+    asked = prefix.ask(QUESTIONS[0])
+    twin = cl.load((copy.deepcopy(one.hf_model), one.processor), check=False)
+    for run in (
+        lambda: cl.generate(twin, [(prefix, QUESTIONS[0])]),
+        lambda: cl.generate(twin, asked),
+        lambda: cl.trace_attention(twin, asked),
+    ):
+        with pytest.raises(PromptError, match="continues what another model has read"):
+            run()
+    with pytest.raises(PromptError, match="read under another system message"):
+        cl.generate(one, [(prefix, QUESTIONS[0], "see you")])
+    own = read(twin, picture(0))
+    with torch.no_grad():
+        twin.hf_model.lm_head.weight.mul_(1.5)
+    with pytest.raises(PromptError, match=r"weights or its adapters were changed.*Read it again"):
+        cl.generate(twin, [(own, QUESTIONS[0])])
+
+
+def test_switched_adapters_are_other_weights():
+    class Tuned(torch.nn.Linear):  # what PEFT's layers have
+        active_adapters, merged_adapters, disable_adapters, scaling = ["a"], [], False, {"a": 1.0}
+
+    layer = torch.nn.Sequential(Tuned(2, 2))
+    known = weights_state(layer)
+    assert weights_state(layer) == known
+    layer[0].disable_adapters = True
+    assert weights_state(layer) != known
+
+
+def test_rows_of_questions_onto_pictures(one):
+    """Each row has its own picture; counts that do not fit are refused in words."""
+    prefix = read(one, [picture(0), picture(1)])
+    asked = prefix.ask(QUESTIONS, [0, 1, 1])
+    together = last(one, None, dict(asked))
+    alone = torch.cat([last(one, None, dict(asked.row(row))) for row in range(3)])
+    assert (alone - together).abs().max() < ATOL
+    positions = torch.arange(9).reshape(3, 3, 1)  # [axis, batch, position], as M-RoPE has them
+    turned = replace(asked, inputs={**asked.inputs, "position_ids": positions})
+    assert turned.row(1)["position_ids"].flatten().tolist() == [1, 4, 7]
+    for wrong in ([0], [0, 1, 2], [-1, 0, 0], []):
+        with pytest.raises(PromptError, match="Pass one for each question"):
+            prefix.ask(QUESTIONS, wrong)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["cache given", "cache made"])
+def test_a_run_that_left_a_sequence(one, given):
+    """A token onto it would be read with the positions and anchors of the other."""
+    first = one.prompt(picture(0), QUESTIONS[0])
+    second = one.prompt(picture(1), QUESTIONS[2], system="see you")
+    token = torch.tensor([[30]])
+    with torch.inference_mode(), cl.intervening(one.hf_model, cl.KnockOut()):
+        caches = [{CACHE: DynamicCache()} if given else {} for _ in range(2)]
+        out = one.hf_model(**first.inputs, use_cache=True, **caches[0])
+        one.hf_model(**second.inputs, use_cache=True, **caches[1])  # nobody keeps its cache
+        with pytest.raises(InterventionError, match="this run left to read another"):
+            one.hf_model(input_ids=token, **{CACHE: cache_of(out)})
+
+
+def test_guesses_onto_a_picture_that_was_read(one, monkeypatch):
+    """The first of them come with the question, and are none of its text."""
+    prompt, method = one.prompt(picture(0), QUESTIONS[0]), APART["CLVA"]
+
+    def guess(self, ids):
+        return torch.cat([ids, torch.tensor([[17, 30]])], dim=1), None
+
+    monkeypatch.setattr(PromptLookupCandidateGenerator, "get_candidates", guess)
+    anchors, ids = [], []
+    for inputs, options in (
+        (prompt.inputs, {}),
+        (read(one, picture(0)).ask(QUESTIONS[0]), {"prompt_lookup_num_tokens": 2}),
+    ):
+        with torch.inference_mode(), cl.intervening(one.hf_model, method) as run:
+            out = one.hf_model.generate(**inputs, do_sample=False, max_new_tokens=4, **options)
+        anchors.append(run.anchors.positive)
+        ids.append(out[0, -4:].tolist())
+    assert torch.equal(*anchors)
+    assert ids[0] == ids[1]
+
+
+def test_guesses_in_a_later_turn_are_refused(one):
+    """transformers reads the whole conversation again, onto the cache that has its beginning."""
+    prompt, method = one.prompt(picture(0), QUESTIONS[0]), APART["CLVA"]
+    with torch.inference_mode(), cl.intervening(one.hf_model, method):
+        out = written(one, prompt.inputs, None, max_new_tokens=4)
+        ids = torch.cat([out.sequences, torch.tensor([[30, 31, 32, 33]])], dim=1)
+        again = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: cache_of(out)}
+        with pytest.raises(InterventionError, match="reads the whole conversation again"):
+            written(one, again, None, prompt_lookup_num_tokens=3)
+
+
+def test_where_an_answer_looked_that_was_guessed(one):
+    """The rows of tokens that were taken back are none of the answer's."""
+    prompt, found = one.prompt(picture(0), QUESTIONS[0]), []
+    for options in ({}, {"prompt_lookup_num_tokens": 4}, {"assistant_model": one.hf_model}):
+        with torch.inference_mode(), cl.observing(one.hf_model) as seen:
+            given = {"do_sample": False, "max_new_tokens": 10, **options}
+            ids = one.hf_model.generate(**prompt.inputs, **given)
+        if "assistant_model" in options:
+            with pytest.raises(InterventionError, match="read its answer twice"):
+                seen.answers(ids)
+        else:
+            found.append(seen.answers(ids)[0])
+            passes = len(seen.steps)
+    assert passes < 9 < found[0].shape[2], "tokens were guessed"
+    assert found[0].shape == found[1].shape
+    assert (found[0] - found[1]).abs().max() < ATOL < found[0].std(dim=2).max() / 20
