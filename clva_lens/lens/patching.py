@@ -219,15 +219,9 @@ def patch_activations(
     names = (spans,) if isinstance(spans, str) else tuple(spans)
     columns = list(_columns(model, source, target, names, each, part, shape))
     read = _reader(model, metric)
-    make = partial(PatchActivations, source=source, part=part)
-    every = make(cache={}, layers=numbers)
-    wanted = [every.activation(layer) for layer in numbers]
-    logits, cache = run_with_cache(model, source, wanted, method)
-    patches = [
-        make(cache=cache, layers=(layer,), **where)
-        for layer, (_, where) in product(numbers, columns)
-    ]
-    from_source = read(logits[:, -1:])
+    where = [where for _, where in columns]
+    logits, patches = _patches(model, source, part, numbers, where, method)
+    from_source = read(logits)
     unpatched, values = _swept(sweep(model, target, patches, method), read, len(patches), progress)
     item = slice(None) if target.batched else 0
     return PatchingResult(
@@ -283,6 +277,23 @@ def _columns(
     for place in places[0].tolist():
         token = int(target["input_ids"][0, place])
         yield f"{place}: {token if words is None else words.decode([token])}", {"span": (place,)}
+
+
+def _patches(
+    model: Any,
+    source: Prompt,
+    part: PatchedPart,
+    layers: tuple[int, ...],
+    columns: Sequence[dict[str, Any]],
+    method: MethodLike | None,
+) -> tuple[Float[Tensor, "batch 1 vocabulary"], list[PatchActivations]]:
+    """Return the source's last logits and the patch of each layer and column, from one pass."""
+    make = partial(PatchActivations, source=source, part=part)
+    every = make(cache={}, layers=layers)
+    wanted = [every.activation(layer) for layer in layers]
+    logits, cache = run_with_cache(model, source, wanted, method)
+    patches = [make(cache=cache, layers=(i,), **where) for i, where in product(layers, columns)]
+    return logits[:, -1:], patches
 
 
 def _swept(
