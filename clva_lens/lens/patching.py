@@ -221,13 +221,12 @@ def patch_activations(
     read = _reader(model, metric)
     where = [where for _, where in columns]
     logits, patches = _patches(model, source, part, numbers, where, method)
-    from_source = read(logits)
     unpatched, values = _swept(sweep(model, target, patches, method), read, len(patches), progress)
     item = slice(None) if target.batched else 0
     return PatchingResult(
         values=values.unflatten(1, (len(numbers), len(columns)))[item],
         target=unpatched[item],
-        source=from_source.expand_as(unpatched)[item],
+        source=read(logits).expand_as(unpatched)[item],
         layers=numbers,
         columns=tuple(name for name, _ in columns),
         part=part,
