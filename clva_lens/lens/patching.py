@@ -18,14 +18,15 @@ from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.cache import run_with_cache
-from clva_lens.lens.intervene import intervening, refuse_in_trace
+from clva_lens.lens.intervene import refuse_in_trace
 from clva_lens.lens.margins import MARGIN, AnswerTokens, answer_tokens, yes_margins
 from clva_lens.lens.observers import chosen_layers
-from clva_lens.methods.base import Method, MethodLike
+from clva_lens.lens.patch_sweep import sweep
+from clva_lens.methods.base import MethodLike
 from clva_lens.methods.patching import PatchActivations, PatchedPart
 from clva_lens.methods.target import Shape, shape_of
 from clva_lens.models.family import transformers_model
-from clva_lens.models.prompt import Asked, Prompt, as_prompt, readable
+from clva_lens.models.prompt import Asked, Prompt, as_prompt
 
 LogitMetric = Callable[[Float[Tensor, "batch 1 vocabulary"]], Any]
 """From the logits of the last position to a number for each sample, as TransformerLens' metrics."""
@@ -189,9 +190,10 @@ def patch_activations(
 ) -> PatchingResult:
     """Return how a metric of ``target`` changes when it gets activations of ``source``.
 
-    For every layer of the decoder and every span, the target is run once with that part of that
-    layer taken from the source at the span's positions, all else its own. This is TransformerLens'
+    For every layer of the decoder and every span, the target is run with that part of that layer
+    taken from the source at the span's positions, all else its own. This is TransformerLens'
     ``get_act_patch_*``, where the source is the clean prompt and the target the corrupted one.
+    Where text rows are patched, what is before them is read once, for many patches at a time.
 
     Args:
         model: the model that both prompts are for.
@@ -216,16 +218,15 @@ def patch_activations(
     numbers = chosen_layers(layers, shape)
     names = (spans,) if isinstance(spans, str) else tuple(spans)
     columns = list(_columns(model, source, target, names, each, part, shape))
-    run = _runner(model, metric, method)
-    patches = _patches(model, source, part, numbers, [where for _, where in columns], method)
-    from_source, unpatched = run(source), run(target)
-    values = _each_under(patches, partial(run, target), progress)
-    item = slice(None) if target.batched else 0
+    read = _reader(model, metric)
+    where = [where for _, where in columns]
+    logits, patches = _patches(model, source, part, numbers, where, method)
+    unpatched, values = _swept(sweep(model, target, patches, method), read, len(patches), progress)
     item = slice(None) if target.batched else 0
     return PatchingResult(
         values=values.unflatten(1, (len(numbers), len(columns)))[item],
         target=unpatched[item],
-        source=from_source.expand_as(unpatched)[item],
+        source=read(logits).expand_as(unpatched)[item],
         layers=numbers,
         columns=tuple(name for name, _ in columns),
         part=part,
@@ -284,32 +285,37 @@ def _patches(
     layers: tuple[int, ...],
     columns: Sequence[dict[str, Any]],
     method: MethodLike | None,
-) -> list[PatchActivations]:
-    """Return the patch of each layer and column, from one pass of the source."""
+) -> tuple[Float[Tensor, "batch 1 vocabulary"], list[PatchActivations]]:
+    """Return the source's last logits and the patch of each layer and column, from one pass."""
     make = partial(PatchActivations, source=source, part=part)
     every = make(cache={}, layers=layers)
     wanted = [every.activation(layer) for layer in layers]
-    cache = run_with_cache(model, source, wanted, method).cache
-    return [make(cache=cache, layers=(i,), **where) for i, where in product(layers, columns)]
+    logits, cache = run_with_cache(model, source, wanted, method)
+    patches = [make(cache=cache, layers=(i,), **where) for i, where in product(layers, columns)]
+    return logits[:, -1:], patches
 
 
-def _each_under(
-    patches: Sequence[Method], run: Callable[[Method], Tensor], progress: bool
-) -> Float[Tensor, "batch patch"]:
-    """Return what ``run`` gives under each patch."""
-    rows, count = [], len(patches)
+def _swept(
+    passes: Iterator[tuple[int, Tensor]],
+    read: Callable[[Tensor], Float[Tensor, " batch"]],
+    count: int,
+    progress: bool,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch patch"]]:
+    """Return what is read of the prompt as it is, and under each patch."""
+    _, logits = next(passes)
+    unpatched, found = read(logits), dict[int, Tensor]()
     with progress_bar("patches", count, wanted=progress and count > 1) as advance:
-        for patch in patches:
-            rows.append(run(patch))
+        for number, logits in passes:
+            found[number] = read(logits)
             advance(1)
-    return torch.stack(rows, dim=1)
+    return unpatched, torch.stack([found[number] for number in range(count)], dim=1)
 
 
-def _runner(
-    model: Any, metric: LogitMetric | None, method: MethodLike | None
-) -> Callable[..., Float[Tensor, " batch"]]:
-    """Return what runs a prompt, under patches, to a number for each sample."""
-    found, words = transformers_model(model), getattr(model, "words", None)
+def _reader(
+    model: Any, metric: LogitMetric | None
+) -> Callable[[Float[Tensor, "batch 1 vocabulary"]], Float[Tensor, " batch"]]:
+    """Return what makes a number for each sample of the last logits."""
+    words = getattr(model, "words", None)
     if metric is None and words is None:
         raise ParameterError(
             "the model has no tokenizer, so yes and no are not known. Pass a metric= of the "
@@ -322,9 +328,7 @@ def _runner(
             "metric= of the logits."
         )
 
-    def run(prompt: Prompt, *patch: Method) -> Float[Tensor, " batch"]:
-        with intervening(model, method, *patch), readable(prompt):
-            logits = found(**prompt.inputs, logits_to_keep=1, use_cache=False).logits[:, -1:]
+    def read(logits: Float[Tensor, "batch 1 vocabulary"]) -> Float[Tensor, " batch"]:
         made: Any = metric(logits) if metric else yes_margins(logits[:, -1], spelled)
         values = torch.as_tensor(made, dtype=torch.float32, device=logits.device).reshape(-1)
         if len(values) != len(logits):
@@ -334,4 +338,4 @@ def _runner(
             )
         return values
 
-    return run
+    return read

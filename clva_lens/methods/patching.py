@@ -124,6 +124,19 @@ class PatchActivations(Method):
         values = {layer: self._taken(layer, spans) for layer in layers}
         return [_PatchSession(self, shape, values, heads)]
 
+    def for_rows(self, target: Target, rows: slice) -> Session:
+        """Return a session for these rows of the batch that is run; the others stay their own.
+
+        The span's positions must be text: what is before them may have been read without it.
+
+        Raises:
+            ParameterError: as ``sessions``.
+        """
+        (session,) = self.sessions(target)
+        assert isinstance(session, _PatchSession)
+        session.rows, session.leaves_prefix = rows, True
+        return session
+
     def _refuse_gates(self, target: Target, layers: Sequence[int]) -> None:
         """Refuse to put what is after the gates of a layer's heads before them."""
         written = target.readout().written
@@ -185,6 +198,7 @@ def span_places(
 
 class _PatchSession(Session):
     prompt_only = True
+    rows = slice(None)
 
     def __init__(
         self,
@@ -195,6 +209,7 @@ class _PatchSession(Session):
     ) -> None:
         self.method, self.site, self.heads = method, shape.site, heads
         self.values = values
+        self.leaves_prefix = self.site == "decoder" and method.span in ("text", "last")
         self.edits_output = method.part == "z"
         self.layers = tuple(values) if method.part == "z" else ()
         if method.part != "z":
@@ -217,9 +232,15 @@ class _PatchSession(Session):
         return self._patch(call.step, call.layer, hidden)
 
     def _patch(self, step: Step, layer: int, own: Tensor) -> Tensor | None:
-        if step.offset > 0:  # rows after the prompt
+        if step.offset > 0 and step.number > 0:  # rows after the prompt
             return None
-        batch, value = len(own), self.values[layer].to(own)
+        if step.offset > 0 and bool(step.spans.text[:, : step.offset].any()):
+            raise InterventionError(
+                "a later turn of a conversation is read onto the ones before it, but a patch is of "
+                "one prompt. Read the whole conversation in one pass."
+            )
+        rows = torch.arange(len(own), device=own.device)[self.rows]
+        batch, value = len(rows), self.values[layer].to(own)
         if batch % len(value):
             raise InterventionError(
                 f"the source is {len(value)} prompts, but {batch} are run. Patch from one prompt, "
@@ -230,8 +251,7 @@ class _PatchSession(Session):
                 f"the source's {self.method.part} has {tuple(value.shape[2:])} numbers at a "
                 f"position, but the model has {tuple(own.shape[2:])}. Cache it on this model."
             )
-        spans = step.spans.first(step.prompt_rows)
-        places = span_places(self.method.span, self.site, spans, own.shape[:2])
+        places = self._places(step, own)
         if places.shape[1] != value.shape[1]:
             raise InterventionError(
                 f"the span {self.method.span!r} has {value.shape[1]} positions in the source but "
@@ -239,5 +259,12 @@ class _PatchSession(Session):
                 "the same question, or patch another span ('image', 'last')."
             )
         value = value.repeat_interleave(batch // len(value), dim=0)
-        index = places.reshape(*places.shape, *[1] * (own.ndim - 2)).expand_as(value)
-        return own.scatter(1, index.to(own.device), value)
+        return own.index_put((rows[:, None], places.to(own.device)), value)
+
+    def _places(self, step: Step, own: Tensor) -> Int[Tensor, "batch position"]:
+        """Return which of this pass's rows are patched."""
+        spans = step.spans.first(step.prompt_rows)
+        parts = (spans.system, spans.image, spans.text, spans.generated)
+        mine = TokenSpans(*(part[self.rows] for part in parts))
+        count = (len(mine.image), own.shape[1])
+        return span_places(self.method.span, self.site, mine, count) - step.offset

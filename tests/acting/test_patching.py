@@ -314,8 +314,8 @@ def test_results_print_and_draw_themselves(one):
     with pytest.raises(ParameterError, match="one by one lie on a grid"):
         text.on_grid()
     same = cl.patch_activations(one, target, target, layers=[3])
-    assert torch.equal(same.values, same.target.expand(1, 3))
-    assert torch.equal(same.effect, torch.zeros(1, 3))
+    torch.testing.assert_close(same.values, same.target.expand(1, 3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(same.effect, torch.zeros(1, 3), rtol=0, atol=1e-5)
 
 
 def test_shares_of_almost_nothing_are_given_in_nats(one):
