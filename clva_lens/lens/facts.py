@@ -11,8 +11,8 @@ from clva_lens.lens.decoding import Beam, Greedy
 from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.generate import generate
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.sharing import why_unshared
 from clva_lens.lens.reading import first_line
+from clva_lens.lens.sharing import why_unshared
 from clva_lens.methods.base import METHODS
 from clva_lens.models.family import Site
 from clva_lens.models.pieces import Piece

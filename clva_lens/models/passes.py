@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError
 from clva_lens.models.belonging import hook_before
-from clva_lens.models.context import written_before_drafts
+from clva_lens.models.context import drafting
 from clva_lens.models.kv_cache import cache_of
 from clva_lens.models.step import Step
 
@@ -166,7 +166,7 @@ class EncoderDecoderPasses(TokenPasses):
                 "rows are unknown. Pass them: model.prompt(image, question) has them."
             )
         offset = cached_length(kwargs)
-        if written_before_drafts() is not None:
+        if drafting() is not None:
             raise InterventionError(
                 "assisted decoding has several tokens of an encoder-decoder's answer checked in "
                 "one pass, which is not followed. Generate without assistant_model and "

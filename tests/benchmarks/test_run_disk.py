@@ -14,6 +14,7 @@ from test_runs import COUNT, files, go, same_but_origin
 import clva_lens as cl
 from clva_lens.benchmarks import run_writing
 from clva_lens.ground.errors import BenchmarkError
+from clva_lens.lens import answering
 from clva_lens.lens import evaluate as evaluating
 from clva_lens.lens.generate import Generation
 
@@ -32,7 +33,7 @@ def stub(patch, failing=()):
             errors = ["away" if bad else None for bad in failed]
             yield Generation(texts, [], margins, 0.0, errors)
 
-    patch.setattr(evaluating, "generate_batches", answered)
+    patch.setattr(answering, "generate_batches", answered)
     patch.setattr(evaluating, "identity", lambda model: {"weights": "w"})
     patch.setattr(evaluating, "machine", lambda model: {})
     patch.setattr(evaluating, "origin", lambda: {})
