@@ -37,7 +37,15 @@ def evaluate(
     decoding: Decoding | None = None,
     *,
     methods: None = None,
-    **options: Any,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    share: Share | None = "picture",
+    progress: bool = True,
+    out: str | Path | None = None,
+    resume: bool = False,
+    keep_failed: bool = False,
+    max_failed: float = MAX_FAILED,
 ) -> Report: ...
 @overload
 def evaluate(
@@ -47,7 +55,15 @@ def evaluate(
     decoding: Decoding | None = None,
     *,
     methods: Sequence[MethodLike | None],
-    **options: Any,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    share: Share | None = "picture",
+    progress: bool = True,
+    out: str | Path | None = None,
+    resume: bool = False,
+    keep_failed: bool = False,
+    max_failed: float = MAX_FAILED,
 ) -> list[Report]: ...
 def evaluate(
     model: LensModel,

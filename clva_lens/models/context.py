@@ -14,8 +14,9 @@ from transformers import GenerationMixin
 from clva_lens.ground.axes import TokenSpans
 
 _OF_CACHES: WeakKeyDictionary[Any, TokenSpans] = WeakKeyDictionary()
-_ASSISTED = GenerationMixin._assisted_decoding.__code__
-_PREFILL = GenerationMixin._prefill.__code__
+_GENERATING: Any = GenerationMixin
+_ASSISTED: CodeType = _GENERATING._assisted_decoding.__code__
+_PREFILL: CodeType = _GENERATING._prefill.__code__
 
 
 def remember(cache: Any, spans: TokenSpans) -> None:
