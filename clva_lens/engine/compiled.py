@@ -45,8 +45,10 @@ class RowEdits:
         }
         spans, more = prompt.spans, keys - prompt.keys
         room = TokenSpans(
-            *(functional.pad(part, (0, more)) for part in (spans.system, spans.image, spans.text)),
-            functional.pad(spans.generated, (0, more), value=True),
+            system=functional.pad(spans.system, (0, more)),
+            image=functional.pad(spans.image, (0, more)),
+            text=functional.pad(spans.text, (0, more)),
+            generated=functional.pad(spans.generated, (0, more), value=True),
         )
         text = functional.pad(prompt.text_rows, (0, keys - prompt.prompt_rows))
         step = replace(
