@@ -15,6 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clva_lens.engine import maskless, windows
+from clva_lens.engine.compiled import PASS, attend_row
 from clva_lens.engine.kernels import Formula
 from clva_lens.models.belonging import HERE
 
@@ -40,11 +41,12 @@ class KernelName(str):
     """
 
     base: str
+    whole: str
 
     def __new__(cls, base: str) -> "KernelName":
         """Return the name for a base kernel."""
         made = super().__new__(cls, f"clva_{base}")
-        made.base = base
+        made.base, made.whole = base, f"clva_{base}"
         return made
 
     def __getnewargs__(self) -> tuple[str]:
@@ -53,7 +55,7 @@ class KernelName(str):
 
     def __eq__(self, other: object) -> bool:
         """Return whether a text is this name or the base kernel's."""
-        return str.__eq__(self, other) is True or self.base == other
+        return other in (self.base, self.whole)
 
     def __ne__(self, other: object) -> bool:
         """Return the opposite."""
@@ -61,9 +63,11 @@ class KernelName(str):
 
     def __str__(self) -> str:
         """Return the name as a plain text."""
-        return f"clva_{self.base}"
+        return self.whole
 
-    __hash__ = str.__hash__
+    def __hash__(self) -> int:
+        """Return that of the plain text."""
+        return hash(self.whole)
 
 
 def _formula(kernel: str, kwargs: dict[str, Any]) -> Formula:
@@ -84,6 +88,9 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         """Run the base kernel, under the bias of the run that the module belongs to."""
         base = _base(kernel, module)
+        if PASS in kwargs:
+            bound = partial(base, module, scaling=scaling)
+            return attend_row(bound, module, query, key, value, attention_mask, **kwargs)
         run: Any = HERE.get().get(id(module))
         acting = None if run is None else run.acting.get(id(module))
         if run is None or acting is None:

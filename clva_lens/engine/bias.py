@@ -116,7 +116,10 @@ def at(tensor: Tensor, device: torch.device) -> Tensor:
 
 def dense(bias: Bias) -> Float[Tensor, "batch _ query key"]:
     """Return a bias as summands of the scores of all rows."""
-    return bias.dense if isinstance(bias, KeyBias) else bias
+    if not isinstance(bias, KeyBias):
+        return bias
+    # A graph cannot be made of the lock in a cached property; a single row's summands are a view.
+    return bias.part(0, 1) if bias.rows.shape[1] == 1 else bias.dense
 
 
 def part(bias: Bias, start: int, stop: int) -> Float[Tensor, "batch _ row key"]:

@@ -366,6 +366,13 @@ def open_sessions(model: PreTrainedModel) -> list[Session]:
     return [session for run in _runs_here(model) for session in run.sessions]
 
 
+def running_step(model: PreTrainedModel) -> Step:
+    """Return the last pass of the decoder's run that this thread or task has open."""
+    run = next(run for run in _runs_here(model) if run.site.name == "decoder")
+    assert run.passes.step is not None
+    return run.passes.step
+
+
 @contextmanager
 def running(
     model: PreTrainedModel, sessions: Sequence[Session], frame: FrameType | None = None

@@ -152,7 +152,8 @@ class Session:
     session for a second model, None if it only looks, or is for the prompt alone and for no second
     input of a contrast (``prompt_only``). ``decode``: it decides the tokens itself, as
     ``generate(custom_generate=...)`` wants it. ``leaves_prefix``: it neither reads nor edits rows
-    before the prompt's text, so that these may have been read without it.
+    before the prompt's text, so that these may have been read without it. ``compiles``: what it
+    does in a pass of one generated row is ``compiled_step``, and nothing else.
     """
 
     site: str
@@ -167,6 +168,7 @@ class Session:
     again: Callable[[PreTrainedModel], "Session"] | None = None
     decode: Callable[..., Any] | None = None
     leaves_prefix: bool = False
+    compiles: bool = False
 
     def begin(self) -> None:
         """Start watching what else is needed of the model; the session is in its run now."""
@@ -177,6 +179,16 @@ class Session:
         A bias is Float["batch _ query key"], or a ``KeyBias`` where it is the same for all rows.
         """
         return None
+
+    def compiled_step(self, call: AttentionCall, seen: dict[Any, Any]) -> Bias | None:
+        """Return what ``attention`` does for the only row of a pass, a generated one.
+
+        It is traced into one graph for all passes, so it is a function of tensors: it keeps nothing
+        on the session, reads no value of a tensor, and asks no number that grows (``call.step``
+        is that of the first generated token, with room for all). ``seen`` is its own for the length
+        of a pass: what later layers need goes there.
+        """
+        raise NotImplementedError
 
     def output(
         self, call: AttentionCall, out: Float[Tensor, "batch query head width"]

@@ -22,6 +22,7 @@ class Asking(Parameters):
     Without a decoding it is greedy; a benchmark gives it its own length. ``limit`` takes that many
     samples only, drawn with ``seed``; None takes all. ``margin`` has the tokens of the yes−no
     margin; None for all spellings. ``share``: what neighbours ask about is read once for them.
+    ``compiled``: decoding steps are one graph.
     """
 
     method: Method | None = None
@@ -31,6 +32,7 @@ class Asking(Parameters):
     seed: int = 0
     margin: AnswerTokens | None = None
     share: Share | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""

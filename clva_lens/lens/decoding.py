@@ -337,7 +337,11 @@ class Watch(Owned):
         self.leave()
 
     def _see(self, *call: Any) -> None:
-        last = call[-1].logits[:, -1].detach().float()
+        self.look(call[-1].logits[:, -1])
+
+    def look(self, last: Float[Tensor, "row vocabulary"]) -> None:
+        """Look at the last row of logits of a pass."""
+        last = last.detach().float()
         if self.first is None:
             self.first = last
         top = last.amax()  # −∞ is what methods cut off; NaN and ∞ stay in a maximum

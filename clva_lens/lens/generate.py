@@ -23,6 +23,7 @@ from clva_lens.ground.errors import (
 )
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.asking import Asking, Share
+from clva_lens.lens.compiled import generate_compiled
 from clva_lens.lens.decoding import Decoding, Watch, drawing, settled
 from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.intervene import intervening, refuse_in_trace
@@ -78,6 +79,7 @@ def generate(
     *,
     batch_size: int = 8,
     share: Share | None = None,
+    compiled: bool = False,
     progress: bool = True,
 ) -> Generation:
     """Return the model's answers to ``prompts``, under ``method`` if one is given.
@@ -86,18 +88,24 @@ def generate(
     with the system message as a third item if there is one, or a list of these. Tuples are asked
     ``batch_size`` at a time; a prompt is run as it is, by itself. In the place of the image may
     stand what ``read`` returned. With ``share="picture"`` neighbours with the same picture are
-    asked together, and it is read once for them. Runs of several batches show a progress bar.
+    asked together, and it is read once for them. With ``compiled`` a
+    decoding step is one graph: greedy only, and methods that are a bias on attention. Runs of
+    several batches show a progress bar.
 
     Raises:
         PromptError: if there are no prompts, or one is malformed.
         ParameterError: if the method, with this decoding too, or the batch size does not fit, or
-            nothing can be shared.
+            nothing can be shared or compiled.
         LogitsError: if the model's logits are not finite.
         InterventionError: inside a trace; ``with model.generate(prompt):`` is one.
     """
     refuse_in_trace("generate", ", or trace with model.generate(prompt)")
     asking = Asking(
-        method=as_method(method), decoding=decoding, batch_size=batch_size, share=share
+        method=as_method(method),
+        decoding=decoding,
+        batch_size=batch_size,
+        share=share,
+        compiled=compiled,
     ).fitted(model)
     if share is not None and (reason := why_unshared(model, asking.method)) is not None:
         raise ParameterError(f"share='{share}' is not possible: {reason}. Pass share=None.")
@@ -298,6 +306,8 @@ def _generate_batch(
             places = range(place, place + count)
             searches.append(drawing(decoding.draws, places, decoding.max_new_tokens))
         answer: Any = hf_model.generate  # transformers declares it on a mixin that hides the call
+        if asking.compiled:
+            answer = partial(generate_compiled, hf_model, repr(asking.method), run.sessions, seen)
         out = answer(
             **(prompt.by_beam(config.num_beams) if isinstance(prompt, Continued) else prompt),
             generation_config=config,

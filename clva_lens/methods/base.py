@@ -53,15 +53,24 @@ class BiasSession(Session):
         layers: Sequence[int],
         bias: Callable[[AttentionCall], Bias | None],
         *,
+        row: Callable[[AttentionCall], Bias | None] | None = None,
         leaves_prefix: bool = False,
     ) -> None:
-        """Name the site and its layers, 0-based, and give the function."""
+        """Name the site and its layers, 0-based, and give the function.
+
+        ``row`` is what it is for a single generated row, if that can be compiled.
+        """
         self.site, self.layers, self.bias = site, tuple(layers), bias
+        self.row, self.compiles = row, row is not None
         self.leaves_prefix = leaves_prefix
 
     def attention(self, call: AttentionCall) -> Bias | None:
         """Return the bias at the session's layers, None elsewhere."""
         return self.bias(call) if call.layer in self.layers else None
+
+    def compiled_step(self, call: AttentionCall, seen: dict[Any, Any]) -> Bias | None:
+        """Return the bias of the only row."""
+        return None if self.row is None else self.row(call)
 
 
 class Method(Parameters, ABC):
@@ -331,6 +340,12 @@ def row_bias(
     visual = rearrange(step.visual, "b v -> b 1 1 v").expand(-1, -1, new, -1)
     dense[:, :, old:].scatter_(3, visual, rearrange(generated, "b r v -> b 1 r v"))
     return dense
+
+
+def single_row_bias(call: AttentionCall, weights: Float[Tensor, "batch visual"]) -> KeyBias:
+    """Return the bias of ``row_bias`` for a pass's only row, a generated one, without a memory."""
+    rows = torch.ones(len(weights), 1, dtype=torch.bool, device=weights.device)
+    return KeyBias(_on_image(call, weights), rows, 0)
 
 
 def _on_image(

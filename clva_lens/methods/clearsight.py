@@ -20,7 +20,7 @@ queries are edited and the system is the CLS token.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,7 +41,12 @@ from clva_lens.methods.base import (
     edited_rows,
     register_method,
 )
-from clva_lens.methods.scores import released_layer, score_bias, span_keys
+from clva_lens.methods.scores import (
+    released_layer,
+    score_bias,
+    single_row_score_bias,
+    span_keys,
+)
 from clva_lens.methods.target import Target
 
 
@@ -101,6 +106,7 @@ class ClearSight(Method):
 
 class _ClearSightSession(Session):
     leaves_prefix = True
+    compiles = True
 
     def __init__(self, method: ClearSight, site: str, layers: tuple[int, ...]) -> None:
         self.method, self.site, self.layers = method, site, layers
@@ -111,18 +117,33 @@ class _ClearSightSession(Session):
         """Return (c − 1)·l at image and system keys of text and generated rows."""
         if call.layer not in self.layers or self.passive:
             return None
+        perceiving = self._perceiving(call) if self.method.variant == "paper" else None
+        return score_bias(call, edited_rows(call, "text"), self._change(call, perceiving))
+
+    def compiled_step(
+        self, call: AttentionCall, seen: dict[Any, Any]
+    ) -> Float[Tensor, "batch head 1 key"] | None:
+        """Return the same for the only row."""
+        if self.passive:
+            return None
+        perceiving = self._heads[call.layer] if self.method.variant == "paper" else None
+        return single_row_score_bias(call, self._change(call, perceiving))
+
+    def _change(
+        self, call: AttentionCall, perceiving: Bool[Tensor, "batch head"] | None
+    ) -> Callable[[Tensor], Tensor]:
         spans = call.step.spans
         image, system = (factor - 1 for factor in self.method.factors)
         on_image = image * span_keys(call, spans.image).float()
         scale = on_image + system * span_keys(call, spans.system).float()
         scale = rearrange(scale, "b k -> b 1 1 k")
-        if self.method.variant == "paper":
-            scale = scale * rearrange(self._perceiving(call), "b h -> b h 1 1")
+        if perceiving is not None:
+            scale = scale * rearrange(perceiving, "b h -> b h 1 1")
 
         def change(scores: Float[Tensor, "batch head row key"]) -> Tensor:
             return (scale * scores).where(scale != 0, 0.0)
 
-        return score_bias(call, edited_rows(call, "text"), change)
+        return change
 
     @torch.no_grad()
     def _perceiving(self, call: AttentionCall) -> Bool[Tensor, "batch head"]:

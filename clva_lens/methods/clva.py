@@ -35,6 +35,7 @@ from clva_lens.methods.base import (
     check_rows,
     register_method,
     row_bias,
+    single_row_bias,
 )
 from clva_lens.methods.target import Shape, Target
 from clva_lens.models.step import Step
@@ -180,6 +181,7 @@ class ClvaSession(Session):
     """One run of CLVA: the anchors of the prompt, and those of the rows generated since."""
 
     leaves_prefix = True
+    compiles = True
 
     def __init__(
         self,
@@ -211,6 +213,18 @@ class ClvaSession(Session):
         if self._bias is None or self._bias[0] is not call.step:
             self._bias = (call.step, self._make_bias(call))
         return self._bias[1]
+
+    def compiled_step(self, call: AttentionCall, seen: dict[Any, Any]) -> Bias | None:
+        """Return the bias of the only row, from its own anchors or the prompt's."""
+        anchors, weights = (self.positive_layer, self.negative_layer), self._prompt_weights
+        if self.method.refresh == "step" and call.layer in anchors:
+            seen[call.layer] = read_generated_rows(call).transpose(1, 2)
+        if call.layer in self.steady and "bias" not in seen:
+            if self.method.refresh == "step":
+                weights = self._log_weights(*(seen[layer] for layer in anchors))[:, 0]
+            assert weights is not None  # the prompt was read
+            seen["bias"] = single_row_bias(call, weights)
+        return seen["bias"] if call.layer in self.steady else None
 
     def _check_sight(self, call: AttentionCall) -> None:
         """Refuse an anchor layer whose window leaves image tokens out."""

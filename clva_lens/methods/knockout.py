@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
 
 from clva_lens.engine.bias import Bias, dense
 from clva_lens.engine.session import AttentionCall, Session
@@ -23,6 +25,7 @@ from clva_lens.methods.base import (
     check_rows,
     register_method,
     row_bias,
+    single_row_bias,
 )
 from clva_lens.methods.choosing import ChosenHeads, chosen_heads
 from clva_lens.methods.target import Target
@@ -81,6 +84,7 @@ class KnockOut(Method):
 
 class _KnockOutSession(Session):
     leaves_prefix = True
+    compiles = True
 
     def __init__(
         self, site: str, layers: tuple[int, ...], rows: Rows, heads: ChosenHeads | None
@@ -97,13 +101,23 @@ class _KnockOutSession(Session):
         if call.layer not in self.layers:
             return None
         if self._bias is None or self._bias[0] is not call.step:
-            batch, visual = call.step.visual.shape
-            none = torch.full(
-                (batch, visual), -torch.inf, dtype=torch.float32, device=call.query.device
-            )
-            self._bias = (call.step, row_bias(call, self.rows, none))
-        bias = self._bias[1]
+            self._bias = (call.step, row_bias(call, self.rows, self._nothing(call)))
+        if self.heads is not None:
+            self.heads.at(call)
+        return self._of_heads(call, self._bias[1])
+
+    def compiled_step(self, call: AttentionCall, seen: dict[Any, Any]) -> Bias | None:
+        """Return the same for the only row."""
+        if "bias" not in seen:
+            seen["bias"] = single_row_bias(call, self._nothing(call))
+        return self._of_heads(call, seen["bias"])
+
+    def _nothing(self, call: AttentionCall) -> Float[Tensor, "batch visual"]:
+        size, device = call.step.visual.shape, call.query.device
+        return torch.full(size, -torch.inf, dtype=torch.float32, device=device)
+
+    def _of_heads(self, call: AttentionCall, bias: Bias) -> Bias:
         if self.heads is None:
             return bias
-        chosen = self.heads.at(call)
+        chosen = self.heads.known(call)
         return dense(bias).where(rearrange(chosen, "b h -> b h 1 1"), 0.0)

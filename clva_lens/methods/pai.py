@@ -21,7 +21,7 @@ queries are edited.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,7 +41,7 @@ from clva_lens.methods.base import (
     register_method,
 )
 from clva_lens.methods.contrast import ContrastRule, ContrastSession, text_only
-from clva_lens.methods.scores import score_bias, span_keys
+from clva_lens.methods.scores import score_bias, single_row_score_bias, span_keys
 from clva_lens.methods.target import Target
 from clva_lens.models.family import find_family
 
@@ -100,7 +100,9 @@ class PAI(Method):
         if layers is None:
             layers = [layer for layer in shape.layers if layer >= 2]
         chosen = check_layers("layers", layers, shape)
-        sessions: list[Session] = [BiasSession(shape.site, chosen, self._bias, leaves_prefix=True)]
+        sessions: list[Session] = [
+            BiasSession(shape.site, chosen, self._bias, row=self._row, leaves_prefix=True)
+        ]
         if not self._rule().is_identity:
             without = text_only(find_family(target.model).image_token_id(target.model))
             sessions.append(ContrastSession(target.model, without, self._rule()))
@@ -115,5 +117,12 @@ class PAI(Method):
             old = call.query.shape[2] - call.new_rows
             position = torch.arange(call.query.shape[2], device=rows.device)
             rows = rows & (position >= old)
+        return score_bias(call, rows, self._change(call))
+
+    def _row(self, call: AttentionCall) -> Float[Tensor, "batch head 1 key"] | None:
+        """Return the same for a pass's only row, a generated one."""
+        return None if self.alpha == 0 else single_row_score_bias(call, self._change(call))
+
+    def _change(self, call: AttentionCall) -> Callable[[Tensor], Tensor]:
         image = rearrange(span_keys(call, call.step.spans.image), "b k -> b 1 1 k")
-        return score_bias(call, rows, lambda scores: (self.alpha * scores.abs()).where(image, 0.0))
+        return lambda scores: (self.alpha * scores.abs()).where(image, 0.0)

@@ -35,6 +35,13 @@ def score_bias(
     return bias
 
 
+def single_row_score_bias(
+    call: AttentionCall, change: Callable[[Tensor], Float[Tensor, "batch head row key"]]
+) -> Float[Tensor, "batch head 1 key"]:
+    """Return the bias of ``score_bias`` for a pass's only row, which is edited."""
+    return change(call.products(0, 1))
+
+
 def span_keys(
     call: AttentionCall, span: Bool[Tensor, "batch position"]
 ) -> Bool[Tensor, "batch key"]:
