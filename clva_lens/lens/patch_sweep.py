@@ -29,6 +29,7 @@ from clva_lens.models.family import transformers_model
 from clva_lens.models.kv_cache import CACHE, take_off
 from clva_lens.models.positions import positions_of
 from clva_lens.models.prompt import Prompt, readable
+from clva_lens.models.weights import weights_state
 
 # So many copies of what was read are held at once: 10 GB at LLaVA-1.5-7B in half precision. It is
 # halved where there is no room for them.
@@ -157,7 +158,8 @@ class _Read:
             text=torch.zeros_like(seen),
             generated=torch.zeros_like(seen),
         )
-        return Prefix(self.model, self.prompt, self.inputs["input_ids"][:, :stop], cut, cache)
+        ids, weights = self.inputs["input_ids"][:, :stop], weights_state(self.model.hf_model)
+        return Prefix(self.model, self.prompt, ids, cut, cache, weights)
 
     def _onto(
         self, before: Prefix, start: Sequence[int], patches: Sequence[PatchActivations]

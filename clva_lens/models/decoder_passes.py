@@ -48,12 +48,12 @@ class DecoderPasses(TokenPasses):
     _cache: weakref.ref[Cache] | None = None
     _made: RemovableHandle | None = None
     _owner: Owned | None = None
-    _left: set[weakref.ref[Cache]]
+    _left: frozenset[weakref.ref[Cache]] = frozenset()
     _end = 0
 
     def hooks(self) -> list[RemovableHandle]:
         """Start watching for the run that opens it; the handles stop it."""
-        self._owner, self._left = whose(), set()
+        self._owner, self._left = whose(), frozenset()
         return super().hooks()
 
     def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ class DecoderPasses(TokenPasses):
             self._turn_to(cache, kwargs.get("use_cache") is not False)
         mask = kwargs.get("attention_mask")
         if offset == 0 and not self.is_rerun(ids, offset, kwargs):
-            self._left = {one for one in self._left if one() not in (cache, None)}
+            self._left = frozenset(one for one in self._left if one() not in (cache, None))
             self._room = None
             self.step = self._first(ids, mask)
             if self.step.number < 0 and not self._is_piece(kwargs):
@@ -93,7 +93,7 @@ class DecoderPasses(TokenPasses):
         last = None if self._cache is None else self._cache()
         if last is not None and self.step is not None:
             remember(last, self.step.spans)
-            self._left.add(weakref.ref(last))
+            self._left |= {weakref.ref(last)}
         self._cache = weakref.ref(cache) if isinstance(cache, Cache) else None
         self._unhook()
         if cache is None and makes_one:
@@ -181,7 +181,7 @@ class DecoderPasses(TokenPasses):
             generated=torch.cat([known.generated, torch.zeros_like(text), guessed], dim=1),
         )
         self.follow(ids)
-        self._left = {one for one in self._left if one() not in (cache, None)}
+        self._left = frozenset(one for one in self._left if one() not in (cache, None))
         return self._prompt_step(ids, spans, functional.pad(text, (offset, 0)), offset)
 
     def _refuse_onto(
