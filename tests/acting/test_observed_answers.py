@@ -7,7 +7,7 @@ from tiny_models import QUESTIONS, blip_of, lens_of, picture
 import clva_lens as cl
 from clva_lens.ground.errors import InterventionError
 
-STEPS = 4
+STEPS = 6  # with fewer, no beam crosses another
 LAYERS = (2, 7)
 
 

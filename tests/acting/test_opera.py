@@ -276,8 +276,8 @@ def test_cached_is_uncached():
     method, seed = CASES["often"]
     lens = lens_of("grouped", "sdpa")
     prompt = lens.prompt(picture(seed), QUESTIONS[seed % 3])
-    cached, search = searched(lens, prompt, method, max_new_tokens=9)
-    uncached, again = searched(lens, prompt, method, max_new_tokens=9, use_cache=False)
+    cached, search = searched(lens, prompt, method)
+    uncached, again = searched(lens, prompt, method, use_cache=False)
     same_answer(cached, uncached)
     assert search.returns == again.returns != []
 
@@ -317,8 +317,8 @@ def test_a_method_goes_back_with_it():
     prompt = lens.prompt(picture(1), QUESTIONS[1])
     method = cl.OPERA(candidates=3, early=1, threshold=2)
     others = cl.CLVA(tau=1.0), cl.MemVR(gamma=0.5)
-    cached, search = searched(lens, prompt, method, *others, max_new_tokens=9)
-    uncached, again = searched(lens, prompt, method, *others, max_new_tokens=9, use_cache=False)
+    cached, search = searched(lens, prompt, method, *others)
+    uncached, again = searched(lens, prompt, method, *others, use_cache=False)
     same_answer(cached, uncached)
     assert search.returns == again.returns != []
 

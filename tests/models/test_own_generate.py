@@ -27,7 +27,7 @@ def by_hand(model, choose):
     inputs, chosen, first = tiny.sample("janus", 0), [], None
     for step in range(STEPS):
         with torch.no_grad():
-            logits = model(**inputs).logits[0, -1]
+            logits = model(**inputs, use_cache=False).logits[0, -1]
         first = logits if first is None else first
         chosen.append(choose(step, logits))
         ids = torch.cat([inputs["input_ids"], torch.tensor([[chosen[-1]]])], dim=1)

@@ -38,6 +38,7 @@ NOT_EMULATED = {
     "gemma4": MIXES,
     "glm4v_moe": COUNTS,
     "glm5_next": COUNTS,
+    "hy_v4_vl": COUNTS,
     "kimi_k25": COUNTS,
     "minimax_m3_vl": COUNTS,
     "qwen2_5_omni_thinker": MIXES,
