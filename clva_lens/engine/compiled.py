@@ -16,7 +16,6 @@ from torch.nn import functional
 from clva_lens.engine import bias as folding
 from clva_lens.engine.kernels import AttentionKernel, Merging
 from clva_lens.engine.session import AttentionCall, Session
-from clva_lens.ground.axes import TokenSpans
 from clva_lens.models.step import Step
 
 PASS = "clva_lens_pass"
@@ -43,13 +42,7 @@ class RowEdits:
             for session in sessions
             for layer in session.layers
         }
-        spans, more = prompt.spans, keys - prompt.keys
-        room = TokenSpans(
-            system=functional.pad(spans.system, (0, more)),
-            image=functional.pad(spans.image, (0, more)),
-            text=functional.pad(spans.text, (0, more)),
-            generated=functional.pad(spans.generated, (0, more), value=True),
-        )
+        room = prompt.spans.with_room(keys - prompt.keys)
         text = functional.pad(prompt.text_rows, (0, keys - prompt.prompt_rows))
         step = replace(
             prompt, number=1, offset=keys, text_rows=text, spans=room, ids=None, block=None

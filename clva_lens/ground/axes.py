@@ -18,12 +18,13 @@ Patterns are ``[layer, batch, head, query, key]``; an axis that is not there is 
 of the others stays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn import functional
 
 from clva_lens.ground.errors import ParameterError, SpanError
 
@@ -157,10 +158,18 @@ class TokenSpans:
         spans = (self.system, self.image, self.text, self.generated)
         return TokenSpans(*torch.stack(spans).to(device).unbind())
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "TokenSpans":
+        """Return the spans with every mask changed."""
+        parts = (self.system, self.image, self.text, self.generated)
+        return TokenSpans(*(change(part) for part in parts))
+
     def first(self, length: int) -> "TokenSpans":
         """Return the spans of the first ``length`` positions."""
-        spans = (self.system, self.image, self.text, self.generated)
-        return TokenSpans(*(span[:, :length] for span in spans))
+        return self.each(lambda span: span[:, :length])
+
+    def with_room(self, more: int) -> "TokenSpans":
+        """Return spans with this many more positions, all of them generated."""
+        return self.each(lambda span: functional.pad(span, (0, more), value=span is self.generated))
 
     def row(self, index: int) -> "TokenSpans":
         """Return the spans of one sample, as a batch of one."""

@@ -6,7 +6,6 @@ time, each onto a copy of the keys and values before it. The numbers are those o
 to the rounding of another batch size.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +19,13 @@ from clva_lens.engine.run import open_sessions, running
 from clva_lens.ground.axes import TokenSpans, last_true
 from clva_lens.lens.intervene import intervening
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.prefix import BY_TOKEN, Prefix
+from clva_lens.lens.prefix import BY_TOKEN, Prefix, by_token
 from clva_lens.lens.sharing import why_unshared
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.patching import PatchActivations, span_places
 from clva_lens.methods.target import Target
 from clva_lens.models.family import transformers_model
-from clva_lens.models.kv_cache import CACHE, take_off
-from clva_lens.models.positions import positions_of
+from clva_lens.models.kv_cache import CACHE, forked, take_off
 from clva_lens.models.prompt import Prompt, readable
 from clva_lens.models.weights import weights_state
 
@@ -146,8 +144,7 @@ class _Read:
     def _before(self, start: Sequence[int]) -> Prefix:
         """Return what is before a row; what is there but not to be seen is padding."""
         stop, first = max(start), torch.tensor(start, device=self.logits.device)
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache = forked(self.cache)
         take_off(cache, self.inputs["input_ids"].shape[1] - stop)
         spans = self.prompt.spans.to(first.device).first(stop)
         seen = torch.arange(stop, device=first.device) < first[:, None]
@@ -200,11 +197,8 @@ def _read(model: LensModel, prompt: Prompt, method: MethodLike | None) -> _Read:
     """Return a prompt that was read in one pass."""
     found: Any = model.hf_model
     inputs = {"attention_mask": prompt.spans.real.long(), **prompt.inputs}
-    by_token = {name: inputs[name] for name in BY_TOKEN if name in inputs}
-    positions = positions_of(found, inputs)
-    if positions is not None:
-        by_token["position_ids"] = positions
+    columns = by_token(found, inputs)
     cache = DynamicCache(config=found.config)
     with intervening(model, method), readable(prompt):
-        out = found(**inputs | by_token, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-    return _Read(model, prompt, method, by_token, cache, out.logits[:, -1:])
+        out = found(**inputs | columns, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+    return _Read(model, prompt, method, columns, cache, out.logits[:, -1:])

@@ -6,7 +6,6 @@ them. That is exact, up to the rounding of another batch size, where nothing in 
 depends on the question: attention is causal there, and no method reads or edits its rows.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +22,7 @@ from clva_lens.ground.axes import TokenSpans, last_true
 from clva_lens.ground.errors import PromptError
 from clva_lens.lens.load import LensModel
 from clva_lens.models.context import remember
-from clva_lens.models.kv_cache import CACHE
+from clva_lens.models.kv_cache import CACHE, forked
 from clva_lens.models.once import pictures_once
 from clva_lens.models.pictures import ImageLike
 from clva_lens.models.positions import positions_of
@@ -76,11 +75,10 @@ class Prefix:
                 "the model's weights or its adapters were changed after it read the picture, so "
                 "what it read is no more what it would read. Read it again: cl.read(model, image)."
             )
-        forked = copy.copy(self.cache)
-        forked.layers = [copy.copy(layer) for layer in self.cache.layers]
-        forked.batch_select_indices(rows)
-        remember(forked, _rows_of(self.spans, rows))
-        return forked
+        cache = forked(self.cache)
+        cache.batch_select_indices(rows)
+        remember(cache, self.spans.each(lambda span: span[rows]))
+        return cache
 
     def _rows(self, pictures: int | Sequence[int]) -> Int[Tensor, " row"]:
         if isinstance(pictures, int):
@@ -149,7 +147,7 @@ class Prefix:
                     "a prompt does not begin as its picture's prefix does. Read the picture again, "
                     "with the same system message."
                 )
-            for name, values in _by_token(self.model.hf_model, inputs).items():
+            for name, values in by_token(self.model.hf_model, inputs).items():
                 columns.setdefault(name, []).append(values[..., len(known) :])
         length = max(one.shape[-1] for one in columns["input_ids"])
         inputs = {name: _padded(values, length) for name, values in columns.items()}
@@ -246,19 +244,14 @@ def read_prefix(model: LensModel, prompt: Prompt) -> Prefix:
     place = torch.arange(length, device=ends.device) - length + ends[:, None]
     real = place >= starts[:, None]
     inputs = dict(prompt.inputs)
-    for name, values in _by_token(model.hf_model, prompt.inputs).items():
+    for name, values in by_token(model.hf_model, prompt.inputs).items():
         inputs[name] = values.gather(-1, place.clamp_min(0).expand(*values.shape[:-1], -1))
     inputs["attention_mask"] = real.long()
     found: Any = model.hf_model
     cache = DynamicCache(config=found.config)
     with readable(prompt), torch.no_grad():
         found(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-    cut = TokenSpans(
-        *(
-            span.gather(1, place.clamp_min(0)) & real
-            for span in (spans.system, spans.image, spans.text, spans.generated)
-        )
-    )
+    cut = spans.each(lambda span: span.gather(1, place.clamp_min(0)) & real)
     return Prefix(model, prompt, inputs["input_ids"], cut, cache, weights_state(model.hf_model))
 
 
@@ -278,7 +271,7 @@ def refuse_prefix(model: LensModel) -> None:
         )
 
 
-def _by_token(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def by_token(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the inputs that have a column for each token, positions among them."""
     found = {name: inputs[name] for name in BY_TOKEN if name in inputs}
     positions = positions_of(model, inputs)
@@ -289,8 +282,3 @@ def _padded(rows: Sequence[Tensor], length: int) -> Tensor:
     """Return rows of one prompt each as a batch, padded on the left."""
     padded = [functional.pad(row, (length - row.shape[-1], 0)) for row in rows]
     return torch.cat(padded, dim=-2)
-
-
-def _rows_of(spans: TokenSpans, rows: Int[Tensor, " row"]) -> TokenSpans:
-    parts = (spans.system, spans.image, spans.text, spans.generated)
-    return TokenSpans(*(part[rows] for part in parts))

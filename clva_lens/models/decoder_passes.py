@@ -225,10 +225,8 @@ class DecoderPasses(TokenPasses):
     def _reaching(self, spans: TokenSpans, keys: int) -> TokenSpans:
         """Return spans of so many keys, the last ones generated: views of ones with more room."""
         if self._room is None or self._room.image.shape[1] < keys:
-            self._room = _with_room(spans, keys - spans.image.shape[1] + ROOM)
-        room = self._room
-        parts = (room.system, room.image, room.text, room.generated)
-        return TokenSpans(*(part[:, :keys] for part in parts))
+            self._room = spans.with_room(keys - spans.image.shape[1] + ROOM)
+        return self._room.first(keys)
 
     def _position(self, rows: int, kwargs: dict[str, Any]) -> int:
         """Return the position of the pass's first row.
@@ -242,12 +240,3 @@ class DecoderPasses(TokenPasses):
         if known and last is not None and isinstance(last.get_seq_length(), Tensor):
             return self._end
         return cached_length(kwargs)
-
-
-def _with_room(spans: TokenSpans, more: int) -> TokenSpans:
-    """Return spans with this many more positions, all of them generated."""
-    parts = [
-        functional.pad(part, (0, more), value=part is spans.generated)
-        for part in (spans.system, spans.image, spans.text, spans.generated)
-    ]
-    return TokenSpans(*parts)

@@ -4,9 +4,11 @@ transformers 5.24 calls ``cache`` what was ``past_key_values``, among arguments 
 goes on taking the old name.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import DynamicCache
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from clva_lens.ground.errors import InterventionError
@@ -19,6 +21,13 @@ def cache_of(options: Mapping[str, Any]) -> Any:
     """Return the cache among arguments, or in a model's output, under either name; None without."""
     found = options.get(CACHE)
     return options.get(OLD) if found is None else found
+
+
+def forked(cache: DynamicCache) -> DynamicCache:
+    """Return a cache with the same keys and values, which can go on without the other one."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 def take_off(cache: Any, count: int) -> None:
