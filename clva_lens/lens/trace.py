@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from clva_lens.engine.run import running
 from clva_lens.engine.session import Session
 from clva_lens.ground.ambient import undisturbed
+from clva_lens.lens.attention_trace import AttentionTrace, HeadChoice
 from clva_lens.lens.intervene import intervening, refuse_in_trace
-from clva_lens.lens.observers import AttentionTrace, HeadChoice, Observer, QueryObserver
+from clva_lens.lens.observers import Observer, QueryObserver
 from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.target import Target, shape_of

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clva_lens.ground.ambient import exact
+from clva_lens.ground.drawn import on_photo
 from clva_lens.ground.errors import ParameterError
 from clva_lens.science.heads import HeadClasses
 
@@ -53,6 +55,28 @@ class VisualAnchors:
     def overlap(self) -> int:
         """Number of visual tokens in both masks, summed over samples: their weight is 1 + α − β."""
         return int((self.positive & self.negative).sum())
+
+    def draw(self, prompt: Any, **options: Any) -> Any:
+        """Return both maps on the photo of ``prompt``, both anchors outlined: a matplotlib figure.
+
+        ``options`` are those of ``cl.overlay``.
+
+        Raises:
+            ParameterError: if they are of several samples.
+            PromptError: if it is unknown where on the photo the image tokens lie.
+        """
+        if self.positive.ndim > 1:
+            raise ParameterError(
+                f"these anchors are of {len(self.positive)} samples, and one is drawn. Make the "
+                "prompt from one image and one question."
+            )
+        return on_photo()(
+            prompt,
+            torch.stack([self.positive_map, self.negative_map]),
+            titles=[f"layer {self.positive_layer}", f"layer {self.negative_layer}"],
+            outlines={"positive": self.positive, "negative": self.negative},
+            **options,
+        )
 
     def __repr__(self) -> str:
         """Return where the anchors come from and how many tokens they mark."""
