@@ -56,8 +56,7 @@ def head_intensity(
             "image"; or that "elsewhere", to system and text, as in the paper's Fig. 1.
 
     Raises:
-        FigureError: if the data is empty, nan or of another shape, a head is in both classes, or
-            ``numbers`` is neither.
+        FigureError: if the data or a choice is malformed, or a head is in both classes.
     """
     values = finite("intensity", intensity, ("layer", "head"))
     if numbers not in ("image", "elsewhere"):

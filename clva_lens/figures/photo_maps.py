@@ -26,7 +26,8 @@ from clva_lens.ground.errors import FigureError
 from clva_lens.ground.files import Row
 
 Scale = Literal["shared", "panel", "p99"]
-"""Where the colours end: at the largest value, at that of each panel, at the 99th percentile."""
+"""Where colours end: "shared", at the largest value of all; "panel", at each panel's own; "p99", at
+the 99th percentile of all values, so that a few attention sinks do not hide the rest."""
 
 Box = tuple[float, float, float, float]
 
@@ -75,10 +76,8 @@ def photo_maps(
         titles: what each map is, above it.
         notes: one line under each map.
         marked: which titles are drawn in red.
-        scale: where colours end: "shared", at the largest value of all; "panel", at each panel's
-            own; "p99", at the 99th percentile of all values, so that a few sinks do not hide the
-            rest. Values beyond have the last colour.
-        smooth: whether colours run between the middles of cells, instead of a cell having one.
+        scale: where colours end, see ``Scale``; values beyond have the last colour.
+        smooth: whether colours run between the middles of cells.
         label: what the values are, with their unit.
         outlines: masks [row, column] of the box, by the names of ``overlay.OUTLINES``.
         columns: how many panels stand side by side.
@@ -100,8 +99,7 @@ def photo_maps(
     place = box or (0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
     for at, ax in enumerate(axes):
         _panel(ax, image, array[at], tops[at], place, colours, smooth=smooth)
-        for name, mask in (outlines or {}).items():
-            _outline(ax, np.asarray(mask, dtype=bool), place, name)
+        _outline(ax, outlines or {}, place)
         ax.set_title(words[0][at], fontsize=8, pad=3, color=VERMILION if red[at] else "black")
         ends = f"ends at {tops[at]:.2g}" if scale == "panel" else ""
         ax.set_xlabel("\n".join(filter(None, (words[1][at], ends))), fontsize=7, labelpad=2)
@@ -179,10 +177,12 @@ def _panel(
     ax.spines[:].set_visible(False)
 
 
-def _outline(ax: Axes, mask: np.ndarray, box: Box, name: str) -> None:
-    """Draw the border of a mask whose cells share the box."""
+def _outline(ax: Axes, masks: Mapping[str, ArrayLike], box: Box) -> None:
+    """Draw the borders of masks whose cells share the box."""
     left, upper, right, lower = box
-    outline(ax, mask, (lower - upper, right - left), name, 1.1, origin=(left, upper))
+    size = (lower - upper, right - left)
+    for name, mask in masks.items():
+        outline(ax, np.asarray(mask, dtype=bool), size, name, 1.1, origin=(left, upper))
 
 
 def _bar(

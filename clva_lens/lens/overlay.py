@@ -47,30 +47,28 @@ def overlay(
         titles: what each map is, above it.
         notes: a line under each map.
         marked: which titles are red.
-        scale: where colours end: "p99", at the 99th percentile of all values, so that attention
-            sinks do not hide the rest; "shared", at the largest value; "panel", at each map's own.
-            The picture says which.
-        smooth: colours run between the middles of patches, instead of a patch having one.
-        photo: "seen", the part of it that the tokens cover, cropped and padded as the model saw
-            it; "whole", all of it.
+        scale: where colours end, which the picture says: "p99", at the 99th percentile of all
+            values, so that attention sinks do not hide the rest; "shared", at the largest value;
+            "panel", at each map's own.
+        smooth: colours run between the middles of patches.
+        photo: "seen", cropped and padded as the model saw it, or the "whole".
         part: of a photo that was cut, its "tiles" or the "thumbnail".
         picture: which photo, 0-based, where the prompt has several.
         label: what the values are, with their unit.
-        outlines: bool [visual] by name, patches to outline: "objects" (``cl.patch_mask``),
-            "positive" or "negative" (anchors).
+        outlines: bool [visual] of "objects" (``cl.patch_mask``), "positive" or "negative" anchors.
         columns: how many panels stand side by side.
 
     Raises:
-        PromptError: if it is unknown where on the photo the image tokens lie, or it is a batch.
+        PromptError: if it is a batch, or it is unknown where on the photo the tokens lie.
         ParameterError: if the maps are of other tokens, or a choice is unknown.
-        FigureError: if values are not finite.
     """
     _check(prompt, photo)
     values = torch.as_tensor(maps).detach().float().cpu()
     values = values[None] if values.ndim == 1 else values
     piece = _piece(prompt, values, part, picture)
     image, box = _under(prompt.photos[piece.picture], piece, photo)
-    masks = {name: torch.as_tensor(mask).cpu() for name, mask in (outlines or {}).items()}
+    given = (outlines or {}).items()
+    masks = {name: piece.on_grid(torch.as_tensor(mask).cpu()) for name, mask in given}
     return photo_maps(
         image,
         piece.on_grid(values).numpy(),
@@ -81,7 +79,7 @@ def overlay(
         scale=scale,
         smooth=smooth,
         label=label,
-        outlines={name: piece.on_grid(mask).numpy() for name, mask in masks.items()},
+        outlines=masks,
         columns=columns,
     )
 

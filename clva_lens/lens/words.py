@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -24,16 +23,18 @@ class Word(NamedTuple):
 def words_of(tokenizer: Any, ids: Sequence[int]) -> list[Word]:
     """Return the words of an answer with their tokens; marks between words belong to none.
 
-    A token belongs to each word that has characters of it: tokens are lined up with the text by
-    the length of what the tokens up to each of them decode to.
+    A token belongs to each word that has characters of it, or bytes of one: tokens are lined up
+    with the text by what the tokens up to each of them decode to.
     """
     text = _decoded(tokenizer, ids)
-    ends = [0]
+    spans = []
+    known = 0
     for count in range(1, len(ids) + 1):
         # Until all bytes of a sign are there, they decode to a replacement.
-        known = len(_decoded(tokenizer, ids[:count]).rstrip("\N{REPLACEMENT CHARACTER}"))
-        ends.append(max(ends[-1], min(known, len(text))))
-    spans = list(pairwise(ends))
+        made = _decoded(tokenizer, ids[:count])
+        whole = made.rstrip("\N{REPLACEMENT CHARACTER}")
+        start, known = known, max(known, min(len(whole), len(text)))
+        spans.append((start, known + (len(whole) < len(made))))
     found = []
     for match in _WORD.finditer(text):
         first, last = match.span()
