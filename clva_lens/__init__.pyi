@@ -26,6 +26,7 @@ from .lens.patch_masks import patch_mask as patch_mask
 from .lens.patching import patch_activations as patch_activations
 from .lens.pointing_game import pointing_game as pointing_game
 from .lens.prefix import read as read
+from .lens.scan import scan as scan
 from .lens.statistics import trace_statistics as trace_statistics
 from .lens.trace import composed_saliency as composed_saliency
 from .lens.trace import head_means as head_means

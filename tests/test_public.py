@@ -67,6 +67,7 @@ def test_public_names():
         "pointing_game",
         "read",
         "register_method",
+        "scan",
         "score",
         "to_transformer_lens",
         "trace_attention",

@@ -23,6 +23,7 @@ from clva_lens.figures.pointing import pointing as pointing
 from clva_lens.figures.pointing_heads import pointing_heads as pointing_heads
 from clva_lens.figures.saliency import SaliencyPicture as SaliencyPicture
 from clva_lens.figures.saliency import saliency_overlays as saliency_overlays
+from clva_lens.figures.scan import scan as scan
 from clva_lens.figures.scores import scores as scores
 from clva_lens.figures.surface import surface as surface
 from clva_lens.figures.task_scores import task_scores as task_scores

@@ -98,7 +98,7 @@ def photo_maps(
     colours = mpl.colormaps["vlag" if array.min() < 0 else "inferno"]
     place = box or (0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
     for at, ax in enumerate(axes):
-        _panel(ax, image, array[at], tops[at], place, colours, smooth=smooth)
+        draw_map(ax, image, array[at], tops[at], place, colours, smooth=smooth)
         _outline(ax, outlines or {}, place)
         ax.set_title(words[0][at], fontsize=8, pad=3, color=VERMILION if red[at] else "black")
         ends = f"ends at {tops[at]:.2g}" if scale == "panel" else ""
@@ -149,7 +149,7 @@ def _panels(
     return fig, axes[:count]
 
 
-def _panel(
+def draw_map(
     ax: Axes,
     image: np.ndarray,
     values: np.ndarray,
@@ -159,6 +159,7 @@ def _panel(
     *,
     smooth: bool,
 ) -> None:
+    """Draw one map over the grey photo; colours end at ``top``."""
     height, width = image.shape[:2]
     ax.imshow(image @ _LUMA, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
     share = (values / top).clip(-1, 1)

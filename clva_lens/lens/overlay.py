@@ -94,6 +94,20 @@ def _check(prompt: Prompt, photo: str) -> None:
         )
 
 
+def under_map(
+    prompt: Prompt, values: Float[Tensor, " visual"]
+) -> tuple[np.ndarray, Box, np.ndarray]:
+    """Return the photo as the model saw it, the box of a map on it, and the map on its grid.
+
+    Raises:
+        PromptError: if it is unknown where on the photo the image tokens lie.
+    """
+    maps = values.detach().float().cpu()[None]
+    piece = _piece(prompt, maps, "tiles", None)
+    image, box = _under(prompt.photos[piece.picture], piece, "seen")
+    return image, box, piece.on_grid(maps)[0].numpy()
+
+
 def _piece(
     prompt: Prompt, values: Float[Tensor, "panel visual"], part: str, picture: int | None
 ) -> Piece:

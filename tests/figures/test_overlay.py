@@ -1,5 +1,7 @@
 """Maps on a photo: each value lies where its token lies, and the scale is what it says it is."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -144,3 +146,28 @@ def test_a_model_says_what_it_is():
     lens = lens_of("full", "sdpa")
     assert "site 'decoder'" in repr(lens) and len(repr(lens)) < 1000
     assert "(vision_tower)" in str(lens)
+
+
+def test_comparisons_and_reports_draw_themselves(tmp_path):
+    model = cl.load("toy-llava", check=False)
+    made = [
+        cl.evaluate(model, name, method=method, limit=24, progress=False)
+        for name in ("pope/toy/random", "chair/toy")
+        for method in (None, cl.KnockOut())
+    ]
+    for plain, blind in (made[:2], made[2:]):
+        found = cl.compare(plain.score, blind.score)
+        drawn = found.draw("knock-out", against="greedy")
+        changes = {row["metric"]: row["change"] for row in drawn.rows}
+        for name, pair in found.metrics.items():
+            assert changes.get(name, 0.0) == pytest.approx(pair.difference.estimate, nan_ok=True)
+        assert found._repr_png_() is not None
+        shown = {row["metric"]: row["value"] for row in plain.draw().rows}
+        assert len(shown) >= 3
+        for name, value in shown.items():
+            assert value == pytest.approx(plain.metrics[name])
+        assert plain._repr_png_() is not None
+    null = cl.compare(made[0].score, made[0].score).draw()
+    assert {row["change"] for row in null.rows} == {0.0}
+    one = dataclasses.replace(made[0], rows=made[0].rows[:1])
+    assert one._repr_png_() is None  # one picture has no interval
