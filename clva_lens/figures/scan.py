@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -86,7 +87,8 @@ def scan(
     ]
     below = 0.15 * len(lines) + 0.15
     fig = Drawing(PAGE, 4.6 + below, rows)
-    upper, lower = fig.subfigures(2, 1, height_ratios=[4.6, below])
+    parts: Any = fig.subfigures(2, 1, height_ratios=[4.6, below])
+    upper, lower = parts
     grid = upper.subplots(2, 2)
     _heads(grid[0, 0], mass, numbered)
     _photo(grid[0, 1], photo, saliency, box, peak)

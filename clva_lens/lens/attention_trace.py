@@ -151,7 +151,8 @@ class AttentionTrace(SelfDrawn):
                 f"{', '.join(map(str, self.layers))}."
             )
         maps = self.saliency(heads)[[self.layers.index(layer) for layer in layers]]
-        return overlay(prompt, maps, **{"titles": [f"layer {one}" for one in layers]} | options)
+        named: dict[str, Any] = {"titles": [f"layer {one}" for one in layers], **options}
+        return overlay(prompt, maps, **named)
 
     def __getitem__(self, item: int) -> "AttentionTrace":
         """Return the trace of one sample of a batch."""
