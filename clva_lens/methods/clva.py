@@ -248,7 +248,8 @@ class ClvaSession(Session):
         if call.window is not None and (step.number == 0 or reads_new):
             self._check_sight(call)
         if step.number == 0:
-            self._check_tau(step.visual.shape[1])
+            if call.layer == self.negative_layer:
+                self._check_tau(step.visual.shape[1])
             self._shares = self._found = None
             rows = read_prompt_rows(call)
             if not self._read:

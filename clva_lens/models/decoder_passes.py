@@ -70,7 +70,8 @@ class DecoderPasses(TokenPasses):
             self._turn_to(cache, kwargs.get("use_cache") is not False)
         mask = kwargs.get("attention_mask")
         if offset == 0 and not self.is_rerun(ids, offset, kwargs):
-            self._left = frozenset(one for one in self._left if one() not in (cache, None))
+            if self._left:
+                self._left = frozenset(one for one in self._left if one() not in (cache, None))
             self._room = None
             self.step = self._first(ids, mask)
             if self.step.number < 0 and not self._is_piece(kwargs):
@@ -95,7 +96,8 @@ class DecoderPasses(TokenPasses):
             remember(last, self.step.spans)
             self._left |= {weakref.ref(last)}
         self._cache = weakref.ref(cache) if isinstance(cache, Cache) else None
-        self._unhook()
+        if self._made is not None:
+            self._unhook()
         if cache is None and makes_one:
             with opening(self._owner):
                 self._made = hook_after(self.entry, self._take)
