@@ -54,8 +54,13 @@ class AttentionCall:
     @property
     def new_rows(self) -> int:
         """How many of this pass's query rows, at its end, are generated tokens."""
-        count = self.query.shape[2]
-        return count - self.step.old_rows(count)
+        count, step = self.query.shape[2], self.step
+        return count if step.offset >= step.text_rows.shape[1] else count - step.old_rows(count)
+
+    @property
+    def is_step(self) -> bool:
+        """Whether this pass's only row is a generated token."""
+        return self.query.shape[2] == 1 and self.step.offset >= self.step.text_rows.shape[1]
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "batch head row key"]:
         """Return the pattern of query rows ``start`` to ``stop``; each sums to 1, less its sink.

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from clva_lens.engine.row_reading import read_prompt_rows, read_received
 from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.ground.ambient import without_gradients
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import Kernel, Method, edited_rows, register_method
 from clva_lens.methods.scores import released_layer, span_keys
@@ -140,7 +141,7 @@ class _VisFlowSession(Session):
         rows = rearrange(edited_rows(call, "text"), "b q -> b 1 q 1")
         return rearrange(weights, "b h k -> b h 1 k").where(rows, 0.0)
 
-    @torch.no_grad()
+    @without_gradients
     def _judge(self, call: AttentionCall) -> _Judged:
         method, layer = self.method, call.layer
         tokens = system = text = None

@@ -71,13 +71,32 @@ class Step:
     )
     of_pass: OfPass = field(default_factory=OfPass, repr=False, init=False)
 
+    def after(self, offset: int, spans: TokenSpans, ids: Int[Tensor, "batch row"]) -> "Step":
+        """Return the next pass of the same prompt."""
+        return Step(
+            self.number + 1,
+            offset,
+            self.text_rows,
+            spans,
+            self.visual,
+            self.causal,
+            self.ordered,
+            ids,
+            self.image_start,
+            self.first_text,
+            self.block,
+            self.of_prompt,
+        )
+
     @property
     def prompt_rows(self) -> int:
         """The number of the prompt's rows."""
         return self.text_rows.shape[1]
 
     def to(self, device: torch.device) -> "Step":
-        """Return the pass with all that it knows on a device."""
+        """Return the pass with all that it knows on a device; itself if it is there."""
+        if self.text_rows.device == device:
+            return self
         return replace(
             self,
             text_rows=self.text_rows.to(device),
