@@ -1,38 +1,27 @@
 """The README: its Python runs, its commands exist, its tree is the tree."""
 
 import re
-from pathlib import Path
 
+import pages
 import pytest
 import torch
+from pages import DOCS, ROOT
 
 import clva_lens
 from clva_lens.__main__ import app
 from clva_lens.ground.moved import MOVED
-from clva_lens.methods.base import METHODS
 
-ROOT = Path(clva_lens.__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = pages.text_of(pages.README)
 
 
 def blocks(language):
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
-    return [code for name, code in found if name == language]
+    return pages.blocks(pages.README, language)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_python_examples_run_in_order(tmp_path):
-    # nnsight reads the source of a with block from a file.
-    code = "\n".join(blocks("python"))
-    path = tmp_path / "readme_examples.py"
-    path.write_text(code, encoding="utf-8")
-    names = {}
-    try:
-        exec(compile(code, str(path), "exec"), names)
-        assert "look-harder" in clva_lens.methods()
-    finally:
-        if "look-harder" in clva_lens.methods():
-            METHODS.remove("look-harder")
+    names = pages.run(pages.README, tmp_path)
+    assert names["registered"] == {"look-harder"}
     assert names["logits"].shape[:2] == names["prompt"]["input_ids"].shape
     with torch.inference_mode(), clva_lens.intervening(names["model"], clva_lens.CLVA()):
         clva = names["model"].hf_model(**names["prompt"]).logits
@@ -53,8 +42,10 @@ def test_the_commands_exist():
         }
         for group in app.registered_groups
     }
-    used = re.findall(r"clva-lens ([a-z-]+)(?: ([a-z]+))?", README)
-    assert len(used) >= 5
+    everything = "\n".join(pages.text_of(page) for page in (pages.README, *DOCS))
+    used = re.findall(r"clva-lens ([a-z-]+)(?: ([a-z]+))?", everything)
+    assert len(used) >= 20
+    assert {first for first, _ in used} >= commands - {"figures"}
     for first, second in used:
         assert first in commands or second in groups.get(first, ()), f"{first} {second}"
 
@@ -79,8 +70,3 @@ def test_the_page_on_the_house_lists_what_moved():
     for old, new in MOVED.items():
         assert f"| `clva_lens.{old}` | `clva_lens.{new}` |" in page
     assert all(f"`{room}`" in page for room in clva_lens.ROOMS)
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target

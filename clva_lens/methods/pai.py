@@ -48,7 +48,7 @@ from clva_lens.models.family import find_family
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class PAI(Method):
-    """Raise the scores of image keys by α·|l| in the last row of the prompt and generated rows.
+    """Raise scores of image keys by ``α·|l|`` in the last row of the prompt and generated rows.
 
     Args:
         alpha: α, by default the release's 0.2; 0 changes nothing, below 0 lowers the scores.

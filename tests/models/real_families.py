@@ -226,7 +226,7 @@ def needs_torchvision(real: Real) -> bool:
 
 
 def table() -> str:
-    """Return the table that the README shows."""
+    """Return the table that docs/models.md shows."""
     works = sorted(set(REAL) - set(REASONS))
     rows = {
         "end to end, with torchvision": [one for one in works if needs_torchvision(REAL[one])],

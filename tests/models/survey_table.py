@@ -124,7 +124,7 @@ PROVEN = tuple(sorted(set(NAMES) - set(OWN) - set(REASONS)))
 
 
 def table() -> str:
-    """Return the table that the README shows."""
+    """Return the table that docs/models.md shows."""
     rows = {f"all laws hold, through the generic family ({len(PROVEN)})": list(PROVEN)}
     for kind, family in OWN.items():
         rows.setdefault(f"the family `{family}`", []).append(kind)
