@@ -4,6 +4,11 @@ import re
 from importlib.metadata import version as version_of
 from typing import Any
 
+from sphinx.util.typing import stringify_annotation
+
+from clva_lens.models.pictures import ImageLike
+from clva_lens.models.prompt import Asked
+
 project = "clva_lens"
 copyright = "the clva_lens authors"
 version = release = version_of("clva-lens")
@@ -20,9 +25,16 @@ napoleon_use_rtype = False
 # Types of torch, transformers and Python are names here, not links: nothing is fetched to build.
 nitpick_ignore_regex = [("py:(class|obj|exc|data)", ".*")]
 
+LONG = {
+    "Asked": stringify_annotation(Asked, "smart"),
+    "ImageLike": stringify_annotation(ImageLike, "smart"),
+}
+
 
 def readable(text: str | None) -> str | None:
-    """Return a signature with shapes as they are written: Float[Tensor, "layer head"]."""
+    """Return a signature with shapes and long unions as they are written: Float[Tensor, 'layer']."""
+    for name, alias in LONG.items():
+        text = text and text.replace(alias, name)
     return text and re.sub(r"~?(?:jaxtyping|torch|collections\.abc|typing)\.(?=\w)", "", text)
 
 

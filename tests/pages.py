@@ -12,6 +12,22 @@ ROOT = Path(clva_lens.__file__).parents[1]
 README = "README.md"
 DOCS = tuple(sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 COMMUNITY = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+SETTING = """
+from dataclasses import replace
+
+import clva_lens as cl
+from clva_lens.toy.scenes import render, sample_scenes
+
+model = cl.load("toy-llava")
+scene = sample_scenes(1, seed=7)[0]
+image = render(scene)
+prompt = model.prompt(image, "is there a cup in the image?")
+thing = scene.things[0]
+rest = replace(scene, things=tuple(one for one in scene.things if one.kind != thing.kind))
+question = f"is there a {thing.kind} in the image?"
+there, gone = (model.prompt(render(one), question) for one in (scene, rest))
+"""
+"""What examples in docstrings go on from; docs/api.md shows it."""
 _FENCED = re.compile(r"^```([^\n]*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
