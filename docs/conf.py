@@ -32,7 +32,7 @@ LONG = {
 
 
 def readable(text: str | None) -> str | None:
-    """Return a signature with shapes and long unions as they are written: Float[Tensor, 'layer']."""
+    """Return a signature with shapes and long unions as written: Float[Tensor, 'layer']."""
     for name, alias in LONG.items():
         text = text and text.replace(alias, name)
     return text and re.sub(r"~?(?:jaxtyping|torch|collections\.abc|typing)\.(?=\w)", "", text)

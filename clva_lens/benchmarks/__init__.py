@@ -3,6 +3,9 @@
 ``base`` holds samples, answers and the registry; ``statistics`` the intervals and controls that a
 comparison of two methods is reported with; every other file is one benchmark. Importing this room
 registers them.
+
+>>> "pope/toy/random" in cl.benchmarks()
+True
 """
 
 from clva_lens.benchmarks import chair_coco as chair_coco

@@ -159,6 +159,12 @@ def compare(
     Raises:
         BenchmarkError: if the ids, the labels or the parsers of the two scores differ, their rows
             are of two kinds, or there are fewer than two groups.
+
+    >>> reports = cl.evaluate(
+    ...     model, "pope/toy/random", methods=[None, "knockout"], limit=8, progress=False
+    ... )
+    >>> len(cl.compare(*(report.score for report in reports)).metrics) > 3
+    True
     """
     kind = _kind(score_a, score_b)
     how = ROW_KINDS.get(kind)

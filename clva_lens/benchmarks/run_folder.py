@@ -125,6 +125,15 @@ def score(folder: str | Path, **settings: Any) -> Report:
         BenchmarkError: if there is no finished run, its files are damaged or edited, or its
             benchmark is unknown here or of another version.
         ParameterError: if the benchmark has no such setting.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = cl.evaluate(
+    ...         model, "pope/toy/random", limit=4, out=f"{folder}/run", progress=False
+    ...     )
+    ...     again = cl.score(f"{folder}/run", parser="official")
+    >>> again.metrics["failed"]
+    0.0
     """
     run = read_run(folder)
     benchmark = benchmark_of(run.record, settings)

@@ -124,6 +124,11 @@ def open_record(slug: str, version: int | str | None = None, root: Path | None =
 
     Raises:
         RecordError: if there is none.
+
+    Example::
+
+        drift = cl.open_record("03_drift")
+        drift.metrics, drift.rows("regression")
     """
     return Archive(find_root(root)).record(slug, version)
 

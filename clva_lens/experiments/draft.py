@@ -192,6 +192,9 @@ def new_record() -> Draft:
 
     ``clva-lens analyse`` makes it a record. In a notebook that is run by hand it lies in a
     temporary folder, so that everything works and nothing is recorded.
+
+    >>> record = cl.new_record()
+    >>> record.keep_metrics(largest=14)
     """
     staging = os.environ.get(STAGING)
     return Draft(Path(staging) if staging else Path(tempfile.mkdtemp(prefix="clva_lens_draft_")))

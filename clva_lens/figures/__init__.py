@@ -2,6 +2,9 @@
 
 ``base`` holds the look, the registry and ``save``, ``layer_map`` a heat map that figures share;
 every other file is one figure.
+
+>>> "head_intensity" in cl.figures()
+True
 """
 
 from clva_lens.figures.accuracy import method_comparison as method_comparison

@@ -36,6 +36,10 @@ class TokenSpans:
     ``system``: before the image, and between images (rows that do not see every image token).
     ``image``: image tokens. ``text``: prompt tokens after the last image token, up to and
     including the assistant cue. ``generated``: tokens the model wrote.
+
+    >>> ids = torch.tensor([[1, 9, 9, 5, 6]])
+    >>> cl.TokenSpans.from_ids(ids, image_token_id=9, attention_mask=torch.ones_like(ids)).image
+    tensor([[False,  True,  True, False, False]])
     """
 
     system: Bool[Tensor, "batch sequence"]

@@ -2,7 +2,15 @@
 
 
 class ClvaLensError(Exception):
-    """Base of all errors raised by clva_lens."""
+    """Base of all errors raised by clva_lens.
+
+    Example::
+
+        try:
+            model = cl.load("toy-lava")
+        except cl.ClvaLensError as error:
+            print(error)  # what was found, then what to do
+    """
 
 
 class UnknownName(ClvaLensError, KeyError):

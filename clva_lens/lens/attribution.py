@@ -197,6 +197,10 @@ def direct_logit_attribution(
         InterventionError: if the attention kernel cannot be intercepted, an open method edits the
             logits, the prompt is padded on the right, or the arguments are those of the other
             form: none in a trace, both outside.
+
+    >>> parts = cl.direct_logit_attribution(model, prompt)
+    >>> parts.heads.shape, parts.image_tokens.shape
+    (torch.Size([12, 8]), torch.Size([12, 64]))
     """
     if model is None and prompt is None and method is None:
 

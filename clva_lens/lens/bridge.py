@@ -39,6 +39,9 @@ def to_transformer_lens(model: Any, *, processor: Any = None) -> Any:
         ModelLoadError: if TransformerLens has no adapter for the model, or lacks torchvision for
             it, or the model has no image tokens.
         InterventionError: if the model is in a run.
+
+    >>> cl.to_transformer_lens(model).cfg.n_layers
+    12
     """
     found = _transformers_model(model)
     architecture = type(found).__name__

@@ -161,6 +161,10 @@ def caption_attention(
         PromptError: if the prompt is a batch.
         ParameterError: if the method or the decoding does not fit, or there is no such layer.
         InterventionError: inside a trace; use ``cl.observe()`` and its ``words`` there.
+
+    >>> told = cl.caption_attention(model, (image, "describe the image."))
+    >>> [word.text for word in told.words][:3], told.maps.shape
+    (['there', 'is', 'a'], torch.Size([12, 8, 13, 64]))
     """
     refuse_in_trace("caption_attention", ", or cl.observe() in it")
     asked = as_prompt(model, prompt, continued=True)

@@ -63,7 +63,11 @@ class Decoding(Parameters, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Greedy(Decoding):
-    """The likeliest token at each step."""
+    """The likeliest token at each step.
+
+    >>> cl.generate(model, prompt, decoding=cl.Greedy(max_new_tokens=4)).texts
+    ['no']
+    """
 
     max_new_tokens: int = 32
 
@@ -78,7 +82,11 @@ class Greedy(Decoding):
 
 @dataclass(frozen=True, kw_only=True)
 class Beam(Decoding):
-    """Beam search; the paper's has 5 beams."""
+    """Beam search; the paper's has 5 beams.
+
+    >>> cl.generate(model, prompt, decoding=cl.Beam(num_beams=2, max_new_tokens=4)).texts
+    ['no']
+    """
 
     num_beams: int = 5
     max_new_tokens: int = 32
@@ -104,6 +112,11 @@ class Sampling(Decoding):
 
     Each prompt has random numbers of its own, one a step, so batches, resuming and threads change
     nothing (but for ties that rounding decides).
+
+    >>> dice = cl.Sampling(seed=0, max_new_tokens=4)
+    >>> one, two = (cl.generate(model, prompt, decoding=dice).texts for _ in range(2))
+    >>> one == two
+    True
     """
 
     temperature: float | int = 1.0
@@ -143,6 +156,9 @@ class FromCheckpoint(Decoding):
     """What the checkpoint's own ``generation_config`` asks for, but for the length.
 
     A record has its settings written out. If it samples, it draws as ``Sampling`` does.
+
+    >>> cl.generate(model, prompt, decoding=cl.FromCheckpoint(max_new_tokens=4)).texts
+    ['no']
     """
 
     seed: int = 0

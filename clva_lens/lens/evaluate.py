@@ -108,6 +108,10 @@ def evaluate(
             folder cannot be used (see ``run_writing.open_run``).
         ParameterError: if the method, the batch size or ``max_failed`` does not fit, ``resume`` has
             no ``out``, ``keep_failed`` no ``resume``, or both ``method`` and ``methods`` are given.
+
+    >>> report = cl.evaluate(model, "pope/toy/random", limit=8, progress=False)
+    >>> len(report.score.rows), report.metrics["failed"]
+    (8, 0.0)
     """
     chosen = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
     check_arguments(evaluate, max_failed=max_failed)

@@ -98,6 +98,10 @@ def generate(
             nothing can be shared or compiled.
         LogitsError: if the model's logits are not finite.
         InterventionError: inside a trace; ``with model.generate(prompt):`` is one.
+
+    >>> answers = cl.generate(model, prompt, method=cl.CLVA())
+    >>> answers.texts, len(answers.margins)
+    (['no'], 1)
     """
     refuse_in_trace("generate", ", or trace with model.generate(prompt)")
     asking = Asking(

@@ -131,6 +131,11 @@ def intervening(model: Any, *methods: MethodLike | None) -> Iterator[Interventio
         InterventionError: if its attention kernel cannot be intercepted, or a half-finished
             generator has a block open on the model.
         ParameterError: if a method does not fit the model.
+
+    >>> with cl.intervening(model, cl.KnockOut()):
+    ...     blind = model.hf_model(**prompt).logits
+    >>> bool((blind == model.hf_model(**prompt).logits).all())
+    False
     """
     found = transformers_model(model)
     sessions = _sessions(found, as_methods(methods), getattr(model, "processor", None))
@@ -147,6 +152,11 @@ def observing(
 
     ``site`` is where, None the family's own; ``layers`` are 0-based. Where gradients are recorded
     they flow through what is observed, so run the model under ``torch.no_grad()`` if you need none.
+
+    >>> with cl.observing(model, layers=[4, 5]) as seen:
+    ...     _ = model.hf_model(**prompt)
+    >>> seen.trace.intensity.shape
+    torch.Size([2, 8])
     """
     found = transformers_model(model)
     observer = Observer(layers, shape_of(found, site), differentiable=True)
@@ -166,6 +176,13 @@ def intervene(*methods: MethodLike | None) -> Intervention:
         InterventionError: outside a trace, after the model started, or if the traced model
             contains none that clva_lens knows.
         ParameterError: if a method does not fit the model.
+
+    Example::
+
+        with model.trace(prompt):
+            run = cl.intervene(cl.CLVA(), cl.PAI())
+            logits = model.output.logits.save()
+        run.anchors
     """
 
     def make(root: Any, model: PreTrainedModel) -> tuple[list[Session], Intervention]:
@@ -184,6 +201,12 @@ def observe(layers: Sequence[int] | str = "all", site: str | None = None) -> Obs
     Raises:
         InterventionError: outside a trace, after the model started, or on an unknown model.
         ParameterError: if the site or a layer does not exist.
+
+    Example::
+
+        with model.trace(prompt):
+            seen = cl.observe(layers=[4, 5])
+        seen.trace.intensity
     """
 
     def make(root: Any, model: PreTrainedModel) -> tuple[list[Session], Observation]:

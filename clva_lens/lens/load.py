@@ -220,6 +220,10 @@ def load(
         ParameterError: if this machine does not have the device.
         ModelCheckError: if the check fails.
         PromptError: if its processor does not make a prompt of a picture and a question.
+
+    >>> model = cl.load("toy-llava")
+    >>> model.num_layers, model.site.name
+    (12, 'decoder')
     """
     if trust_remote_code:
         raise ModelLoadError(

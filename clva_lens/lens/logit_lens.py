@@ -244,6 +244,9 @@ def logit_lens(
         ModelLoadError: if it is not known how the model makes logits of its residual stream.
         InterventionError: if the arguments are those of the other form: none of ``model``,
             ``prompt`` and ``method`` in a trace, the first two outside.
+
+    >>> cl.logit_lens(model, prompt).margin.shape
+    torch.Size([12, 1])
     """
     if model is None and prompt is None and method is None:
 

@@ -61,6 +61,9 @@ def overlay(
     Raises:
         PromptError: if it is a batch, or it is unknown where on the photo the tokens lie.
         ParameterError: if the maps are of other tokens, or a choice is unknown.
+
+    >>> maps = cl.trace_attention(model, prompt).saliency()[4:6]
+    >>> drawing = cl.overlay(prompt, maps, titles=["layer 4", "layer 5"])
     """
     _check(prompt, photo)
     values = torch.as_tensor(maps).detach().float().cpu()

@@ -193,6 +193,11 @@ def patch_mask(
             is known, if the processor does not make one picture of one picture, changes its colours
             although asked for raw ones, or does more than scale, crop, turn and pad it with a
             colour (repeats its edge, for example).
+
+    >>> pixels = np.zeros((64, 64), dtype=bool)
+    >>> pixels[:16, :16] = True
+    >>> int(cl.patch_mask(model, pixels, prompt=prompt).sum())
+    4
     """
     site = model.site.name if site is None else site
     if prompt is None:

@@ -211,6 +211,10 @@ def patch_activations(
     Raises:
         ParameterError: if a layer, span, part or metric does not fit, or positions do not line up.
         InterventionError: inside a trace: ``PatchActivations`` is one such patch in a run of yours.
+
+    >>> patched = cl.patch_activations(model, there, gone)
+    >>> patched.values.shape
+    torch.Size([12, 3])
     """
     refuse_in_trace("patch_activations", ", or cl.intervene(cl.PatchActivations(...)) in it")
     source, target = as_prompt(model, source), as_prompt(model, target)

@@ -118,6 +118,10 @@ def pointing_game(
         ParameterError: if ``part`` is neither, or there is no prompt to know it from.
         BenchmarkError: if the sizes differ, an object covers no patch, or a map is negative, not
             finite or empty.
+
+    >>> on = torch.arange(64) < 16
+    >>> cl.pointing_game(cl.trace_attention(model, prompt).saliency(), on).chance
+    0.25
     """
     if prompt is not None:
         playing = _patches(prompt, saliency.shape[-1], part)

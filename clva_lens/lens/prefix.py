@@ -226,6 +226,11 @@ def read(
 
     Raises:
         PromptError: if a picture cannot be read, or nothing can be read ahead of the question.
+
+    >>> prefix = cl.read(model, image)
+    >>> questions = ["is there a cup in the image?", "is there a car in the image?"]
+    >>> cl.generate(model, [(prefix, one) for one in questions]).texts
+    ['no', 'no']
     """
     return read_prefix(model, model.prompt(image, _ANY_QUESTION, system=system))
 

@@ -120,6 +120,10 @@ def scan(
         PromptError: if the prompt is a batch or has no pixels.
         ModelLoadError: if it is a bare model, without its tokenizer.
         InterventionError: inside a trace.
+
+    >>> scanned = cl.scan(model, prompt, progress=False)
+    >>> scanned.answer, scanned.findings[0]._fields
+    ('no', ('sentence', 'value', 'null'))
     """
     refuse_in_trace("scan", "")
     if not isinstance(model, LensModel):

@@ -72,6 +72,10 @@ def trace_statistics(
         ModelLoadError: if no family knows the model.
         ParameterError: if there are no prompts, their numbers of image tokens differ, or the site
             does not exist.
+
+    >>> stats = cl.trace_statistics(model, [prompt, prompt], progress=False)
+    >>> stats.maps.covariance.shape
+    torch.Size([12, 64, 64])
     """
     maps, intensity, curves = RunningMoments(), RunningMoments(), RunningMoments()
     layers: tuple[int, ...] = ()

@@ -42,6 +42,10 @@ def trace_attention(
         ModelLoadError: if no family knows the model.
         ParameterError: if the site or a layer does not exist, or the method does not fit.
         InterventionError: inside a trace; use ``observe`` there.
+
+    >>> attn = cl.trace_attention(model, prompt)
+    >>> attn.intensity.shape, attn.saliency("sensitive").shape
+    (torch.Size([12, 8]), torch.Size([12, 64]))
     """
     refuse_in_trace("trace_attention", ", or cl.observe() in it")
     found, prompt = transformers_model(model), as_prompt(model, prompt, continued=True)
@@ -73,6 +77,11 @@ def composed_saliency(
         ModelLoadError: if no family knows the model.
         ParameterError: if a layer does not exist, or the method does not fit the model.
         InterventionError: inside a trace; use ``observe`` of each site there.
+
+    >>> blip = cl.load("toy-instructblip")
+    >>> asked = blip.prompt(image, "is there a cup in the image?")
+    >>> asked.on_grid(cl.composed_saliency(blip, asked)).shape
+    torch.Size([6, 8, 8])
     """
     refuse_in_trace("composed_saliency", ", or cl.observe() in it")
     found, prompt = transformers_model(model), as_prompt(model, prompt)
@@ -111,6 +120,10 @@ def head_means(
         ParameterError: if the site does not exist, the method does not fit, or there is no prompt.
         InterventionError: inside a trace: it reads prompts of its own, so make the means before,
             and open ``AblateHeads(mode="mean", reference=means)`` there.
+
+    >>> usual = cl.head_means(model, [prompt])
+    >>> cl.generate(model, prompt, cl.AblateHeads(mode="mean", reference=usual)).texts
+    ['no']
     """
     refuse_in_trace("head_means", "")
     found = transformers_model(model)

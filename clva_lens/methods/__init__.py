@@ -1,4 +1,8 @@
-"""The methods: one file each; importing this room registers them."""
+"""The methods: one file each; importing this room registers them.
+
+>>> "clva" in cl.methods()
+True
+"""
 
 from clva_lens.ground.registry import answer_calls
 from clva_lens.methods import ablation as ablation

@@ -69,6 +69,9 @@ class AblateHeads(Method):
 
     Raises:
         ParameterError: if a parameter is none of these, or mean and reference are not together.
+
+    >>> cl.generate(model, prompt, cl.AblateHeads(heads={4: [5, 6]})).texts
+    ['no']
     """
 
     name: ClassVar[str] = "ablation"

@@ -203,6 +203,13 @@ def register_method(method: SomeMethod) -> SomeMethod:
     Raises:
         ParameterError: if it is no frozen dataclass with a name of its own and defaults for all
             parameters, what it says of itself is wrong, or another method has its name.
+
+    Example::
+
+        @cl.register_method
+        @dataclass(frozen=True, kw_only=True)
+        class Mine(Method):
+            name = "mine"
     """
     _check_method("", method)
     known = dict(METHODS.items()).get(method.name)
@@ -263,6 +270,9 @@ def compose(*methods: MethodLike | None) -> Method:
 
     Raises:
         UnknownName: if one is a name that no method has.
+
+    >>> cl.compose(cl.CLVA(), cl.PAI()).name
+    'composed'
     """
     return Composed(as_methods(methods))
 

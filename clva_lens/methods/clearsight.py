@@ -68,6 +68,9 @@ class ClearSight(Method):
 
     Raises:
         ParameterError: if a factor is negative or infinite, or the variant unknown.
+
+    >>> cl.generate(model, prompt, cl.ClearSight(variant="paper")).texts
+    ['no']
     """
 
     name: ClassVar[str] = "clearsight"

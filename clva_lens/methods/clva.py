@@ -88,6 +88,9 @@ class CLVA(Method):
 
     Raises:
         ParameterError: if a parameter is out of range, or a weight 1 ± … could be negative.
+
+    >>> cl.generate(model, prompt, cl.CLVA(alpha=14, beta=0.9, tau=2)).texts
+    ['no']
     """
 
     name: ClassVar[str] = "clva"

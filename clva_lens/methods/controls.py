@@ -34,6 +34,9 @@ class Shuffled(Method):
     Args:
         method: what is shuffled; a method that only puts biases on attention.
         seed: of the order.
+
+    >>> cl.generate(model, prompt, cl.Shuffled(cl.CLVA(), seed=0)).texts
+    ['no']
     """
 
     name: ClassVar[str] = "shuffled"

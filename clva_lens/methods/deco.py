@@ -50,6 +50,9 @@ class DeCo(Method):
 
     Raises:
         ParameterError: if a parameter is out of range.
+
+    >>> cl.generate(model, prompt, cl.DeCo(alpha=0.6)).texts
+    ['no']
     """
 
     name: ClassVar[str] = "deco"

@@ -41,6 +41,9 @@ class ICD(Method):
 
     Raises:
         ParameterError: if a parameter is out of range, or the instruction is empty.
+
+    >>> cl.generate(model, prompt, cl.ICD()).texts
+    ['no']
     """
 
     name: ClassVar[str] = "icd"

@@ -74,6 +74,9 @@ class IMCCD(Method):
 
     Raises:
         ParameterError: if a parameter is out of range.
+
+    >>> cl.generate(model, prompt, cl.IMCCD(gate="last")).texts
+    ['no']
     """
 
     name: ClassVar[str] = "imccd"

@@ -51,6 +51,10 @@ class KnockOut(Method):
 
     Raises:
         ParameterError: if ``rows`` or ``heads`` is none of these.
+
+    >>> margins = [cl.generate(model, there, one).margins[0] for one in (None, cl.KnockOut())]
+    >>> margins[0] > margins[1]
+    True
     """
 
     name: ClassVar[str] = "knockout"

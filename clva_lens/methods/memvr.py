@@ -61,6 +61,9 @@ class MemVR(Method):
 
     Raises:
         ParameterError: if a parameter is out of range.
+
+    >>> cl.generate(model, prompt, cl.MemVR(ratio=0.12, gamma=0.75)).texts
+    ['no']
     """
 
     name: ClassVar[str] = "memvr"

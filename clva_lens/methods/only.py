@@ -87,6 +87,9 @@ class ONLY(Method):
 
     Raises:
         ParameterError: if a parameter is out of range.
+
+    >>> cl.generate(model, prompt, cl.ONLY()).texts
+    ['no']
     """
 
     name: ClassVar[str] = "only"

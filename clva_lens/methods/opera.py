@@ -70,6 +70,10 @@ class OPERA(Method):
 
     Raises:
         ParameterError: if a parameter is out of range.
+
+    >>> five = cl.Beam(num_beams=5, max_new_tokens=4)
+    >>> cl.generate(model, prompt, cl.OPERA(), five).texts
+    ['no']
     """
 
     name: ClassVar[str] = "opera"

@@ -61,6 +61,9 @@ class PAI(Method):
 
     Raises:
         ParameterError: if a parameter is out of range.
+
+    >>> cl.generate(model, prompt, cl.PAI(alpha=0.2, guidance=1.1)).texts
+    ['no']
     """
 
     name: ClassVar[str] = "pai"

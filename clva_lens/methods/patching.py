@@ -59,6 +59,13 @@ class PatchActivations(Method):
 
     Raises:
         ParameterError: if the part is unknown, or ``heads`` is given for another one than "z".
+
+    Example::
+
+        _, cache = model.run_with_cache(there)
+        patch = cl.PatchActivations(source=there, cache=cache, layers=[4], span="image")
+        with cl.intervening(model, patch):
+            restored = model.hf_model(**gone).logits
     """
 
     name: ClassVar[str] = "patching"

@@ -51,6 +51,9 @@ class VCD(Method):
 
     Raises:
         ParameterError: if a parameter is out of range.
+
+    >>> cl.generate(model, prompt, cl.VCD(seed=0)).texts
+    ['no']
     """
 
     name: ClassVar[str] = "vcd"

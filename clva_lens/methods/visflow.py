@@ -57,6 +57,9 @@ class VisFlow(Method):
 
     Raises:
         ParameterError: if a parameter is out of range.
+
+    >>> cl.generate(model, prompt, cl.VisFlow()).texts
+    ['no']
     """
 
     name: ClassVar[str] = "visflow"

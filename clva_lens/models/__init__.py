@@ -1,4 +1,8 @@
-"""The models: families are facts; importing this room registers them."""
+"""The models: families are facts; importing this room registers them.
+
+>>> "llava" in cl.models()
+True
+"""
 
 from clva_lens.ground.registry import answer_calls
 from clva_lens.models import generic as generic

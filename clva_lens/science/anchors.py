@@ -31,6 +31,11 @@ class VisualAnchors:
     ``positive``, ``negative``: the masks Z_pos and Z_neg of Eq. 9, arXiv:2603.25088v1;
     ``positive_map``, ``negative_map``: the saliency maps of Eq. 4 (fractions of attention mass);
     the layers are 0-based; ``heads`` is None where no head classes were needed.
+
+    >>> with cl.intervening(model, cl.CLVA()) as run:
+    ...     _ = model.hf_model(**prompt)
+    >>> run.anchors.positive.shape
+    torch.Size([64])
     """
 
     positive: Bool[Tensor, "*batch visual"]

@@ -175,6 +175,10 @@ def attention_drift(
     Raises:
         ParameterError: if an anchor layer was not traced, or the model has fewer than 4 layers and
             no ``positive_layer`` is given.
+
+    >>> drift = cl.attention_drift(cl.trace_attention(model, prompt))
+    >>> drift.toward_positive.shape
+    torch.Size([12])
     """
     layers = tuple(attn.layers)
     attending = getattr(attn, "site_layers", ()) or range(attn.num_layers)

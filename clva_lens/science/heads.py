@@ -101,6 +101,9 @@ class HeadClasses(SelfDrawn):
     ``insensitive_fallback``: layers where the rule of Eqs. 2-3 selected no head, so that the
     policy ``empty`` decided ("tail" filled the set, "skip" left it empty). ``threshold`` is their
     λ_vis, or None where the heads were given explicitly.
+
+    >>> cl.trace_attention(model, prompt).heads().sensitive.shape
+    torch.Size([12, 8])
     """
 
     sensitive: Bool[Tensor, "*batch layer head"]
