@@ -1,5 +1,6 @@
 """The pages: their Python runs, their links lead somewhere, every public name is there; Sphinx."""
 
+import html
 import re
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_the_site_builds(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "api.html").read_text(encoding="utf-8")
-    shown = re.sub(r"<[^>]+>", "", reference)
-    assert "intensity: Float[Tensor, &#39;*batch layer head&#39;]" in shown
+    shown = html.unescape(re.sub(r"<[^>]+>", "", reference))
+    assert "intensity: Float[Tensor, '*batch layer head']" in shown
     assert "prompt: Asked, method: Method | str | None" in shown
     assert "jaxtyping." not in shown
