@@ -23,7 +23,8 @@ steps so far, this one included. Sampling takes the first 30 of these, greedy se
 
 **Departs from the release**: the mean is taken for each sample of a batch (the release has batches
 of one), and so is what ``gate`` decides; the second input is read from its first token, where the
-release copies what its system and image rows have in common with the first, with the same result.
+release copies what its system and image rows have in common with the first, with the same result
+(as is done here where the picture was read before its questions).
 α = 0 leaves the contrast out, ``compression`` = 1 leaves CDAR out. CDAR forms the scores of text to
 image, CMVED the rows of text, in every layer; both are exact under fused kernels.
 """
@@ -42,9 +43,9 @@ from transformers import PreTrainedModel
 from clva_lens.engine.session import AttentionCall, Session, raw_scores
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import Kernel, Method, edited_rows, register_method
-from clva_lens.methods.contrast import ContrastRule, ContrastSession, Gate
+from clva_lens.methods.contrast import ContrastRule, ContrastSession, Gate, same
 from clva_lens.methods.target import Target, shape_of
-from clva_lens.models.family import Inputs, find_family, find_site
+from clva_lens.models.family import find_family, find_site
 
 # (α, β, c) of the release's POPE scripts.
 RELEASED = {"instructblip": (3.0, 0.3, 1.0)}
@@ -124,12 +125,8 @@ class IMCCD(Method):
             gate = None if self.gate is None else _Looking(model, self.gate)
             if gate is not None:
                 sessions.append(gate)
-            sessions.append(ContrastSession(model, _same, rule, _impair, gate))
+            sessions.append(ContrastSession(model, same, rule, _impair, gate))
         return sessions
-
-
-def _same(inputs: Inputs) -> Inputs:
-    return inputs
 
 
 def _impair(model: PreTrainedModel) -> list[Session]:
@@ -138,6 +135,8 @@ def _impair(model: PreTrainedModel) -> list[Session]:
 
 class _CompressedDistances(Session):
     """CDAR. Turning an image key by (1 − 1/c)(N − j) positions is the same as moving both ends."""
+
+    leaves_prefix = True
 
     def __init__(self, model: PreTrainedModel, compression: float | int) -> None:
         language: Any = find_site(model, "decoder").passes().entry
@@ -180,6 +179,7 @@ class _Impaired(Session):
     """CMVED: what stands out in the image brings the mean of its values instead of its own."""
 
     edits_output = True
+    leaves_prefix = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.site, self.layers = "decoder", shape_of(model, "decoder").layers
@@ -209,6 +209,7 @@ class _Looking(Gate):
     """How much the rows that predict tokens look at the image, by the sum of their scores."""
 
     edits_output = True  # it edits none, but then sees the scores under every method's bias
+    leaves_prefix = True
 
     def __init__(self, model: PreTrainedModel, window: Window) -> None:
         self.site, self.layers = "decoder", shape_of(model, "decoder").layers
@@ -229,7 +230,8 @@ class _Looking(Gate):
         before = None if call.layer == self.layers[0] else self._sum
         self._sum = share if before is None else before + share.to(before.device)
         if call.layer == self.layers[-1]:
-            known = None if call.step.offset == 0 else self._seen
+            whole = call.step.number == 0 or call.step.offset == 0
+            known = None if whole else self._seen
             self._seen = self._sum if known is None else torch.cat([known, self._sum], dim=1)
 
     def opened(self) -> Bool[Tensor, " batch"]:
