@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_contrast_reference import TextGuidance
 from tiny_models import QUESTIONS, lens_of, make_processor, picture, tiny_model
+from torch.nn import functional
 
 import clva_lens as cl
 from clva_lens.ground.errors import InterventionError, PromptError
@@ -24,7 +25,7 @@ from clva_lens.lens.sharing import why_unshared
 from clva_lens.models.beginning import KEPT
 from clva_lens.models.kv_cache import CACHE
 
-STEPS = 4
+STEPS = 3
 DISTURB = cl.ICD(instruction=contrasting.DISTURBING)
 METHODS = {
     "VCD": cl.VCD(noise_step=400),
@@ -90,15 +91,15 @@ def test_every_step_is_that_of_the_whole_prompt(lens, name):
         assert error < 1e-4 < effect / 50
 
 
-@every_method
+@pytest.mark.parametrize("name", ["VCD", "IMCCD, gated", "PAI", "VisFlow and ICD"])
 @pytest.mark.parametrize("how", DECODINGS)
 def test_answers_are_those_of_whole_prompts(name, how):
     """One picture, and batches that cut its questions anyhow; the prefix is one for all."""
     lens, method = lens_of("full", "sdpa"), METHODS[name]
     prefix, decoding = read(lens, picture(0)), DECODINGS[how]
     wanted = cl.generate(lens, [(picture(0), q) for q in QUESTIONS], method, decoding)
-    for size in (1, 2, 3):
-        given = [(prefix, q) for q in QUESTIONS]
+    given = [(prefix, q) for q in QUESTIONS]
+    for size in (2, 3):
         found = cl.generate(lens, given, method, decoding, batch_size=size, progress=False)
         assert [one.tolist() for one in found.ids] == [one.tolist() for one in wanted.ids]
         assert found.margins == pytest.approx(wanted.margins, abs=1e-4)
@@ -107,15 +108,14 @@ def test_answers_are_those_of_whole_prompts(name, how):
 def test_the_tower_runs_once_for_each_picture_that_is_seen(monkeypatch):
     """Counted over two batches: the prompt's own, and one more for each other beginning."""
     lens = lens_of("full", "sdpa")
-    tower, calls = type(lens.hf_model.model.vision_tower), []
-    forward = tower.forward
+    conv2d, calls = functional.conv2d, []
 
-    def counted(self, *args, **kwargs):
-        calls.append(len(kwargs["pixel_values"] if kwargs else args[0]))
-        return forward(self, *args, **kwargs)
+    def counted(pictures, *args, **options):
+        calls.append(len(pictures))
+        return conv2d(pictures, *args, **options)
 
     assert why_unshared(lens, None) is None  # the probe is not counted
-    monkeypatch.setattr(tower, "forward", counted)
+    monkeypatch.setattr(functional, "conv2d", counted)
     how = {"batch_size": 2, "progress": False, "decoding": cl.Greedy(max_new_tokens=2)}
     more = {"IMCCD": 0, "guidance": 0, "PAI": 0, "CDAR alone": 0, "IMCCD, gated": 0}
     for name, method in METHODS.items():
@@ -204,13 +204,14 @@ def test_weights_that_changed_under_a_fork():
 def test_two_threads_with_a_prefix_of_theirs():
     lens = lens_of("full", "sdpa")
     prefix = read(lens, picture(0))
-    methods = [cl.VCD(seed=0), cl.VCD(seed=1), cl.VisFlow(), DISTURB]
-    alone = [cl.generate(lens, [(picture(0), q) for q in QUESTIONS], m).ids for m in methods]
+    methods = [cl.VCD(seed=0), cl.VCD(seed=1), cl.VisFlow()]
+    whole, how = [(picture(0), q) for q in QUESTIONS], cl.Greedy(max_new_tokens=STEPS)
+    alone = [cl.generate(lens, whole, method, how).ids for method in methods]
     found = [None] * len(methods)
 
     def answer(place):
         given = [(prefix, q) for q in QUESTIONS]
-        found[place] = cl.generate(lens, given, methods[place], progress=False).ids
+        found[place] = cl.generate(lens, given, methods[place], how).ids
 
     threads = [threading.Thread(target=answer, args=(place,)) for place in range(len(methods))]
     for thread in threads:
@@ -250,10 +251,10 @@ def test_a_model_that_no_twin_can_be_made_of(one):
     assert why_unshared(lens, cl.CLVA()) is None
 
 
-@pytest.mark.parametrize("name", ["VCD", "ICD", "PAI", "VisFlow"])
+@pytest.mark.parametrize("name", ["ICD", "PAI", "VisFlow"])
 def test_patches_of_the_text_are_read_onto_the_rest(one, name, monkeypatch):
     """Prompts of several lengths, whose text begins at several places."""
-    method = {"VCD": cl.VCD(beta=0), "ICD": replace(DISTURB, beta=0)}
+    method = {"ICD": replace(DISTURB, beta=0)}
     method |= {"PAI": cl.PAI(guidance=1.7, beta=0), "VisFlow": cl.VisFlow()}
     asked = QUESTIONS[:2]
     source, target = (one.prompt([picture(i), picture(i + 1)], asked) for i in (11, 0))
@@ -261,7 +262,7 @@ def test_patches_of_the_text_are_read_onto_the_rest(one, name, monkeypatch):
     for refusal in (None, "not now"):
         if refusal is not None:
             monkeypatch.setattr(patch_sweep, "why_unshared", lambda *_: "not now")
-        options = {"spans": "last", "part": "z", "each": "head", "layers": [5, 9]}
+        options = {"spans": "last", "part": "z", "layers": [5, 9]}
         found.append(cl.patch_activations(one, source, target, method=method[name], **options))
     error = (found[0].values - found[1].values).abs().max()
     assert error < 1e-4 < found[1].effect.abs().max() / 20
