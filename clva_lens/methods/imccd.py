@@ -156,23 +156,28 @@ class _CompressedDistances(Session):
         count = keys.shape[2]
         turn = self.share * (count - torch.arange(count, dtype=torch.float32, device=keys.device))
         angle = turn[:, None] * self.rotary.inv_freq.float().to(keys.device)
-        cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
-        keys = keys.float()
-        first, second = keys.chunk(2, dim=-1)
-        turned = keys * cos + torch.cat([-second, first], dim=-1) * sin
         # Scores are linear in the keys.
         if call.softcap is not None:
             raise InterventionError(
                 "the model caps its attention scores, which IMCCD's compressed positions do not go "
                 "through. Pass compression=1."
             )
-        change = raw_scores(call.query[:, :, start:], turned - keys, call.scaling)
+        change = raw_scores(call.query[:, :, start:], _turned_by(keys.float(), angle), call.scaling)
         change = change * rearrange(rows, "b q -> b 1 q 1")
         shape = (*call.query.shape[:3], call.key.shape[2])
         bias = torch.zeros(shape, dtype=torch.float32, device=call.query.device)
         where = rearrange(call.step.visual, "b v -> b 1 1 v").expand_as(change)
         bias[:, :, start:].scatter_(3, where, change)
         return bias
+
+
+def _turned_by(
+    keys: Float[Tensor, "batch kv_head visual width"], angle: Float[Tensor, "visual half"]
+) -> Float[Tensor, "batch kv_head visual width"]:
+    """Return rotary keys that are turned by these angles, less the keys."""
+    first, second = keys.chunk(2, dim=-1)
+    cos, sin = angle.cos() - 1, angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class _Impaired(Session):
@@ -196,10 +201,11 @@ class _Impaired(Session):
         old = count - start - call.new_rows
         marked = looked > _means(looked, rows, old)
         taken = share * marked * rearrange(rows, "b q -> b 1 q 1")
-        groups = call.query.shape[1] // call.value.shape[1]
-        values = _at_image(call, call.value).float().repeat_interleave(groups, dim=1)
+        values = _at_image(call, call.value).float()
+        grouped = rearrange(taken, "b (h g) q v -> b h (g q) v", h=values.shape[1])
         mean = rearrange(values.mean(dim=(2, 3)), "b h -> b h 1 1")
-        change = taken.sum(dim=3, keepdim=True) * mean - taken @ values
+        change = grouped.sum(dim=3, keepdim=True) * mean - grouped @ values
+        change = rearrange(change, "b h (g q) w -> b (h g) q w", q=taken.shape[2])
         edited = out.clone()
         edited[:, start:] += rearrange(change, "b h q w -> b q h w").to(out.dtype)
         return edited
@@ -268,7 +274,9 @@ def _text_rows(call: AttentionCall) -> tuple[int, Bool[Tensor, "batch row"]]:
 def _at_image(
     call: AttentionCall, values: Float[Tensor, "batch kv_head key width"]
 ) -> Float[Tensor, "batch kv_head visual width"]:
-    """Return the keys or values of the image tokens."""
+    """Return the keys or values of the image tokens; a view where they are a block."""
+    if call.step.block is not None:
+        return values[:, :, slice(*call.step.block)]
     _, heads, _, width = values.shape
     where = rearrange(call.step.visual, "b v -> b 1 v 1").expand(-1, heads, -1, width)
     return values.gather(2, where)

@@ -105,26 +105,32 @@ def test_answers_are_those_of_whole_prompts(name, how):
         assert found.margins == pytest.approx(wanted.margins, abs=1e-4)
 
 
-def test_the_tower_runs_once_for_each_picture_that_is_seen(monkeypatch):
-    """Counted over two batches: the prompt's own, and one more for each other beginning."""
-    lens = lens_of("full", "sdpa")
+@pytest.fixture
+def towers(monkeypatch):
+    """The number of pictures in each run of a vision tower, a twin's too."""
     conv2d, calls = functional.conv2d, []
 
     def counted(pictures, *args, **options):
         calls.append(len(pictures))
         return conv2d(pictures, *args, **options)
 
-    assert why_unshared(lens, None) is None  # the probe is not counted
+    assert why_unshared(lens_of("full", "sdpa"), None) is None  # the probe is not counted
     monkeypatch.setattr(functional, "conv2d", counted)
+    return calls
+
+
+def test_the_tower_runs_once_for_each_picture_that_is_seen(towers):
+    """Counted over two batches: the prompt's own, and one more for each other beginning."""
+    lens = lens_of("full", "sdpa")
     how = {"batch_size": 2, "progress": False, "decoding": cl.Greedy(max_new_tokens=2)}
     more = {"IMCCD": 0, "guidance": 0, "PAI": 0, "CDAR alone": 0, "IMCCD, gated": 0}
     for name, method in METHODS.items():
-        calls.clear()
+        towers.clear()
         prefix = read(lens, picture(0))
         for _ in range(2):
             cl.generate(lens, [(prefix, q) for q in QUESTIONS], method, **how)
         extra = {"VisFlow and ICD": 3}.get(name, more.get(name, 1))  # R of both, and the lead
-        assert calls == [1] * (1 + extra), name
+        assert towers == [1] * (1 + extra), name
 
 
 def test_another_noise_is_another_beginning():
@@ -252,17 +258,20 @@ def test_a_model_that_no_twin_can_be_made_of(one):
 
 
 @pytest.mark.parametrize("name", ["ICD", "PAI", "VisFlow"])
-def test_patches_of_the_text_are_read_onto_the_rest(one, name, monkeypatch):
+def test_patches_of_the_text_are_read_onto_the_rest(one, name, monkeypatch, towers):
     """Prompts of several lengths, whose text begins at several places."""
     method = {"ICD": replace(DISTURB, beta=0)}
     method |= {"PAI": cl.PAI(guidance=1.7, beta=0), "VisFlow": cl.VisFlow()}
     asked = QUESTIONS[:2]
     source, target = (one.prompt([picture(i), picture(i + 1)], asked) for i in (11, 0))
-    found = []
+    found, counts = [], []
     for refusal in (None, "not now"):
+        towers.clear()
         if refusal is not None:
             monkeypatch.setattr(patch_sweep, "why_unshared", lambda *_: "not now")
-        options = {"spans": "last", "part": "z", "layers": [5, 9]}
+        options = {"spans": "last", "part": "z", "layers": range(2, 10)}
         found.append(cl.patch_activations(one, source, target, method=method[name], **options))
+        counts.append(len(towers))
     error = (found[0].values - found[1].values).abs().max()
     assert error < 1e-4 < found[1].effect.abs().max() / 20
+    assert counts[0] < counts[1], "it was shared"
