@@ -5,6 +5,7 @@ every other file is one figure.
 """
 
 from clva_lens.figures.accuracy import method_comparison as method_comparison
+from clva_lens.figures.attention_masses import attention_masses as attention_masses
 from clva_lens.figures.attribution import head_attribution as head_attribution
 from clva_lens.figures.base import FIGURES as FIGURES
 from clva_lens.figures.base import Drawing as Drawing
@@ -18,6 +19,7 @@ from clva_lens.figures.logit_lens import logit_lens as logit_lens
 from clva_lens.figures.patch_maps import patch_maps as patch_maps
 from clva_lens.figures.patching import patching as patching
 from clva_lens.figures.pointing import pointing as pointing
+from clva_lens.figures.radar import radar as radar
 from clva_lens.figures.saliency import SaliencyPicture as SaliencyPicture
 from clva_lens.figures.saliency import saliency_overlays as saliency_overlays
 from clva_lens.figures.surface import surface as surface

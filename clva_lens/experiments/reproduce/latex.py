@@ -1,14 +1,11 @@
 """The report as a LaTeX document: booktabs tables, figures by name, no package beyond the usual."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from clva_lens.experiments.reproduce.cells import Cell
 from clva_lens.experiments.reproduce.escaping import in_latex, marked
 from clva_lens.experiments.reproduce.items import Answered
-
-if TYPE_CHECKING:
-    from clva_lens.experiments.reproduce.writing import Section
+from clva_lens.experiments.reproduce.sections import Section
 
 _HEAD = r"""\documentclass{article}
 \usepackage[T1]{fontenc}
@@ -36,7 +33,7 @@ _VERDICTS = {
 }
 
 
-def latex_report(sections: "Sequence[Section]", facts: Sequence[tuple[str, str]]) -> str:
+def latex_report(sections: Sequence[Section], facts: Sequence[tuple[str, str]]) -> str:
     """Return the document."""
     told = "".join(f"\\item {in_latex(name)}: {in_latex(text)}\n" for name, text in facts)
     parts = [
@@ -50,7 +47,7 @@ def latex_report(sections: "Sequence[Section]", facts: Sequence[tuple[str, str]]
     return "\n".join(part for part in parts if part)
 
 
-def _section(section: "Section") -> str:
+def _section(section: Section) -> str:
     parts = [
         f"\\subsection*{{{in_latex(section.name.capitalize())}: {in_latex(section.title)}}}",
         in_latex(section.method),
@@ -66,7 +63,7 @@ def _section(section: "Section") -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _table(section: "Section") -> str:
+def _table(section: Section) -> str:
     columns = list(dict.fromkeys(cell.column for cell in section.cells))
     head = " & ".join(["", *(in_latex(column) for column in columns)])
     lines = [f"\\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule", head + r" \\"]

@@ -106,51 +106,67 @@ def make_cells(
     ``rows`` are labels by method, ``baseline`` the method that changes are against: None is the
     first row. ``table`` is the paper's, None if it has no such table.
     """
-    made = []
     first = baseline or next(iter(rows))
+    made = []
     for column in columns:
-        before = _values(column, found, first)
-        for method, label in rows.items():
-            values = _values(column, found, method)
-            place = (subject.printed, column.split, method, column.metric)
-            shown = None
-            if table is not None and column.metric and column.complete:
-                shown = printed(table, *place)
-            base = None
-            if table is not None and column.complete:
-                base = printed(table, subject.printed, column.split, first, column.metric)
-            one, change, note = Estimate(None), Estimate(None), ""
-            if isinstance(values, str):
-                note = values
-            else:
-                one = _scaled(estimate(values), column.scale)
-                if one.value is None:
-                    note = "undefined: a denominator is 0"
-                if method != first and not isinstance(before, str):
-                    change = _scaled(estimate(values - before), column.scale)
-            made.append(
-                Cell(
-                    model=subject.model,
-                    row=label,
-                    column=column.header,
-                    value=one.value,
-                    low=one.low,
-                    high=one.high,
-                    printed=shown,
-                    contradiction=None if table is None else contradiction(table, *place),
-                    change=change.value,
-                    change_low=change.low,
-                    change_high=change.high,
-                    printed_change=None
-                    if shown is None or base is None or method == first
-                    else shown - base,
-                    better=column.better,
-                    digits=column.digits,
-                    n=_count(column, found, method),
-                    note="; ".join(part for part in (note, column.note) if part),
-                )
-            )
+        values = {one: _values(column, found, one) for one in dict.fromkeys((first, *rows))}
+        counts = {one: _count(column, found, one) for one in rows}
+        made += [
+            _cell(subject, table, column, method, first, values, label=label, n=counts[method])
+            for method, label in rows.items()
+        ]
     return made
+
+
+def _cell(
+    subject: Subject,
+    table: int | None,
+    column: Column,
+    method: str,
+    first: str,
+    values: Mapping[str, np.ndarray | str],
+    *,
+    label: str,
+    n: int | None,
+) -> Cell:
+    """Return one cell: ours, the paper's, and the changes of both against the first row."""
+    own, change, note, mine = Estimate(None), Estimate(None), "", values[method]
+    if isinstance(mine, str):
+        note = mine
+    else:
+        own = _scaled(estimate(mine), column.scale)
+        note = "undefined: a denominator is 0" if own.value is None else ""
+        before = values[first]
+        if method != first and not isinstance(before, str):
+            change = _scaled(estimate(mine - before), column.scale)
+    place = (subject.printed, column.split, method, column.metric)
+    theirs, base = (
+        printed(table, subject.printed, column.split, one, column.metric)
+        if table is not None and column.complete
+        else None
+        for one in (method, first)
+    )
+    told = None
+    if method != first and theirs is not None and base is not None:
+        told = theirs - base
+    return Cell(
+        model=subject.model,
+        row=label,
+        column=column.header,
+        value=own.value,
+        low=own.low,
+        high=own.high,
+        printed=theirs,
+        contradiction=None if table is None else contradiction(table, *place),
+        change=change.value,
+        change_low=change.low,
+        change_high=change.high,
+        printed_change=told,
+        better=column.better,
+        digits=column.digits,
+        n=n,
+        note="; ".join(part for part in (note, column.note) if part),
+    )
 
 
 def beyond_bias(found: Found, before: Sequence[Run], after: Sequence[Run]) -> Estimate | str:

@@ -1,14 +1,11 @@
 """The report as one HTML page, with no script and nothing from elsewhere."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from clva_lens.experiments.reproduce.cells import Cell
 from clva_lens.experiments.reproduce.escaping import in_html, marked
 from clva_lens.experiments.reproduce.items import Answered
-
-if TYPE_CHECKING:
-    from clva_lens.experiments.reproduce.writing import Section
+from clva_lens.experiments.reproduce.sections import Section
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem;
@@ -32,7 +29,7 @@ _CLASSES = {
 }
 
 
-def html_report(sections: "Sequence[Section]", facts: Sequence[tuple[str, str]]) -> str:
+def html_report(sections: Sequence[Section], facts: Sequence[tuple[str, str]]) -> str:
     """Return the page."""
     told = "".join(f"<li><b>{in_html(name)}</b>: {in_html(text)}</li>" for name, text in facts)
     parts = [
@@ -53,7 +50,7 @@ def html_report(sections: "Sequence[Section]", facts: Sequence[tuple[str, str]])
     return "\n".join(parts)
 
 
-def _summary(sections: "Sequence[Section]") -> str:
+def _summary(sections: Sequence[Section]) -> str:
     words = list(dict.fromkeys(word for one in sections for word in one.verdicts))
     head = "".join(f"<th>{in_html(word)}</th>" for word in words)
     rows = "".join(
@@ -66,7 +63,7 @@ def _summary(sections: "Sequence[Section]") -> str:
     return f"<table><tr><th>cells by verdict</th>{head}</tr>{rows}</table>"
 
 
-def _section(section: "Section") -> str:
+def _section(section: Section) -> str:
     parts = [
         f'<h2 id="{section.slug}">{in_html(section.name.capitalize())}: '
         f"{in_html(section.title)}</h2>",
@@ -83,7 +80,7 @@ def _section(section: "Section") -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _table(section: "Section") -> str:
+def _table(section: Section) -> str:
     columns = list(dict.fromkeys(cell.column for cell in section.cells))
     head = "".join(f"<th>{in_html(column)}</th>" for column in columns)
     lines = [f"<tr><th></th>{head}</tr>"]

@@ -1,6 +1,7 @@
 """Table 1: POPE, three sources in three splits, six methods."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from clva_lens.benchmarks.pope_sets import SOURCES
 from clva_lens.experiments.paper import SPLITS
@@ -132,14 +133,14 @@ def _beyond(
     """Return what each method gains over greedy with as many yeses."""
     cells = []
     for method, label in LABELS.items():
-        place = {"model": subject.model, "row": label, "column": "beyond bias"}
+        make = partial(Cell, subject.model, label, "beyond bias")
         if not runs["greedy"]:
-            cells.append(Cell(**place, value=None, note="not run yet"))
+            cells.append(make(None, note="not run yet"))
             continue
         gain = beyond_bias(found, runs["greedy"], runs[method])
         if isinstance(gain, str):
-            cells.append(Cell(**place, value=None, note=gain))
+            cells.append(make(None, note=gain))
         else:
             value, low, high = (None if x is None else 100 * x for x in gain)
-            cells.append(Cell(**place, value=value, low=low, high=high, better=0, note=note))
+            cells.append(make(value, low, high, better=0, note=note))
     return cells

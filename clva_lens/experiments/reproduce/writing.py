@@ -3,16 +3,14 @@
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clva_lens.experiments.reproduce.cells import Cell, marks
-from clva_lens.experiments.reproduce.items import Answered, Item, Part
+from clva_lens.experiments.reproduce.items import Item, Part
 from clva_lens.experiments.reproduce.latex import latex_report
 from clva_lens.experiments.reproduce.pages import html_report
+from clva_lens.experiments.reproduce.sections import Section
 from clva_lens.figures.base import save
 
 _CSV = (
@@ -33,34 +31,6 @@ _CSV = (
     "n",
     "note",
 )
-
-
-@dataclass(frozen=True)
-class Section:
-    """One item of the report: its cells of all models, figures by file, answers and sentences."""
-
-    name: str
-    title: str
-    method: str
-    cells: list[Cell]
-    figures: list[tuple[str, str]]
-    answers: list[Answered]
-    notes: list[str]
-
-    @property
-    def slug(self) -> str:
-        """Its name as a file's."""
-        return self.name.replace(" ", "_").replace("-", "_")
-
-    @property
-    def marks(self) -> dict[int, str]:
-        """Which cells are best and second of their model and column."""
-        return marks(self.cells)
-
-    @property
-    def verdicts(self) -> Counter[str]:
-        """How many cells have each verdict."""
-        return Counter(cell.verdict for cell in self.cells)
 
 
 def write_report(
