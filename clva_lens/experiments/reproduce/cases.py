@@ -57,13 +57,16 @@ def wrong_words(text: str, reader: Reader, present: Sequence[str]) -> list[tuple
 def _shorter(
     text: str, words: Sequence[tuple[int, int]], place: int, length: int, reader: Reader
 ) -> bool:
-    """Return whether one of several words alone names the object, so the others add nothing."""
-    if length == 1:
-        return False
-    whole = reader.read(text[words[place][0] : words[place + length - 1][1]]).nodes
-    return any(
-        reader.read(text[start:end]).nodes == whole for start, end in words[place : place + length]
-    )
+    """Return whether fewer of these words name the same object, so the others add nothing."""
+    ends = words[place : place + length]
+    whole = reader.read(text[ends[0][0] : ends[-1][1]]).nodes
+    parts = [
+        text[ends[first][0] : ends[last][1]]
+        for first in range(length)
+        for last in range(first, length)
+        if last - first < length - 1
+    ]
+    return any(reader.read(part).nodes == whole for part in parts)
 
 
 @register

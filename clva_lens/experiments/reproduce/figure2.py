@@ -4,14 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from clva_lens.experiments.reproduce.found import Found, Missing
+from clva_lens.experiments.reproduce.intervals import FEW
 from clva_lens.experiments.reproduce.items import Item, Part, register
 from clva_lens.experiments.reproduce.looks import UNTRAINED, measure_drift, measure_parts
 from clva_lens.experiments.reproduce.needs import Measure, Need
 from clva_lens.experiments.reproduce.subjects import LOOKS, Subject
 from clva_lens.figures import layer_curves
-
-FEW = 10
-"""Fewer pictures than that make no interval."""
 
 
 class _Curves(Item):
@@ -35,11 +33,12 @@ class _Curves(Item):
         except Missing as missing:
             return Part(notes=[f"{subject.model}: {missing}."])
         rows = [
-            row if row["n"] >= FEW else {**row, "low": None, "high": None} for row in told["rows"]
+            row if row["pictures"] >= FEW else {**row, "low": None, "high": None}
+            for row in told["rows"]
         ]
         notes = [self.said(subject, told)]
-        if any(row["n"] < FEW for row in told["rows"]):
-            notes.append(f"{subject.model}: fewer than {FEW} questions, so no bands are drawn.")
+        if any(row["pictures"] < FEW for row in told["rows"]):
+            notes.append(f"{subject.model}: fewer than {FEW} pictures, so no bands are drawn.")
         drawn = layer_curves(rows, marked=told["positive_layer"])
         return Part(drawings={"layers": drawn}, notes=notes)
 

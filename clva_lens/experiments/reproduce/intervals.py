@@ -14,6 +14,8 @@ from clva_lens.benchmarks.metrics import Metric, ratio
 from clva_lens.benchmarks.statistics import resample_counts
 
 RESAMPLES = 1000
+FEW = 10
+"""Fewer pictures than that make no interval."""
 _BLOCK = 2_000_000
 
 
@@ -37,7 +39,7 @@ class Estimate(NamedTuple):
 def resampled(pieces: Sequence[Piece], seed: int = 0) -> np.ndarray:
     """Return values[1 + resample, piece]; the first row is of the data as they are.
 
-    Rows after the first are nan where a stratum has fewer than two pictures.
+    Rows after the first are nan where a stratum has fewer than ``FEW`` pictures.
     """
     found = np.full((1 + RESAMPLES, len(pieces)), math.nan)
     for number, stratum in enumerate(dict.fromkeys(piece.stratum for piece in pieces)):
@@ -58,7 +60,7 @@ def resampled(pieces: Sequence[Piece], seed: int = 0) -> np.ndarray:
                 values = pieces[at].metric(pieces[at].columns, weights)
                 values[weights.sum(axis=1) == 0] = math.nan
                 found[start : start + size, at] = values
-        if len(names) < 2:
+        if len(names) < FEW:
             found[1:, inside] = math.nan
     return found
 

@@ -127,7 +127,8 @@ def _curve(
         defined = np.isfinite(column)
         kept = [group for group, one in zip(groups, defined, strict=True) if one]
         row = {"quantity": quantity, "run": run, "layer": layer, "n": len(kept)}
-        if len(set(kept)) >= 2:
+        row["pictures"] = len(set(kept))
+        if row["pictures"] >= 2:
             mean, low, high = mean_interval(column[defined], kept)
         else:
             mean, low, high = (float(column[defined].mean()) if kept else None), None, None

@@ -13,6 +13,7 @@ from clva_lens.experiments.reproduce.cells import Cell
 from clva_lens.experiments.reproduce.contradictions import contradiction, printed
 from clva_lens.experiments.reproduce.found import Found, Missing
 from clva_lens.experiments.reproduce.intervals import (
+    FEW,
     Estimate,
     Piece,
     estimate,
@@ -135,7 +136,10 @@ def _cell(
         note = mine
     else:
         own = _scaled(estimate(mine), column.scale)
-        note = "undefined: a denominator is 0" if own.value is None else ""
+        if own.value is None:
+            note = "undefined: a denominator is 0"
+        elif own.low is None:
+            note = f"fewer than {FEW} pictures: no interval"
         before = values[first]
         if method != first and not isinstance(before, str):
             change = _scaled(estimate(mine - before), column.scale)
