@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import clva_lens as cl
 from clva_lens.__main__ import app
-from clva_lens.benchmarks.base import Answer, judge
+from clva_lens.benchmarks.metrics import Outcomes
 from clva_lens.benchmarks.run_folder import Report, read_run, score
 from clva_lens.benchmarks.run_writing import OpenRun
 from clva_lens.benchmarks.statistics import bootstrap_interval
@@ -59,6 +59,7 @@ def table(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_every_item_from_end_to_end(tmp_path):
     out = tmp_path / "out"
     files, _ = quietly([], SMALL, out)
@@ -81,7 +82,8 @@ def test_every_item_from_end_to_end(tmp_path):
     assert {cell["verdict"] for cell in cells} <= {"not printed", "not measured"}
     drawn = {path.name for path in (out / "figures").glob("*.pdf")}
     assert {"figure_1_masses_toy-llava.pdf", "equation_12_layers_toy-llava.pdf"} <= drawn
-    assert {"figure_4_dots_toy-llava.pdf", "figure_5_accuracy_toy-llava.pdf"} <= drawn
+    assert "figure_5_accuracy_toy-llava.pdf" in drawn
+    assert "too few tasks for a radar" in page, "two questions are of one task"
     for path in told["runs"]:
         assert len(read_run(out / path).answers) <= 2
         assert score(out / path).metrics
@@ -125,11 +127,12 @@ def test_the_tables_numbers_are_the_runs_own(tmp_path):
 
 def test_what_is_stopped_goes_on_and_nothing_is_asked_twice(tmp_path, monkeypatch):
     """Stopped at every few batches; the report is that of one that was never stopped."""
-    whole, _ = quietly(["table 6"], replace(TOY, batch_size=6), tmp_path / "whole")
+    few = replace(TOY, limit=6, batch_size=3)
+    whole, _ = quietly(["table 6"], few, tmp_path / "whole")
     own, asked, left = OpenRun.write, [], itertools.count()
 
     def write(self, place, answers):
-        if next(left) % 7 == 6:
+        if next(left) % 5 == 4:
             raise KeyboardInterrupt
         asked.extend((str(self.files.folder), place + at) for at in range(len(answers)))
         own(self, place, answers)
@@ -138,14 +141,14 @@ def test_what_is_stopped_goes_on_and_nothing_is_asked_twice(tmp_path, monkeypatc
     stops = 0
     for _ in range(20):
         try:
-            files, _ = quietly(["table 6"], replace(TOY, batch_size=6), tmp_path / "stopped")
+            files, _ = quietly(["table 6"], few, tmp_path / "stopped")
             break
         except KeyboardInterrupt:
             stops += 1
-    assert stops >= 2 and len(asked) == len(set(asked)) == 12 * 12
+    assert stops >= 2 and len(asked) == len(set(asked)) == 12 * 6
     assert files["cells.csv"].read_bytes() == whole["cells.csv"].read_bytes()
     before = len(asked)
-    quietly(["table 6"], replace(TOY, batch_size=6), tmp_path / "stopped")
+    quietly(["table 6"], few, tmp_path / "stopped")
     assert len(asked) == before
 
 
@@ -270,10 +273,7 @@ def test_table_1_is_the_mean_over_sources_and_only_then_beside_the_papers(tmp_pa
 def test_a_method_that_changes_nothing_changes_exactly_nothing(tmp_path):
     class Same(Made):
         def report(self, run):
-            return super().report(replace_method(run))
-
-    def replace_method(run):
-        return Run(run.subject, run.benchmark, None, None, run.limit)
+            return super().report(Run(run.subject, run.benchmark))
 
     cells = ITEMS.get("table 1").part(PAPERS, Same(tmp_path)).cells
     changes = [(c.change, c.change_low, c.change_high) for c in cells if c.change is not None]
@@ -290,8 +290,6 @@ def test_intervals_are_those_of_the_bootstrap_over_pictures(tmp_path):
     cell = of_table(item.part(PAPERS, made).cells, "CLVA, top-p 1", "Random Acc.")
     run = next(n for n in item.needs(PAPERS) if n.method == cl.CLVA() and n.decoding.top_p == 1)
     rows = made.report(run).rows
-    from clva_lens.benchmarks.metrics import Outcomes
-
     groups = [row["group"] for row in rows]
     other = bootstrap_interval("accuracy", Outcomes.from_rows(rows), groups, seed=5)
     assert cell.value == pytest.approx(100 * other.estimate)
@@ -304,7 +302,7 @@ def test_contradictions_are_those_of_the_arithmetic():
     qwen = MODELS[2]
     assert {p for p in places if p[0] in (1, 5)} == {
         (table, qwen, method) for table in (1, 5) for method in ("IMCCD", "CLVA")
-    } - {(1, qwen, "IMCCD")} | {(1, qwen, "IMCCD")}
+    }
     assert {p[2] for p in places if p[0] == 4} == {"none", "swapped"}
     assert {p[1] for p in places if p[0] == 2} == set(MODELS[:2])
     assert contradiction(2, MODELS[0], "", "CLVA", "recall") is None
@@ -367,4 +365,3 @@ def test_a_finished_folder_needs_no_model(tmp_path, monkeypatch):
     before = first["report.html"].read_bytes()
     again, said = quietly(["figure 1", "claim B.1"], SMALL, tmp_path)
     assert said == [] and again["report.html"].read_bytes() == before
-    assert judge and Answer  # what a run folder is scored by
