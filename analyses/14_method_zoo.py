@@ -104,7 +104,7 @@ record.draw(
     "differences",
     "sampling_questions",
     table="sampling_questions",
-    metrics=yes_no[:-1],
+    metrics=yes_no,
     baseline="sampling with the same seed",
 )
 
