@@ -104,6 +104,7 @@ def differences(
         ax.set_xlabel(_LABELS.get(metric, plain(metric)), fontsize=SMALL)
         ticks = _ticks(ends)
         ax.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+        ax.tick_params(axis="y", length=0)
         ax.grid(axis="x", color="0.92", lw=0.5)
         ax.set_axisbelow(True)
     _name(panels[0], y, marked)
@@ -222,7 +223,6 @@ def _name(first: Any, y: Mapping[tuple[str, str], float], marked: str) -> None:
         blocks[benchmark] = min(at, blocks.get(benchmark, at))
     names = [plain(method, 30) for _, method in y] + [plain(block, 30) for block in blocks]
     first.set_yticks([*y.values(), *(top - 0.8 for top in blocks.values())], names)
-    first.tick_params(axis="y", length=0)
     labels = first.get_yticklabels()
     for label, (_, method) in zip(labels, y, strict=False):
         if method == marked:
