@@ -127,6 +127,14 @@ def drift_curves(
     for run, given in curves.items():
         for name in given:
             _draw(panels, name, run, [r for r in rows if (r["run"], r["curve"]) == (run, name)])
+    _name(panels, wide)
+    _mark_anchors(panels, positive_layer, negative_layer, wide)
+    _legend(fig, panels, list(curves), wide, _band(curves, groups))
+    return fig
+
+
+def _name(panels: Any, wide: bool) -> None:
+    """Name the axes, and in two columns what each is of."""
     for name in _NEEDED:
         row, column, words = _CURVES[name]
         panels[row, column].set_ylabel(words, fontsize=SMALL)
@@ -139,9 +147,6 @@ def drift_curves(
         panels[0, 1].set_axis_off()
         panels[1, 0].set_title("all image tokens", fontsize=SMALL)
         panels[1, 1].set_title("unmasked tokens only", fontsize=SMALL)
-    _mark_anchors(panels[:, :1] if not wide else panels, positive_layer, negative_layer, wide)
-    _legend(fig, panels, list(curves), wide, _band(curves, groups))
-    return fig
 
 
 def _checked(run: str, given: Curves) -> dict[str, np.ndarray]:
