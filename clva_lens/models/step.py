@@ -88,6 +88,7 @@ class Step:
             self.image_start,
             self.first_text,
             self.block,
+            self.read_before,
             self.of_prompt,
         )
 
