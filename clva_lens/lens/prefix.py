@@ -23,7 +23,7 @@ from clva_lens.ground.errors import PromptError
 from clva_lens.lens.load import LensModel
 from clva_lens.models.context import remember
 from clva_lens.models.kv_cache import CACHE, forked
-from clva_lens.models.once import pictures_once
+from clva_lens.models.once import Prepared
 from clva_lens.models.pictures import ImageLike
 from clva_lens.models.positions import positions_of
 from clva_lens.models.prompt import Prompt, readable, visual_tokens
@@ -40,7 +40,7 @@ class Prefix:
 
     A row a picture, padded on the left. ``ids`` are its tokens, ``spans`` says what they are.
     ``cache``, their keys and values, is never written to: ``fork`` copies it. ``prompt`` is the one
-    that was cut. ``weights`` are what the model's were then.
+    that was cut. ``weights`` are what the model's were then. ``prepared`` has its pictures.
     """
 
     model: LensModel
@@ -49,6 +49,7 @@ class Prefix:
     spans: TokenSpans
     cache: DynamicCache
     weights: int
+    prepared: Prepared | None = None
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -113,11 +114,10 @@ class Prefix:
                 f"there are {len(questions)} questions, but pictures names {len(owners)}. Pass one "
                 "for each question."
             )
-        once = pictures_once(self.model.processor)
+        prepared = self.prepared or Prepared(self.model.processor)
+        shown, once = prepared.show(self.prompt.images), prepared.processor
         whole = [
-            self.model.prompt(
-                self.prompt.images[owner], text, system=self.prompt.system, processor=once
-            ).inputs
+            self.model.prompt(shown[owner], text, system=self.prompt.system, processor=once).inputs
             for owner, text in zip(owners, questions, strict=True)
         ]
         return self.continued(owners, whole, questions, batched=not isinstance(question, str))
@@ -220,19 +220,34 @@ class Continued(Prompt):
 
 
 def read(
-    model: LensModel, image: ImageLike | Sequence[ImageLike], *, system: str | None = None
+    model: LensModel,
+    image: ImageLike | Sequence[ImageLike],
+    *,
+    system: str | None = None,
+    prepared: Prepared | None = None,
 ) -> Prefix:
     """Return a picture, or several, as ``model`` has read it, with what comes before it.
+
+    ``prepared`` knows what it has prepared of pictures before.
 
     Raises:
         PromptError: if a picture cannot be read, or nothing can be read ahead of the question.
     """
-    return read_prefix(model, model.prompt(image, _ANY_QUESTION, system=system))
+    prepared = prepared or Prepared(model.processor)
+    shown: Any = image
+    if image is not None:
+        several = isinstance(image, list | tuple)
+        shown = prepared.show(image) if several else prepared.show([image])[0]
+    once = prepared.processor
+    prompt = model.prompt(shown, _ANY_QUESTION, system=system, processor=once)
+    return read_prefix(model, prompt, prepared)
 
 
 @undisturbed()
-def read_prefix(model: LensModel, prompt: Prompt) -> Prefix:
+def read_prefix(model: LensModel, prompt: Prompt, prepared: Prepared | None = None) -> Prefix:
     """Return what a prompt has up to the end of its picture, read by the model.
+
+    ``prepared`` has its pictures, if it was made of some.
 
     Raises:
         PromptError: if it cannot be read by itself.
@@ -252,15 +267,16 @@ def read_prefix(model: LensModel, prompt: Prompt) -> Prefix:
     with readable(prompt), torch.no_grad():
         found(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     cut = spans.each(lambda span: span.gather(1, place.clamp_min(0)) & real)
-    return Prefix(model, prompt, inputs["input_ids"], cut, cache, weights_state(model.hf_model))
+    weights = weights_state(model.hf_model)
+    return Prefix(model, prompt, inputs["input_ids"], cut, cache, weights, prepared)
 
 
 def refuse_prefix(model: LensModel) -> None:
     """Raise PromptError if the beginning of a prompt cannot be read by itself."""
     if model.site.name != "decoder":
         raise PromptError(
-            "the Q-Former of this model reads the question with the picture, so there is nothing "
-            "to read ahead of it. Pass model.prompt(image, question)."
+            "the Q-Former of this model reads the question with the picture, or is edited for it, "
+            "so there is nothing to read ahead of it. Pass model.prompt(image, question)."
         )
     cache = DynamicCache(config=model.hf_model.config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
