@@ -25,7 +25,7 @@ def as_asked(lens, images, questions, processor=None):
 
 @pytest.mark.parametrize("kind", available(set(PROVEN) & set(REAL) - {"shieldgemma2"}))
 def test_prepared_is_what_it_was(kind):
-    """By every real processor that asks our questions: alone, together, of unequal sizes, twice, and one after another."""
+    """By every real processor: alone, together, unequal, twice, one after another."""
     lens = cl.load((make_model(kind, REAL[kind]), make_processor(REAL[kind])), check=False)
     prepared = Prepared(lens.processor)
     wide, other, high = photo(64, 112), photo(64, 112, 1), photo(112, 64, 2)
