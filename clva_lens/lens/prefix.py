@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.axes import TokenSpans, last_true
-from clva_lens.ground.errors import PromptError
+from clva_lens.ground.errors import PromptError, SpanError
 from clva_lens.lens.load import LensModel
 from clva_lens.models.context import remember
 from clva_lens.models.kv_cache import CACHE, forked
@@ -114,13 +114,30 @@ class Prefix:
                 f"there are {len(questions)} questions, but pictures names {len(owners)}. Pass one "
                 "for each question."
             )
-        prepared = self.prepared or Prepared(self.model.processor)
-        shown, once = prepared.show(self.prompt.images), prepared.processor
-        whole = [
-            self.model.prompt(shown[owner], text, system=self.prompt.system, processor=once).inputs
-            for owner, text in zip(owners, questions, strict=True)
-        ]
+        whole = self._whole_prompts(owners, questions)
         return self.continued(owners, whole, questions, batched=not isinstance(question, str))
+
+    def _whole_prompts(self, owners: list[int], questions: list[str]) -> list[dict[str, Tensor]]:
+        """Return the inputs of each whole prompt, unpadded: made together where they can be."""
+        prepared = self.prepared or Prepared(self.model.processor)
+        shown = prepared.show(self.prompt.images)
+        given = {"system": self.prompt.system, "processor": prepared.processor}
+        try:
+            batch = self.model.prompt([shown[owner] for owner in owners], questions, **given).inputs
+        except SpanError:  # pictures of unequal numbers of tokens go into no batch
+            batch = {}
+        if batch and all(len(one) == len(questions) for one in batch.values()):
+            starts = batch["attention_mask"].argmax(dim=1).tolist()
+            rows = [slice(row, row + 1) for row in range(len(questions))]
+            return [
+                {
+                    name: one[row, start:] if name in BY_TOKEN else one[row]
+                    for name, one in batch.items()
+                }
+                for row, start in zip(rows, starts, strict=True)
+            ]
+        asked = zip(owners, questions, strict=True)
+        return [self.model.prompt(shown[owner], text, **given).inputs for owner, text in asked]
 
     def continued(
         self,

@@ -41,6 +41,7 @@ class Prefixes:
         self._prepared: tuple[LensModel, Prepared] | None = None
         self._readings = TowerReadings()
         self._last: tuple[list[Hashable], str | None, list[Any], Prefix] | None = None
+        self._asked: tuple[Any, Prompt] | None = None
 
     def ask(
         self,
@@ -52,12 +53,27 @@ class Prefixes:
     ) -> Prompt:
         """Return the prompt of a batch; a picture is read once for its questions, if they share it.
 
-        It is prepared once, whether they do or not.
+        It is prepared once, whether they do or not, and who asks the same again gets the same.
         """
+        keys = picture_keys(images)
+        what = (model, keys, list(questions), system, share)
+        if self._asked is None or self._asked[0] != what:
+            self._asked = (what, self._prompt(model, images, questions, system, share, keys))
+        return self._asked[1]
+
+    def _prompt(
+        self,
+        model: LensModel,
+        images: Sequence[ImageLike],
+        questions: Sequence[str],
+        system: str | None,
+        share: Share | None,
+        keys: list[Hashable],
+    ) -> Prompt:
         if self._prepared is None or self._prepared[0] is not model:
             self._prepared = (model, Prepared(model.processor))
         prepared = self._prepared[1]
-        shown, keys = prepared.show(images), picture_keys(images)
+        shown = prepared.show(images)
         known = list(dict.fromkeys(keys))
         if share != "picture" or len(known) == len(keys):
             once = prepared.processor
