@@ -8,6 +8,7 @@ from .ground.axes import TokenSpans as TokenSpans
 from .ground.errors import ClvaLensError as ClvaLensError
 from .lens.attribution import direct_logit_attribution as direct_logit_attribution
 from .lens.bridge import to_transformer_lens as to_transformer_lens
+from .lens.captions import caption_attention as caption_attention
 from .lens.decoding import Beam as Beam
 from .lens.decoding import FromCheckpoint as FromCheckpoint
 from .lens.decoding import Greedy as Greedy
@@ -20,10 +21,13 @@ from .lens.intervene import observe as observe
 from .lens.intervene import observing as observing
 from .lens.load import load as load
 from .lens.logit_lens import logit_lens as logit_lens
+from .lens.modality_parts import modality_parts as modality_parts
+from .lens.overlay import overlay as overlay
 from .lens.patch_masks import patch_mask as patch_mask
 from .lens.patching import patch_activations as patch_activations
 from .lens.pointing_game import pointing_game as pointing_game
 from .lens.prefix import read as read
+from .lens.scan import scan as scan
 from .lens.statistics import trace_statistics as trace_statistics
 from .lens.trace import composed_saliency as composed_saliency
 from .lens.trace import head_means as head_means

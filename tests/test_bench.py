@@ -64,6 +64,8 @@ LLAVAS = {
     "6 questions, CLVA",
     "6 questions, picture read once",
     "6 questions, CLVA, picture read once",
+    "6 questions, VCD, picture read once",
+    "6 questions, IMCCD, picture read once",
     "6 questions, greedy + CLVA + KnockOut, picture read once",
     "6 questions, cache copied by hand",
     "6 questions, 30 CLVA, picture read once",

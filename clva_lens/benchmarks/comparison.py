@@ -1,5 +1,6 @@
 """Two methods on the same samples: what changed, how surely, and could a threshold do it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from clva_lens.benchmarks.metrics import (
     why_no_threshold,
 )
 from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index, mcnemar
+from clva_lens.ground.drawn import SelfDrawn, drawing
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.registry import Registry
 
@@ -59,7 +61,7 @@ class MetricPair(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(SelfDrawn):
     """What method B changes against method A on the same samples.
 
     For yes/no questions ``metrics`` holds accuracy, f1, auc and yes_ratio, which belong together: a
@@ -91,6 +93,22 @@ class Comparison:
     beyond_bias: Interval | None
     no_threshold: str | None
     unread: int
+
+    def draw(self, name: str = "B", against: str = "A") -> Any:
+        """Return what B changes, with intervals, as a matplotlib figure.
+
+        ``name`` is what B is called in it, ``against`` what A is.
+        """
+        changes = {metric: pair.difference for metric, pair in self.metrics.items()}
+        if self.beyond_bias is not None:
+            changes["beyond_bias"] = self.beyond_bias
+        same = {"benchmark": self.kind, "method": name}
+        rows = [
+            {**same, "metric": metric, "change": one.estimate, "low": one.low, "high": one.high}
+            for metric, one in changes.items()
+            if math.isfinite(one.estimate)
+        ]
+        return drawing("differences")(rows, [row["metric"] for row in rows], baseline=against)
 
     def __repr__(self) -> str:
         """Return a small table."""
@@ -146,8 +164,7 @@ def compare(
     how = ROW_KINDS.get(kind)
     rows_a, rows_b = _paired_rows(score_a, score_b, how.same)
     a, b = how.columns(rows_a), how.columns(rows_b)
-    groups = [("group", row["group"]) if row["group"] else ("id", row["id"]) for row in rows_a]
-    index = cluster_index(groups, len(rows_a))
+    index = _clusters(rows_a)
     tasks: list[tuple[Metric, Any, Any]] = [(metric, a, b) for metric in how.metrics.values()]
     no_threshold = why_no_threshold(a) if how.threshold else None
     shifted = bias_matched_to(a, b) if how.threshold and no_threshold is None else None
@@ -173,6 +190,24 @@ def compare(
         no_threshold=no_threshold,
         unread=sum(row["prediction"] == "other" for row in rows_a) if how.threshold else 0,
     )
+
+
+def metric_intervals(score: Score, confidence: float = 0.95) -> dict[str, Interval]:
+    """Return the metrics that runs of this kind are compared by, each with its interval.
+
+    Raises:
+        BenchmarkError: if the rows are of several kinds or none, or of fewer than two groups.
+    """
+    how = ROW_KINDS.get(_kind(score, score))
+    run = how.columns(score.rows)
+    tasks: list[tuple[Metric, Any, Any]] = [(metric, run, None) for metric in how.metrics.values()]
+    found = Bootstrap(_clusters(score.rows), confidence=confidence).intervals(tasks)
+    return dict(zip(how.metrics, found, strict=True))
+
+
+def _clusters(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    groups = [("group", row["group"]) if row["group"] else ("id", row["id"]) for row in rows]
+    return cluster_index(groups, len(rows))
 
 
 def _kind(score_a: Score, score_b: Score) -> str:

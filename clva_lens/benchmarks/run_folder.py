@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from clva_lens.benchmarks.base import Answer, Benchmark, Sample, Score, judge, read_answers
+from clva_lens.benchmarks.comparison import metric_intervals
 from clva_lens.benchmarks.lines import each_line, sha256_of_lines
 from clva_lens.benchmarks.readouts import require_margins_for
 from clva_lens.benchmarks.sample_rows import as_samples
+from clva_lens.ground.drawn import SelfDrawn, drawing
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.files import sha256
 from clva_lens.ground.settings import restore_settings
@@ -33,7 +35,7 @@ SAMPLES_SHA256, ANSWERS_SHA256 = "samples_sha256", "answers_sha256"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Report:
+class Report(SelfDrawn):
     """The metrics of a run, one row a sample, and the record of how it came about."""
 
     metrics: dict[str, float]
@@ -51,12 +53,36 @@ class Report:
         keys = ("benchmark", "benchmark_version", "settings")
         return plain({**{key: self.record[key] for key in keys}, "metrics": self.metrics})
 
-    def __repr__(self) -> str:
-        """Return what was run and its metrics."""
+    @property
+    def title(self) -> str:
+        """What was run: benchmark, model and method."""
         record = self.record
         method = record.get("method", {}).get("name")
-        title = " · ".join(str(x) for x in (record["benchmark"], record.get("model"), method) if x)
-        return f"{title}\n{self.score!r}"
+        return " · ".join(str(x) for x in (record["benchmark"], record.get("model"), method) if x)
+
+    def draw(self) -> Any:
+        """Return the scores with 95 % intervals, groups resampled, as a matplotlib figure.
+
+        Raises:
+            BenchmarkError: if the rows are of no kind whose intervals are known.
+        """
+        rows = [
+            {"metric": name, "value": one.estimate, "low": one.low, "high": one.high}
+            for name, one in metric_intervals(self.score).items()
+            if math.isfinite(one.estimate)
+        ]
+        return drawing("scores")(rows, title=self.title)
+
+    def _repr_png_(self) -> bytes | None:
+        """Return the picture that a notebook shows; none of what has no intervals."""
+        try:
+            return self.draw()._repr_png_()
+        except BenchmarkError:
+            return None
+
+    def __repr__(self) -> str:
+        """Return what was run and its metrics."""
+        return f"{self.title}\n{self.score!r}"
 
 
 # ── reading a run back ──

@@ -3,9 +3,11 @@
 A module that is in no run of this thread or task is passed through to the kernel itself.
 """
 
+import inspect
+import re
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +17,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clva_lens.engine import maskless, windows
+from clva_lens.engine.checkpointing import checkpointed
 from clva_lens.engine.compiled import PASS, attend_row
-from clva_lens.engine.kernels import Formula
 from clva_lens.models.belonging import HERE
 
 
@@ -24,13 +26,15 @@ def _base(kernel: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor 
     """Return a kernel; the eager one is that of the file that defines the module."""
     if kernel == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
-    return sdpa_attention_forward if kernel == "sdpa" else ALL_ATTENTION_FUNCTIONS[kernel]
+    return ALL_ATTENTION_FUNCTIONS[kernel]
 
 
 KERNELS = {"sdpa": sdpa_mask, "eager": eager_mask} | {
     name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in maskless.MASKLESS
 }
 """The kernels that can be intercepted, with what builds their masks."""
+
+_LOOKED_UP = re.compile(r"get_interface\(\s*self\.config\._attn_implementation")
 
 
 class KernelName(str):
@@ -59,7 +63,7 @@ class KernelName(str):
 
     def __ne__(self, other: object) -> bool:
         """Return the opposite."""
-        return not self == other
+        return other not in (self.base, self.whole)
 
     def __str__(self) -> str:
         """Return the name as a plain text."""
@@ -70,13 +74,30 @@ class KernelName(str):
         return hash(self.whole)
 
 
-def _formula(kernel: str, kwargs: dict[str, Any]) -> Formula:
-    """Return what else is in a layer's attention; the fused kernel leaves sinks out."""
-    sinks = None if kernel == "sdpa" else kwargs.get("s_aux")
-    return Formula(kwargs.get("sliding_window"), kwargs.get("softcap"), sinks)
+@cache
+def _asks(file: str) -> bool:
+    """Whether a model's file does anything with its kernel's name but look the kernel up."""
+    module = sys.modules.get(file)
+    try:
+        source = inspect.getsource(module) if module is not None else None
+    except (OSError, TypeError):
+        source = None
+    return source is None or "_attn_implementation" in _LOOKED_UP.sub("", source)
+
+
+def name_in_run(kernel: str, entry: nn.Module) -> str:
+    """Return what a configuration names while a kernel is intercepted in the passes of a module.
+
+    A plain text, but for models that ask for the name: theirs costs calls of Python in each layer.
+    """
+    files = {kind.__module__ for kind in map(type, entry.modules())}
+    own = any(_asks(file) for file in files if not file.startswith("torch."))
+    return KernelName(kernel) if own else f"clva_{kernel}"
 
 
 def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    fused = sdpa_attention_forward if kernel == "sdpa" else None
+
     def attend(
         module: nn.Module,
         query: Tensor,
@@ -87,28 +108,36 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the base kernel, under the bias of the run that the module belongs to."""
-        base = _base(kernel, module)
+        base = fused or _base(kernel, module)
         if PASS in kwargs:
             bound = partial(base, module, scaling=scaling)
             return attend_row(bound, module, query, key, value, attention_mask, **kwargs)
-        run: Any = HERE.get().get(id(module))
-        acting = None if run is None else run.acting.get(id(module))
-        if run is None or acting is None:
+        runs: Any = HERE.get()
+        if module not in runs or module not in runs[module].acting:
             return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        ready = run.merging.ready(acting, run.passes.step, key, attention_mask)
-        if ready is not None:
-            return base(module, query, key, value, ready, scaling=scaling, **kwargs)
+        run, step, count = runs[module], runs[module].passes.step, query.shape[2]
+        acting = run.acting[module]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        count, step, mask, values = query.shape[2], run.passes.step, attention_mask, value
-        seen, formula = key, _formula(kernel, kwargs)
+        ready = None
+        if acting.steady:
+            ready = run.merging.ready(acting.sessions, step, query, key, attention_mask)
+        if ready is not None and not (count > 1 and checkpointed()):
+            if ready.form == "masked":
+                return base(module, query, key, value, ready.both, scaling=scaling, **kwargs)
+            if "softcap" not in kwargs:  # which only a mask goes with
+                bound = partial(base, module, scaling=scale, **kwargs)
+                return ready.attend(bound, query, key, value, scale)
+        mask, seen, values = attention_mask, key, value
+        window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+        sinks = None if fused else kwargs.get("s_aux")  # the fused kernel leaves them out
         # A static cache hands over its empty end too: leave it out, as the kernel would.
         if attention_mask is None and step is not None and step.causal and count > 1:
             seen, values = key[:, :, : step.offset + count], value[:, :, : step.offset + count]
         if kernel in maskless.MASKLESS:
-            mask = maskless.written_out(mask, step, seen, count, formula.window)
-        if step is not None and step.causal:
+            mask = maskless.written_out(mask, step, seen, count, window)
+        if step is not None and step.causal and seen.shape[2] < step.offset + count:
             seen, values, mask = windows.widen(seen, values, mask, step.offset + count, count)
-        call = run.edit(acting, query, seen, values, mask, scale, formula)
+        call = run.edit(acting, query, seen, values, mask, scale, window, softcap, sinks)
         if call is None:
             out, weights = base(
                 module, query, key, value, attention_mask, scaling=scaling, **kwargs
@@ -119,7 +148,7 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
                 out, weights = maskless.folded(bound, call, key, value, attention_mask)
             else:
                 out, weights = run.merging.attend(bound, call, acting)
-        return run.output(out), weights
+        return run.output(out) if acting.output else out, weights
 
     return attend
 

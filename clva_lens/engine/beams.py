@@ -78,11 +78,7 @@ class Histories:
             )
         assert self.prompt is not None
         size, count = len(self.prompt) // prompts, len(ids) // prompts
-        start = self.prompt.shape[1]
-        whole = ids.shape[1] >= start and torch.equal(
-            ids[::count, :start].cpu(), self.prompt[::size].cpu()
-        )
-        new = (ids[:, start:] if whole else ids).tolist()
+        new = self.new(ids, prompts)
         histories = self._histories()
         found = []
         for number, tokens in enumerate(new):
@@ -101,6 +97,16 @@ class Histories:
                 )
             found.append(rows)
         return found
+
+    def new(self, ids: Int[Tensor, "answer position"], prompts: int) -> list[list[int]]:
+        """Return the answers without the prompt, if they have it."""
+        assert self.prompt is not None
+        size, count = len(self.prompt) // prompts, len(ids) // prompts
+        start = self.prompt.shape[1]
+        whole = ids.shape[1] >= start and torch.equal(
+            ids[::count, :start].cpu(), self.prompt[::size].cpu()
+        )
+        return (ids[:, start:] if whole else ids).tolist()
 
     def _histories(self) -> list[list[list[int]]]:
         """Return what each row had read after each pass."""

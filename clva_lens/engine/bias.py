@@ -60,10 +60,10 @@ class KeyBias:
 
     def part(self, start: int, stop: int) -> Float[Tensor, "batch 1 row key"]:
         """Return the summands of rows ``start`` to ``stop``."""
-        keys = rearrange(self.keys, "b k -> b 1 1 k")
+        keys = self.keys[:, None, None]
         if self.rows.shape[1] == 1:
             return keys
-        return keys.where(rearrange(self.rows[:, start:stop], "b q -> b 1 q 1"), 0.0)
+        return keys.where(self.rows[:, None, start:stop, None], 0.0)
 
     def columns(
         self, scaling: float, kind: torch.dtype

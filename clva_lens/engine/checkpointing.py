@@ -7,10 +7,12 @@ cannot be repeated: edits there are refused, and sessions that only look do so o
 import sys
 from typing import Literal
 
+from torch.utils.checkpoint import CheckpointFunction
+
 from clva_lens.ground.errors import InterventionError
 
-_TORCH = "torch.utils.checkpoint"
-# What of that module calls a layer the second time: of its two forms, the re-entrant one first.
+_TORCH = CheckpointFunction.backward.__code__.co_filename
+# What of that file calls a layer the second time: of its two forms, the re-entrant one first.
 _AGAIN = ("backward", "unpack_hook")
 
 
@@ -18,7 +20,7 @@ def checkpointed() -> Literal["first", "again"] | None:
     """Return whether this runs inside of a checkpoint, for the first time or once more."""
     frame, found = sys._getframe(1), None
     while frame is not None:
-        if frame.f_globals.get("__name__") == _TORCH:
+        if frame.f_code.co_filename == _TORCH:
             if frame.f_code.co_name in _AGAIN:
                 return "again"
             found = "first"

@@ -10,23 +10,12 @@ import torch
 from torch import Tensor
 
 from clva_lens.engine import bias as folding
-from clva_lens.engine.bias import Bias, KeyBias
+from clva_lens.engine.bias import Bias, BiasForm, KeyBias
 from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.models.step import Step
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """An attention kernel: queries, keys, values and a mask to outputs by row, and weights if any."""
-
-
-class Formula(NamedTuple):
-    """What a layer's attention has besides queries, keys and a mask; see ``AttentionCall``."""
-
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-
-
-PLAIN = Formula()
 
 
 class Acting(NamedTuple):
@@ -50,23 +39,44 @@ class Acting(NamedTuple):
         return cls(layer, acting, output, steady) if acting else None
 
 
-class _Merged(NamedTuple):
-    """A mask and a bias of the rows from ``first`` on, as one additive mask."""
+class Formed(NamedTuple):
+    """A mask and a bias in the form in which a kernel takes them.
 
-    mask: Tensor | None
+    ``both`` is one additive mask of all rows, or, where it is "split", of those from the first
+    edited one on; None where it is "folded".
+    """
+
+    form: BiasForm
     bias: Bias
-    first: int
-    both: Tensor
+    mask: Tensor | None
+    both: Tensor | None
+
+    def attend(
+        self, kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run a kernel under the bias."""
+        if self.form == "masked":
+            return kernel(query, key, value, self.both)
+        assert isinstance(self.bias, KeyBias)
+        if self.form == "folded":
+            out, weights = kernel(*folding.fold(self.bias, query, key, value, scaling), self.mask)
+            return out[..., : value.shape[3]], weights
+        first = self.bias.first
+        before = None if self.mask is None else self.mask[:, :, :first, :first]
+        out, _ = kernel(query[:, :, :first], key[:, :, :first], value[:, :, :first], before)
+        edited, weights = kernel(query[:, :, first:], key, value, self.both)
+        return torch.cat([out, edited], dim=1), weights
 
 
 class _Ready(NamedTuple):
-    """What a single row's pass put on the scores of one steady layer, for the next ones."""
+    """What a pass put on the scores of one steady layer, for the next ones that are like it."""
 
-    step: Step
     sessions: tuple[Session, ...]
-    keys: int
-    mask: Tensor | None
-    both: Tensor
+    query: torch.Size
+    key: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    formed: Formed
 
 
 class Merging:
@@ -75,70 +85,88 @@ class Merging:
     def __init__(self, fused: bool) -> None:
         """Start with none."""
         self.fused = fused
-        self._merged: _Merged | None = None
-        self._ready: _Ready | None = None
+        self._formed: Formed | None = None
+        self._step: Step | None = None
+        self._ready: list[_Ready] = []
 
-    def ready(self, acting: Acting, step: Step | None, key: Tensor, mask: Any) -> Tensor | None:
-        """Return the mask of a steady layer's single row, if one like it came before in the pass.
+    def ready(
+        self,
+        sessions: tuple[Session, ...],
+        step: Step | None,
+        query: Tensor,
+        key: Tensor,
+        mask: Any,
+    ) -> Formed | None:
+        """Return what a steady layer like this one got before in the pass, if there was one.
 
         To ask the sessions again at every layer would be most of what a decoding step costs.
         """
-        known = self._ready
-        if known is None or known.step is not step or not acting.steady:
+        if self._step is not step:
             return None
-        same = known.mask is mask and known.keys == key.shape[2]
-        same = same and known.both.device == key.device and known.sessions == acting.sessions
-        return known.both if same else None
+        for known in self._ready:
+            same = known.formed.mask is mask and known.sessions == sessions
+            same = same and known.query == query.shape and known.key == key.shape
+            if same and known.dtype == query.dtype and known.device == query.device:
+                return known.formed
+        return None
 
     def attend(
         self, kernel: AttentionKernel, call: AttentionCall, acting: Acting | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Run the kernel under the bias of a call, in the form that fits it best."""
-        query, key, value, mask, bias = call.query, call.key, call.value, call.mask, call.bias
-        assert bias is not None and value is not None
-        if query.shape[2] == 1:
-            both = self.merge(call)
-            if acting is not None and acting.steady:
-                self._ready = _Ready(call.step, acting.sessions, key.shape[2], mask, both)
-            return kernel(query, key, value, both)
-        starts = call.step.causal and call.step.offset == 0 and self.fused
-        starts = starts and call.softcap is None
-        form = folding.choose_form(bias, query, key, mask, from_start=starts)
-        if form == "split" and _looks_ahead(mask, call.bias):
-            form = "masked"
-        if form == "masked" or not isinstance(bias, KeyBias):
-            return kernel(query, key, value, self.merge(call))
-        if form == "folded":
-            out, weights = kernel(*folding.fold(bias, query, key, value, call.scaling), mask)
-            return out[..., : value.shape[3]], weights
-        first = bias.first
-        before = None if mask is None else mask[:, :, :first, :first]
-        out, _ = kernel(query[:, :, :first], key[:, :, :first], value[:, :, :first], before)
-        edited, weights = kernel(query[:, :, first:], key, value, self.merge(call, first))
-        return torch.cat([out, edited], dim=1), weights
+        query, key, value = call.query, call.key, call.value
+        assert value is not None
+        formed = self._form(call)
+        if acting is not None and acting.steady:
+            if self._step is not call.step:
+                self._step, self._ready = call.step, []
+            like = (query.shape, key.shape, query.dtype, query.device)
+            self._ready.append(_Ready(acting.sessions, *like, formed))
+        return formed.attend(kernel, query, key, value, call.scaling)
 
-    def merge(self, call: AttentionCall, first: int = 0) -> Tensor:
-        """Return mask and bias of the rows from ``first`` on as one additive mask.
+    def _form(self, call: AttentionCall) -> Formed:
+        """Return the mask and the bias of a call in the form that fits it best.
 
         The last one is kept for the next layer.
         """
-        mask, bias, count = call.mask, call.bias, call.query.shape[2]
+        mask, bias, form, first = call.mask, call.bias, self._choose(call), 0
         assert bias is not None
-        known = self._merged
-        same = known is not None and known.mask is mask and known.bias is bias
-        if known is None or not same or known.first != first:
-            additive, both = call.additive_mask(first, count), folding.part(bias, first, count)
-            # Finite in the queries' type: a row of padding that sees nothing must not become NaN.
-            # The bias is float32, which the lowest float64 does not fit.
-            lowest = max(torch.finfo(call.query.dtype).min, torch.finfo(both.dtype).min)
-            if additive is not None:
-                both = (both + additive).clamp_min(lowest)
-            # CUDA kernels take a mask of the queries' type only; CPU kernels take float32 too, but
-            # read it wrongly beside float64 queries.
-            if both.device.type != "cpu" or call.query.dtype == torch.float64:
-                both = folding.aligned(both, call.query.dtype)
-            self._merged = known = _Merged(mask, bias, first, both)
-        return known.both
+        known = self._formed
+        if known is None or known.mask is not mask or known.bias is not bias or known.form != form:
+            if form == "split":
+                assert isinstance(bias, KeyBias)
+                first = bias.first
+            both = None if form == "folded" else merged(call, first)
+            self._formed = known = Formed(form, bias, mask, both)
+        return known
+
+    def _choose(self, call: AttentionCall) -> BiasForm:
+        """Return the form that fits a call best."""
+        query, mask, bias = call.query, call.mask, call.bias
+        assert bias is not None
+        if query.shape[2] == 1:
+            return "masked"
+        starts = call.step.causal and call.step.offset == 0 and self.fused
+        starts = starts and call.softcap is None
+        form = folding.choose_form(bias, query, call.key, mask, from_start=starts)
+        return "masked" if form == "split" and _looks_ahead(mask, bias) else form
+
+
+def merged(call: AttentionCall, first: int = 0) -> Tensor:
+    """Return mask and bias of a call's rows from ``first`` on as one additive mask."""
+    bias, count = call.bias, call.query.shape[2]
+    assert bias is not None
+    additive, both = call.additive_mask(first, count), folding.part(bias, first, count)
+    # Finite in the queries' type: a row of padding that sees nothing must not become NaN.
+    # The bias is float32, which the lowest float64 does not fit.
+    lowest = max(torch.finfo(call.query.dtype).min, torch.finfo(both.dtype).min)
+    if additive is not None:
+        both = (both + additive).clamp_min(lowest)
+    # CUDA kernels take a mask of the queries' type only; CPU kernels take float32 too, but read it
+    # wrongly beside float64 queries.
+    if both.device.type != "cpu" or call.query.dtype == torch.float64:
+        both = folding.aligned(both, call.query.dtype)
+    return both
 
 
 def _looks_ahead(mask: Tensor | None, bias: Bias | None) -> bool:

@@ -57,9 +57,9 @@ def _means(step: Step) -> tuple[Float[Tensor, "batch 1 2 row"], Float[Tensor, "b
     """
     spans, every = step.spans, step.text_rows
     position = torch.arange(step.prompt_rows, device=every.device)
-    last = position == rearrange(step.last_text, "b -> b 1")
+    last = position == step.last_text[:, None]
     rows = torch.stack([every, last if step.ordered else every], dim=1).float()
-    weights = rearrange(rows / rows.sum(dim=2, keepdim=True), "b m q -> b 1 m q")
+    weights = (rows / rows.sum(dim=2, keepdim=True))[:, None]
     return weights, torch.stack([spans.image, spans.system, spans.text], dim=2).float()
 
 
@@ -77,12 +77,14 @@ def read_generated_rows(call: AttentionCall) -> Float[Tensor, "batch head row vi
 
     The pass must hold a generated row.
     """
-    count = call.query.shape[2]
+    count, new = call.query.shape[2], call.new_rows
+    if new == 1:
+        return call.step.on_image(call.rows(count - 1, count))
     maps = [
         call.step.on_image(call.rows(start, stop))
-        for start, stop in call.row_pieces(count - call.new_rows, count)
+        for start, stop in call.row_pieces(count - new, count)
     ]
-    return maps[0] if len(maps) == 1 else torch.cat(maps, dim=2)
+    return torch.cat(maps, dim=2)
 
 
 def read_received(call: AttentionCall) -> Float[Tensor, "batch visual"]:

@@ -20,15 +20,15 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from clva_lens.engine import bias as folding
-from clva_lens.engine.attend import KERNELS, KernelName
+from clva_lens.engine.attend import KERNELS, name_in_run
 from clva_lens.engine.checkpointing import checkpointed, refuse_checkpoint
-from clva_lens.engine.kernels import PLAIN, Acting, Formula, Merging
+from clva_lens.engine.kernels import Acting, Merging
 from clva_lens.engine.logits import watch_logits
 from clva_lens.engine.session import AttentionCall, Session, is_ahead
 from clva_lens.engine.stream import Part, StreamCall, stream_hooks, stream_name
@@ -52,7 +52,7 @@ class SiteRun(Owned):
         self.site = site
         self.passes = site.passes()
         self.sessions: list[Session] = []
-        self.acting: dict[int, Acting] = {}
+        self.acting: dict[nn.Module, Acting] = {}
         other = _other_run(site.config)
         self.kernel = other.kernel if other else site.config._attn_implementation or "eager"
         if self.kernel.startswith("clva_"):
@@ -67,7 +67,7 @@ class SiteRun(Owned):
                 f"intercepted (only {', '.join(sorted(KERNELS))} can). Load the model with "
                 "attn_implementation='sdpa', or 'eager'."
             )
-        self._layers = dict(zip(map(id, site.modules), site.layers, strict=True))
+        self._layers = dict(zip(site.modules, site.layers, strict=True))
         self.merging = Merging(fused=self.kernel == "sdpa")
         self._hooks: list[RemovableHandle] = []
         self._streams: dict[tuple[Part, int], RemovableHandle] = {}
@@ -79,7 +79,7 @@ class SiteRun(Owned):
         """Route the site's attention through this run, and watch the model's inputs."""
         self._hooks = self.passes.hooks()
         self.enter()
-        self.site.config._attn_implementation = KernelName(self.kernel)
+        self.site.config._attn_implementation = name_in_run(self.kernel, self.passes.entry)
         for module in self.site.modules:
             _ACTIVE.setdefault(id(module), []).append(self)
 
@@ -177,7 +177,9 @@ class SiteRun(Owned):
         value: Tensor,
         mask: Tensor | None,
         scaling: float,
-        formula: Formula = PLAIN,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> AttentionCall | None:
         """Show one layer to the sessions; return it with their biases, None without any.
 
@@ -204,7 +206,7 @@ class SiteRun(Owned):
                 "logits_to_keep, or with use_cache=False."
             )
         call = AttentionCall(
-            layer, step, query, key, mask, None, scaling, value, **formula._asdict()
+            layer, step, query, key, mask, None, scaling, value, None, window, softcap, sinks
         )
         inside = checkpointed() if query.shape[2] > 1 else None
         if inside == "again":

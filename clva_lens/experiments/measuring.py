@@ -16,9 +16,9 @@ from clva_lens.ground.errors import RecordError
 from clva_lens.ground.files import Row
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.asking import Asking
+from clva_lens.lens.attention_trace import AttentionTrace
 from clva_lens.lens.evaluate import run_benchmark
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.observers import AttentionTrace
 from clva_lens.lens.trace import trace_attention
 from clva_lens.methods.base import MethodLike
 from clva_lens.toy.toys import TOYS

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from clva_lens.benchmarks.base import Sample
 from clva_lens.experiments.measuring import trace_samples
+from clva_lens.lens.attention_trace import AttentionTrace
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.observers import AttentionTrace
 from clva_lens.methods.base import MethodLike
 from clva_lens.toy.questions import Question
 from clva_lens.toy.scenes import Scene, render

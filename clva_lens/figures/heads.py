@@ -1,7 +1,7 @@
 """Which heads look at the image: the paper's Fig. 1."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import seaborn as sns
@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from clva_lens.figures.base import PAGE, Drawing, Example, figure, layer_numbers, mask, numbers
+from clva_lens.figures.base import PAGE, Drawing, Example, figure, layer_numbers, mask
+from clva_lens.figures.base import numbers as finite
 from clva_lens.ground.errors import FigureError
 from clva_lens.ground.files import Row
 
@@ -42,6 +43,7 @@ def head_intensity(
     insensitive: ArrayLike | None = None,
     *,
     layers: Sequence[int] | None = None,
+    numbers: Literal["image", "elsewhere"] = "image",
 ) -> Drawing:
     """Return the matrix of visual attention intensity, with both classes of heads marked.
 
@@ -50,14 +52,15 @@ def head_intensity(
         sensitive: bool [layer, head], Eq. 2; None marks no head.
         insensitive: bool [layer, head], Eq. 3; None marks no head.
         layers: the 0-based number of each layer, where they are not 0, 1, 2, …
-
-    **Departs from the paper:** the numbers in the cells of its Fig. 1 are the attention to system
-    and text tokens; here they are the intensity itself, of which the former is the remainder.
+        numbers: what is written into the cells of small models: the intensity, attention to the
+            "image"; or that "elsewhere", to system and text, as in the paper's Fig. 1.
 
     Raises:
-        FigureError: if the data is empty, nan or of another shape, or a head is in both classes.
+        FigureError: if the data or a choice is malformed, or a head is in both classes.
     """
-    values = numbers("intensity", intensity, ("layer", "head"))
+    values = finite("intensity", intensity, ("layer", "head"))
+    if numbers not in ("image", "elsewhere"):
+        raise FigureError(f"numbers is {numbers!r}. Pass 'image' or 'elsewhere'.")
     given = {"sensitive": sensitive, "insensitive": insensitive}
     classes = {k: mask(k, v, values.shape) for k, v in given.items() if v is not None}
     if len(classes) == 2 and (classes["sensitive"] & classes["insensitive"]).any():
@@ -78,7 +81,7 @@ def head_intensity(
         ax=ax,
         cmap="cividis",
         square=True,
-        annot=written,
+        annot=(values if numbers == "image" else 1 - values) if written else None,
         fmt=".2f",
         annot_kws={"fontsize": 6, "va": "top"},
         cbar_kws={
@@ -89,6 +92,8 @@ def head_intensity(
     )
     _mark(ax, classes, cell * 72 * (0.22 if written else 0.5), 0.25 if written else 0.5)
     _number(ax, heads, names)
+    if written and numbers == "elsewhere":
+        ax.set_title("numbers: attention to system and text", fontsize=8)
     if classes:
         _legend(fig, classes)
     return fig

@@ -46,8 +46,18 @@ def _enlarge(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return values[row][:, column]
 
 
-def outline(ax: Axes, chosen: np.ndarray, shape: tuple[int, ...], name: str, wide: float) -> None:
-    """Draw the border of a mask along the edges of its cells, over a picture of ``shape``."""
+def outline(
+    ax: Axes,
+    chosen: np.ndarray,
+    shape: tuple[float, ...],
+    name: str,
+    wide: float,
+    origin: tuple[float, float] = (0.0, 0.0),
+) -> None:
+    """Draw the border of a mask along the edges of its cells.
+
+    The mask lies over ``shape`` (height, width), from ``origin`` (left, top) on.
+    """
     padded = np.pad(chosen, 1)
     across = np.argwhere(padded[:-1, 1:-1] != padded[1:, 1:-1])
     along = np.argwhere(padded[1:-1, :-1] != padded[1:-1, 1:])
@@ -56,9 +66,8 @@ def outline(ax: Axes, chosen: np.ndarray, shape: tuple[int, ...], name: str, wid
         return
     size = np.array([shape[1] / chosen.shape[1], shape[0] / chosen.shape[0]])
     colour, dashes, _ = OUTLINES[name]
-    lines = LineCollection(
-        list(np.array(segments) * size), colors=colour, linewidths=wide, linestyles=[dashes]
-    )
+    ends = list(np.array(segments) * size + origin)
+    lines = LineCollection(ends, colors=colour, linewidths=wide, linestyles=[dashes])
     lines.set_capstyle("projecting")
     if dashes == "-":
         lines.set_path_effects(_halo(wide))

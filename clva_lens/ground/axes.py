@@ -165,7 +165,8 @@ class TokenSpans:
 
     def first(self, length: int) -> "TokenSpans":
         """Return the spans of the first ``length`` positions."""
-        return self.each(lambda span: span[:, :length])
+        parts = (self.system, self.image, self.text, self.generated)
+        return TokenSpans(*[part[:, :length] for part in parts])
 
     def with_room(self, more: int) -> "TokenSpans":
         """Return spans with this many more positions, all of them generated."""

@@ -194,7 +194,7 @@ def _mask(model: PreTrainedModel, kept: Tensor) -> tuple[Tensor, bool | float]:
 
 def _kernel(model: PreTrainedModel) -> str:
     name = find_site(model, "decoder").config._attn_implementation or "eager"
-    return getattr(name, "base", name)
+    return str(name).removeprefix("clva_")
 
 
 def _ends(config: GenerationConfig) -> list[int]:

@@ -13,8 +13,8 @@ from clva_lens.lens.generate import generate
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.reading import first_line
 from clva_lens.lens.sharing import shared
+from clva_lens.lens.summary import model_facts
 from clva_lens.methods.base import METHODS
-from clva_lens.models.family import Site
 from clva_lens.models.pieces import Piece
 from clva_lens.models.prompt import Prompt
 
@@ -29,19 +29,7 @@ def sample_prompt(model: LensModel) -> Prompt:
 
 def facts(model: LensModel, prompt: Prompt) -> Iterator[str]:
     """Yield sentences on a model's parts, its attention sites, and where a prompt's image is."""
-    found = model.hf_model
-    parameters = found.num_parameters()  # packed weights count as what they stand for
-    kinds = sorted({str(one.dtype).removeprefix("torch.") for one in found.parameters()})
-    places = {str(one.device) for one in found.parameters()}
-    devices = sorted("meta (offloaded)" if one == "meta" else one for one in places)
-    yield (
-        f"{type(found).__name__}, model type '{found.config.model_type}', family "
-        f"'{model.family.name}'; {parameters / 1e6:,.1f} million parameters, "
-        f"{' and '.join(kinds)}, on {', '.join(devices)}"
-    )
-    for site in model.sites:
-        yield _site_fact(site)
-    yield from model.family.notes(found)
+    yield from model_facts(model.hf_model)
     yield f"a sample picture: {prompt!r}"
     for site, tokens in prompt.sites.items():
         yield f"image tokens at the {site}: {_runs(prompt, site)}"
@@ -94,15 +82,6 @@ def refusals(model: LensModel, prompt: Prompt) -> Iterator[tuple[str, str | None
             yield name, f"it does not run here ({type(error).__name__}: {first_line(error)})"
         else:
             yield name, None
-
-
-def _site_fact(site: Site) -> str:
-    heads = getattr(site.config, "num_attention_heads", None)
-    keys = getattr(site.config, "num_key_value_heads", None) or heads
-    shared = f" ({keys} of keys)" if keys != heads else ""
-    count = f"{len(site.layers)} of {site.depth}" if len(site.layers) < site.depth else site.depth
-    kernel = site.config._attn_implementation
-    return f"site '{site.name}': {count} layers, {heads} heads{shared}, kernel '{kernel}'"
 
 
 def _piece_fact(piece: Piece) -> str:

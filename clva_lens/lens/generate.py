@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, groupby
@@ -233,7 +233,7 @@ def _answer(
     prompt = _prompt(model, unit, asking, prefixes)
     if asking.share is None:  # otherwise the model has read pictures
         began = time.perf_counter()
-    generated = _generate_batch(model, prompt, place, asking)
+    generated = generate_batch(model, prompt, place, asking)
     if generated is None:
         return _one_by_one(model, unit, place, asking, partial(_answer, prefixes=prefixes))
     ids, scores = generated
@@ -297,14 +297,22 @@ def _joined(parts: Sequence[Generation]) -> Generation:
     )
 
 
-def _generate_batch(
-    model: LensModel, prompt: Prompt, place: int, asking: Asking
+def generate_batch(
+    model: LensModel,
+    prompt: Prompt,
+    place: int,
+    asking: Asking,
+    watching: AbstractContextManager[Any] | None = None,
 ) -> tuple[list[Tensor], Float[Tensor, "batch vocabulary"]] | None:
-    """Return ids and the first logits, or None if the method searches for one prompt at a time."""
+    """Return ids and the first logits, or None if the method searches for one prompt at a time.
+
+    ``watching`` is entered once the method acts, around what runs the model.
+    """
     hf_model, decoding, count = model.hf_model, asking.how, len(prompt["input_ids"])
     config = settled(decoding, hf_model, model.words)
     with (
         intervening(model, asking.method) as run,
+        watching or nullcontext(),
         Watch(hf_model) as seen,
         readable(prompt),
         pictures_read_once(hf_model, prompt),

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from clva_lens.engine.run import add_sessions, running
 from clva_lens.engine.session import Session
 from clva_lens.ground.errors import InterventionError
-from clva_lens.lens.observers import AttentionTrace, Observer
+from clva_lens.lens.attention_trace import AttentionTrace
+from clva_lens.lens.observers import Observer
+from clva_lens.lens.words import by_word, words_of
 from clva_lens.methods.base import Method, MethodLike, as_methods
 from clva_lens.methods.clva import ClvaSession
 from clva_lens.methods.target import Target, shape_of
@@ -57,9 +59,9 @@ class Intervention:
 class Observation:
     """Attention as it is under the interventions that were there before it was opened."""
 
-    def __init__(self, observer: Observer) -> None:
-        """Keep the observer of the run."""
-        self._observer = observer
+    def __init__(self, observer: Observer, tokenizer: Any = None) -> None:
+        """Keep the observer of the run, and what reads its tokens."""
+        self._observer, self._tokenizer = observer, tokenizer
 
     @property
     def trace(self) -> AttentionTrace:
@@ -84,6 +86,35 @@ class Observation:
             InterventionError: if the model has not read these tokens.
         """
         return self._observer.answers(ids, prompts)
+
+    def words(
+        self, ids: Int[Tensor, "answer position"], prompts: int = 1
+    ) -> list[list[tuple[str, Float[Tensor, "layer head visual"]]]]:
+        """Return, for each answer, its words and where each head looked as each was written.
+
+        ``ids`` are those of ``answers``. The map of a word is the mean over its tokens; marks
+        between words are left out.
+
+        Raises:
+            InterventionError: if the model has not read these tokens, or came without a tokenizer.
+        """
+        if self._tokenizer is None:
+            raise InterventionError(
+                "the words are unknown, because the model came without a tokenizer. Observe what "
+                "cl.load() returned."
+            )
+        found = []
+        written = zip(self._observer.written(ids, prompts), self.answers(ids, prompts), strict=True)
+        for tokens, maps in written:
+            words = words_of(self._tokenizer, tokens)
+            looks = by_word(maps, words).unbind(dim=2)
+            found.append([(word.text, look) for word, look in zip(words, looks, strict=True)])
+        return found
+
+    def __repr__(self) -> str:
+        """Return where it looks, and what was seen so far."""
+        observer = self._observer
+        return f"Observation({observer.site}, {len(observer.layers)} layers: {observer.seen})"
 
 
 @contextmanager
@@ -122,7 +153,7 @@ def observing(
     observer.follow(found)
     _share_context()
     with running(found, [observer], drawn_frame()):
-        yield Observation(observer)
+        yield Observation(observer, getattr(model, "tokenizer", None))
 
 
 def intervene(*methods: MethodLike | None) -> Intervention:
@@ -155,10 +186,10 @@ def observe(layers: Sequence[int] | str = "all", site: str | None = None) -> Obs
         ParameterError: if the site or a layer does not exist.
     """
 
-    def make(_: Any, model: PreTrainedModel) -> tuple[list[Session], Observation]:
+    def make(root: Any, model: PreTrainedModel) -> tuple[list[Session], Observation]:
         observer = Observer(layers, shape_of(model, site))
         observer.follow(model)
-        return [observer], Observation(observer)
+        return [observer], Observation(observer, getattr(root, "tokenizer", None))
 
     return join_trace("observe", "with cl.observing(model):", make)
 

@@ -22,6 +22,7 @@ from clva_lens.lens.cache import CachedRun, NamesFilter, run_with_cache
 from clva_lens.lens.check import check_model
 from clva_lens.lens.checkpoint import check_finite
 from clva_lens.lens.reading import first_line, read_named
+from clva_lens.lens.summary import model_facts
 from clva_lens.methods.base import MethodLike
 from clva_lens.models.family import ModelFamily, Site, find_family
 from clva_lens.models.pictures import ImageLike, as_lists, read_image
@@ -56,6 +57,14 @@ class LensModel(TransformersModel):
         self.processor = processor
         self.name, self.revision = name, revision
         self.family: ModelFamily = find_family(model)
+
+    def __repr__(self) -> str:
+        """Return what ``clva-lens check-model`` says first; ``print(model)`` shows all modules."""
+        return "\n  ".join([f"LensModel '{self.name}':", *model_facts(self.hf_model)])
+
+    def __str__(self) -> str:
+        """Return nnsight's tree of the modules."""
+        return super().__repr__()
 
     @property
     def hf_model(self) -> PreTrainedModel:

@@ -1,8 +1,6 @@
 """What every head of every layer looks at, from one forward pass, with no pattern ever kept."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -19,119 +17,10 @@ from clva_lens.engine.row_reading import (
 )
 from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.lens.attention_trace import AttentionTrace
 from clva_lens.methods.base import check_layers
 from clva_lens.methods.target import Shape
 from clva_lens.models.family import find_site
-from clva_lens.science.anchors import saliency_map
-from clva_lens.science.heads import EmptyPolicy, HeadClasses, SomeHeads, classify_heads, head_mask
-
-HeadChoice = Literal["all", "sensitive", "insensitive"]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class AttentionTrace:
-    """Attention of the text rows, by layer and head, in fractions of attention mass.
-
-    ``intensity`` is Eq. 1: the mean over the text rows of the mass on the image; ``system`` and
-    ``text`` are the masses elsewhere, and the three sum to 1; in a model with ``sinks`` to less, by
-    what its attention sinks take. ``maps`` are the last text row's
-    attention to each image token. ``layers`` are the traced ones, 0-based, of the ``site_layers``
-    that have attention, in a stack of ``num_layers``. With ``batched`` there is a batch axis first.
-
-    At the ``site`` "qformer" the rows are the learned queries, which have no last one: ``maps``
-    are their mean, and ``system`` is the mass on the CLS token.
-    """
-
-    intensity: Float[Tensor, "*batch layer head"]
-    system: Float[Tensor, "*batch layer head"]
-    text: Float[Tensor, "*batch layer head"]
-    maps: Float[Tensor, "*batch layer head visual"]
-    layers: tuple[int, ...]
-    num_layers: int
-    batched: bool
-    site: str = "decoder"
-    logits: Float[Tensor, "*batch vocabulary"] | None = None
-    site_layers: tuple[int, ...] = ()
-    sinks: bool = False
-
-    @classmethod
-    def concatenate(cls, traces: Sequence["AttentionTrace"]) -> "AttentionTrace":
-        """Return the traces of several batches of one model as one batch.
-
-        Raises:
-            ParameterError: if there are none, one has no batch axis, or the layers differ.
-        """
-        if not traces or any(not trace.batched for trace in traces):
-            raise ParameterError(
-                "only batched traces can be put together. Make prompts from lists, and pass some."
-            )
-        if len({(trace.site, trace.layers) for trace in traces}) > 1:
-            raise ParameterError(
-                "the traces are of different sites or layers. Trace the same ones."
-            )
-        whole = {
-            field: torch.cat([getattr(trace, field) for trace in traces])
-            for field in ("intensity", "system", "text", "maps")
-        }
-        logits = [trace.logits for trace in traces if trace.logits is not None]
-        both = torch.cat(logits) if len(logits) == len(traces) else None
-        return replace(traces[0], **whole, logits=both)
-
-    def heads(self, threshold: float = 1.0, empty: EmptyPolicy = "tail") -> HeadClasses:
-        """Return the head classes of the traced layers (Eqs. 2–3)."""
-        return classify_heads(self.intensity, threshold, empty)
-
-    def saliency(
-        self, heads: HeadChoice | SomeHeads = "all"
-    ) -> Float[Tensor, "*batch layer visual"]:
-        """Return where a head set looks (Eq. 4), for each traced layer.
-
-        ``heads`` is "all", a class of Eqs. 2–3 at λ = 1, a mask of heads, pairs (layer, head) or
-        {layer: [heads]}; a layer without heads looks nowhere.
-
-        Raises:
-            ParameterError: if the choice is unknown or the mask has another shape.
-        """
-        if not isinstance(heads, str):
-            size = self.intensity.shape
-            depth = self.num_layers
-            mask = head_mask(heads, self.layers, size[-1], depth=depth, of="the trace")
-            chosen = mask.to(self.maps.device).expand(size)
-        elif heads == "all":
-            chosen = torch.ones_like(self.intensity, dtype=torch.bool)
-        elif heads == "sensitive":
-            chosen = self.heads().sensitive
-        elif heads == "insensitive":
-            chosen = self.heads().insensitive
-        else:
-            raise ParameterError(
-                f"heads must be 'all', 'sensitive', 'insensitive' or name heads, but is {heads!r}. "
-                "Pass one of these."
-            )
-        return saliency_map(self.maps, chosen)
-
-    def __getitem__(self, item: int) -> "AttentionTrace":
-        """Return the trace of one sample of a batch."""
-        if not self.batched:
-            raise ParameterError("this trace is of a single prompt. Use it as it is.")
-        one = {
-            field: getattr(self, field)[item] for field in ("intensity", "system", "text", "maps")
-        }
-        logits = None if self.logits is None else self.logits[item]
-        return replace(self, **one, batched=False, logits=logits)
-
-    def __repr__(self) -> str:
-        """Return the size, and the mean visual mass of the traced layers."""
-        mean = self.intensity.mean(dim=-1)
-        mean = mean.reshape(-1, mean.shape[-1]).mean(dim=0)
-        peak = int(mean.argmax())
-        samples = f"{self.intensity.shape[0]} samples × " if self.batched else ""
-        return (
-            f"AttentionTrace({self.site}: {samples}{len(self.layers)} layers × "
-            f"{self.intensity.shape[-1]} heads, {self.maps.shape[-1]} image tokens; mean visual "
-            f"mass {float(mean.min()):.2f}–{float(mean.max()):.2f}, highest in layer "
-            f"{self.layers[peak]})"
-        )
 
 
 def chosen_layers(layers: Sequence[int] | str, shape: Shape) -> tuple[int, ...]:
@@ -217,11 +106,7 @@ class Observer(Session):
         Raises:
             InterventionError: if no prompt was read yet.
         """
-        if set(self._prompt) != set(self.layers):
-            raise InterventionError(
-                "the attention is not known yet: the model has not read a prompt. Read it after "
-                "the block that runs the model."
-            )
+        self._require_prompt()
         stacked = [
             stack_layers(field, dim=1)
             for field in zip(*(self._prompt[layer] for layer in self.layers), strict=True)
@@ -264,11 +149,7 @@ class Observer(Session):
         Raises:
             InterventionError: if no prompt was read, or nobody read these tokens.
         """
-        if set(self._prompt) != set(self.layers):
-            raise InterventionError(
-                "the attention is not known yet: the model has not read a prompt. Read it after "
-                "the block that runs the model."
-            )
+        self._require_prompt()
         rows = [self._guessed, *self._generated]  # by the number of the pass
         passes = [[self._prompt[layer].map for layer in self.layers]]
         passes += [
@@ -280,6 +161,42 @@ class Observer(Session):
             torch.stack([maps[number][:, row] for number, row in enumerate(rows)], dim=2)
             for rows in self._beams.rows_of(ids, prompts)
         ]
+
+    def rows_of(
+        self, ids: Int[Tensor, "answer position"], prompts: int = 1
+    ) -> list[list[tuple[int, int]]]:
+        """Return, for each answer, the pass and its row of the batch that wrote each token.
+
+        For ``ids`` see ``answers``; passes count from 0, the prompt's.
+
+        Raises:
+            InterventionError: if no prompt was read, or nobody read these tokens.
+        """
+        self._require_prompt()
+        passes = [0, *(number for number, _ in self._beams.places)]
+        return [list(zip(passes, rows, strict=False)) for rows in self._beams.rows_of(ids, prompts)]
+
+    def written(self, ids: Int[Tensor, "answer position"], prompts: int = 1) -> list[list[int]]:
+        """Return the tokens that ``answers`` has maps of, for each answer."""
+        self._require_prompt()
+        rows = self._beams.rows_of(ids, prompts)
+        new = self._beams.new(ids, prompts)
+        return [tokens[: len(row)] for tokens, row in zip(new, rows, strict=True)]
+
+    @property
+    def seen(self) -> str:
+        """What was read so far, in words."""
+        if not self._prompt:
+            return "nothing was read yet"
+        later = len(self._beams.places)
+        return "a prompt" + (f" and {later} generated tokens" if later else "")
+
+    def _require_prompt(self) -> None:
+        if set(self._prompt) != set(self.layers):
+            raise InterventionError(
+                "the attention is not known yet: the model has not read a prompt. Read it after "
+                "the block that runs the model."
+            )
 
 
 class QueryObserver(Session):

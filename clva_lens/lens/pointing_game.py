@@ -9,15 +9,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index, weighted_mean
-from clva_lens.figures import Drawing
+from clva_lens.figures import Drawing, pointing_heads
 from clva_lens.figures import pointing as draw_pointing
+from clva_lens.ground.drawn import SelfDrawn
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.models.prompt import Prompt
 from clva_lens.science.pointing import pointing
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PointingGame:
+class PointingGame(SelfDrawn):
     """How often maps point at objects, by layer (or whatever axes the maps have).
 
     ``hits`` is the share of objects on which a map has its maximum, ``shares`` the mean fraction
@@ -37,15 +38,23 @@ class PointingGame:
     layers: tuple[int, ...]
 
     def draw(self) -> Drawing:
-        """Return hits and shares by layer, with their intervals and chance.
+        """Return hits and shares by layer, with intervals, or by layer and head; and chance.
 
         Raises:
-            BenchmarkError: if the maps have other axes than layers.
+            BenchmarkError: if the maps have other axes than layers, or layers and heads.
         """
-        if self.hits.ndim != 1:
+        if not self.drawable:
             raise BenchmarkError(
-                f"the maps have axes {tuple(self.hits.shape)}, but one, of layers, is drawn. Play "
-                "with trace.saliency(...), or with one head at a time."
+                f"the maps have axes {tuple(self.hits.shape)}, but layers, or layers and heads, "
+                "are drawn. Play with trace.saliency(...), or with trace.maps."
+            )
+        if self.hits.ndim == 2:
+            return pointing_heads(
+                self.hits.numpy(),
+                self.shares.numpy(),
+                chance=self.chance,
+                layers=self.layers,
+                objects=self.objects,
             )
         intervals = (self.hit_intervals, self.share_intervals)
         low_high = [None if one is None else one.numpy() for one in intervals]
@@ -59,13 +68,15 @@ class PointingGame:
             objects=self.objects,
         )
 
-    def _repr_png_(self) -> bytes | None:
-        """Return the picture that a notebook shows; none for maps of single heads."""
-        return self.draw()._repr_png_() if self.hits.ndim == 1 else None
+    @property
+    def drawable(self) -> bool:
+        """Whether the maps are of layers, or of layers and heads."""
+        return self.hits.ndim in (1, 2)
 
     def __repr__(self) -> str:
-        """Return the best entry against chance."""
-        best = int(self.hits.flatten().argmax())
+        """Return the best entry against chance: of those that hit as often, the largest share."""
+        ranked = self.hits.flatten().double() + 1e-6 * self.shares.flatten().double()
+        best = int(ranked.argmax())
         place = np.unravel_index(best, self.hits.shape) if self.hits.ndim else ()
         where = f"layer {self.layers[place[0]]}" if place else "the map"
         where += "".join(f", head {one}" for one in place[1:])

@@ -21,13 +21,12 @@ from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.axes import TokenSpans, last_true
 from clva_lens.ground.errors import PromptError, SpanError
 from clva_lens.lens.load import LensModel
-from clva_lens.models.context import remember
-from clva_lens.models.kv_cache import CACHE, forked
+from clva_lens.models.beginning import Beginning, read_beginning
+from clva_lens.models.kv_cache import CACHE
 from clva_lens.models.once import Prepared
 from clva_lens.models.pictures import ImageLike
 from clva_lens.models.positions import positions_of
 from clva_lens.models.prompt import Prompt, readable, visual_tokens
-from clva_lens.models.weights import weights_state
 
 # Inputs with a column for each token. Others come with the pictures.
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -38,18 +37,24 @@ _ANY_QUESTION = "?"
 class Prefix:
     """The beginning of prompts, up to the end of the picture, as a model has read it.
 
-    A row a picture, padded on the left. ``ids`` are its tokens, ``spans`` says what they are.
-    ``cache``, their keys and values, is never written to: ``fork`` copies it. ``prompt`` is the one
-    that was cut. ``weights`` are what the model's were then. ``prepared`` has its pictures.
+    A row a picture, padded on the left. ``prompt`` is the one that was cut, ``beginning`` what was
+    read of it, ``prepared`` has its pictures.
     """
 
     model: LensModel
     prompt: Prompt
-    ids: Int[Tensor, "picture position"]
-    spans: TokenSpans
-    cache: DynamicCache
-    weights: int
+    beginning: Beginning
     prepared: Prepared | None = None
+
+    @property
+    def ids(self) -> Int[Tensor, "picture position"]:
+        """The tokens that were read."""
+        return self.beginning.inputs["input_ids"]
+
+    @property
+    def spans(self) -> TokenSpans:
+        """What the positions are."""
+        return self.beginning.spans
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -70,16 +75,7 @@ class Prefix:
             PromptError: if it is a number, but there are several pictures; if there is no such
                 picture; or if the model has other weights or adapters than when it read them.
         """
-        rows = self._rows(pictures)
-        if weights_state(self.model.hf_model) != self.weights:
-            raise PromptError(
-                "the model's weights or its adapters were changed after it read the picture, so "
-                "what it read is no more what it would read. Read it again: cl.read(model, image)."
-            )
-        cache = forked(self.cache)
-        cache.batch_select_indices(rows)
-        remember(cache, self.spans.each(lambda span: span[rows]))
-        return cache
+        return self.beginning.fork(self.model.hf_model, self._rows(pictures))
 
     def _rows(self, pictures: int | Sequence[int]) -> Int[Tensor, " row"]:
         if isinstance(pictures, int):
@@ -279,13 +275,9 @@ def read_prefix(model: LensModel, prompt: Prompt, prepared: Prepared | None = No
     for name, values in by_token(model.hf_model, prompt.inputs).items():
         inputs[name] = values.gather(-1, place.clamp_min(0).expand(*values.shape[:-1], -1))
     inputs["attention_mask"] = real.long()
-    found: Any = model.hf_model
-    cache = DynamicCache(config=found.config)
-    with readable(prompt), torch.no_grad():
-        found(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     cut = spans.each(lambda span: span.gather(1, place.clamp_min(0)) & real)
-    weights = weights_state(model.hf_model)
-    return Prefix(model, prompt, inputs["input_ids"], cut, cache, weights, prepared)
+    with readable(prompt):
+        return Prefix(model, prompt, read_beginning(model.hf_model, inputs, cut), prepared)
 
 
 def refuse_prefix(model: LensModel) -> None:

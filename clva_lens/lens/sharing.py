@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clva_lens.ground.ambient import undisturbed
-from clva_lens.ground.errors import PromptError, SpanError
+from clva_lens.ground.errors import InterventionError, PromptError, SpanError
 from clva_lens.lens.asking import Share
 from clva_lens.lens.check import QUESTIONS
 from clva_lens.lens.faults import machine_fault
@@ -22,6 +22,7 @@ from clva_lens.methods.target import Target
 from clva_lens.models.once import Prepared
 from clva_lens.models.pictures import ImageLike, picture_keys
 from clva_lens.models.prompt import Prompt
+from clva_lens.models.twin import twin
 
 # Two prompts differ by this many times what another batch size makes, or this share of the spread.
 _TIMES, _SHARE = 8.0, 1e-5
@@ -113,10 +114,12 @@ def why_unshared(model: LensModel, method: Method | None) -> str | None:
     if method is not None:
         sessions = method.sessions(Target(model.hf_model, model.processor))
         if not all(session.leaves_prefix for session in sessions):
-            return (
-                f"{method.name} reads or edits rows before the question, or has a second input "
-                "of its own"
-            )
+            return f"{method.name} reads or edits rows before the question"
+        if any(session.rereads for session in sessions):
+            try:
+                twin(model.hf_model)
+            except InterventionError as error:
+                return str(error)
     try:
         refuse_prefix(model)
     except PromptError as error:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from clva_lens.figures import SaliencyPicture
 from clva_lens.figures.base import evenly
+from clva_lens.lens.attention_trace import AttentionTrace
 from clva_lens.lens.decoding import Greedy
 from clva_lens.lens.generate import generate
 from clva_lens.lens.intervene import intervening
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.observers import AttentionTrace
 from clva_lens.lens.trace import composed_saliency, trace_attention
 from clva_lens.methods.base import Method
 from clva_lens.methods.clva import CLVA

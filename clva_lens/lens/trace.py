@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from clva_lens.engine.run import running
 from clva_lens.engine.session import Session
 from clva_lens.ground.ambient import undisturbed
+from clva_lens.lens.attention_trace import AttentionTrace, HeadChoice
 from clva_lens.lens.intervene import intervening, refuse_in_trace
-from clva_lens.lens.observers import AttentionTrace, HeadChoice, Observer, QueryObserver
+from clva_lens.lens.observers import Observer, QueryObserver
 from clva_lens.methods.ablation import HeadMeans, MeanSession, ZRows
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.target import Target, shape_of
@@ -46,7 +47,7 @@ def trace_attention(
     found, prompt = transformers_model(model), as_prompt(model, prompt, continued=True)
     observer = Observer(layers, shape_of(found, site))
     with intervening(model, method), running(found, [observer]):
-        logits = _last_logits(found, prompt)
+        logits = last_logits(found, prompt)
     return observer.trace(prompt.batched, logits)
 
 
@@ -82,7 +83,7 @@ def composed_saliency(
         queries = QueryObserver(qformer_layers, target.at())
     observers: list[Session] = [decoder] if queries is None else [decoder, queries]
     with intervening(model, method), running(found, observers):
-        _last_logits(found, prompt)
+        last_logits(found, prompt)
     saliency = decoder.trace(prompt.batched).saliency(heads)
     if queries is None:
         return saliency
@@ -116,11 +117,12 @@ def head_means(
     session = MeanSession(shape_of(found, site), rows)
     for prompt in prompts:
         with intervening(model, method), running(found, [session]):
-            _last_logits(found, as_prompt(model, prompt))
+            last_logits(found, as_prompt(model, prompt))
     return session.means()
 
 
-def _last_logits(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "batch vocabulary"]:
+def last_logits(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "batch vocabulary"]:
+    """Return the logits of a prompt's last position, from one pass."""
     # An encoder-decoder's decoder has read one token only.
     keep: dict[str, Any] = {} if "decoder_input_ids" in prompt else {"logits_to_keep": 1}
     keep["use_cache"] = prompt.reader is not None

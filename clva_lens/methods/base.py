@@ -58,7 +58,7 @@ class BiasSession(Session):
     ) -> None:
         """Name the site and its layers, 0-based, and give the function.
 
-        ``row`` is what it is for a single generated row, if that can be compiled.
+        ``row`` makes it for a single generated row, by less, and as what can be compiled.
         """
         self.site, self.layers, self.bias = site, tuple(layers), bias
         self.row, self.compiles = row, row is not None
@@ -66,7 +66,9 @@ class BiasSession(Session):
 
     def attention(self, call: AttentionCall) -> Bias | None:
         """Return the bias at the session's layers, None elsewhere."""
-        return self.bias(call) if call.layer in self.layers else None
+        if call.layer not in self.layers:
+            return None
+        return self.row(call) if self.row is not None and call.is_step else self.bias(call)
 
     def compiled_step(self, call: AttentionCall, seen: dict[Any, Any]) -> Bias | None:
         """Return the bias of the only row."""
@@ -326,11 +328,13 @@ def row_bias(
     """
     if generated is None:
         generated = prompt[:, None].expand(-1, call.new_rows, -1)
-    step, new, old = call.step, call.new_rows, call.query.shape[2] - call.new_rows
+    step, new = call.step, call.new_rows
+    old = call.query.shape[2] - new
     if old == 0 and new == 1:
         known = step.of_prompt[prompt.device]
-        if known.single_row is None or len(known.single_row) != len(prompt):
-            known.single_row = torch.ones(len(prompt), 1, dtype=torch.bool, device=prompt.device)
+        batch = prompt.shape[0]
+        if known.single_row is None or known.single_row.shape[0] != batch:
+            known.single_row = torch.ones(batch, 1, dtype=torch.bool, device=prompt.device)
         return KeyBias(_on_image(call, generated[:, 0]), known.single_row, 0)
     first = max(0, step.first_text - step.offset)
     bias = KeyBias(_on_image(call, prompt), edited_rows(call, rows), first)

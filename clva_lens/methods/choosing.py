@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Literal, cast, get_args
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from clva_lens.engine.row_reading import read_prompt_rows
 from clva_lens.engine.session import AttentionCall
+from clva_lens.ground.ambient import without_gradients
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import check_layers
 from clva_lens.methods.target import Shape
@@ -64,7 +64,7 @@ class ChosenHeads:
         self.layers = tuple(i for i in chosen if self.kind is not None or bool(given[i].any()))
         self._given = given
 
-    @torch.no_grad()
+    @without_gradients
     def at(self, call: AttentionCall) -> Bool[Tensor, "batch head"]:
         """Return the chosen heads of one layer, for each sample; a prompt is classified first.
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from clva_lens.engine.row_reading import read_prompt_rows
 from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.ground.ambient import without_gradients
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import (
     Kernel,
@@ -48,6 +49,7 @@ from clva_lens.methods.scores import (
     span_keys,
 )
 from clva_lens.methods.target import Target
+from clva_lens.models.step import Step
 
 
 @register_method
@@ -112,13 +114,19 @@ class _ClearSightSession(Session):
         self.method, self.site, self.layers = method, site, layers
         self.passive = method.factors == (1, 1)
         self._heads: dict[int, Bool[Tensor, "batch head"]] = {}
+        self._scale: tuple[Step, Float[Tensor, "batch 1 1 key"]] | None = None
 
     def attention(self, call: AttentionCall) -> Float[Tensor, "batch head query key"] | None:
         """Return (c − 1)·l at image and system keys of text and generated rows."""
         if call.layer not in self.layers or self.passive:
             return None
         perceiving = self._perceiving(call) if self.method.variant == "paper" else None
-        return score_bias(call, edited_rows(call, "text"), self._change(call, perceiving))
+        if self._scale is None or self._scale[0] is not call.step:
+            self._scale = (call.step, self._factors(call))
+        change = self._change(self._scale[1], perceiving)
+        if call.is_step:
+            return single_row_score_bias(call, change)
+        return score_bias(call, edited_rows(call, "text"), change)
 
     def compiled_step(
         self, call: AttentionCall, seen: dict[Any, Any]
@@ -127,16 +135,23 @@ class _ClearSightSession(Session):
         if self.passive:
             return None
         perceiving = self._heads[call.layer] if self.method.variant == "paper" else None
-        return single_row_score_bias(call, self._change(call, perceiving))
+        if "scale" not in seen:
+            seen["scale"] = self._factors(call)
+        return single_row_score_bias(call, self._change(seen["scale"], perceiving))
 
-    def _change(
-        self, call: AttentionCall, perceiving: Bool[Tensor, "batch head"] | None
-    ) -> Callable[[Tensor], Tensor]:
+    def _factors(self, call: AttentionCall) -> Float[Tensor, "batch 1 1 key"]:
+        """Return c − 1 of each key: the same in all layers of a pass."""
         spans = call.step.spans
         image, system = (factor - 1 for factor in self.method.factors)
         on_image = image * span_keys(call, spans.image).float()
         scale = on_image + system * span_keys(call, spans.system).float()
-        scale = rearrange(scale, "b k -> b 1 1 k")
+        return scale[:, None, None]
+
+    def _change(
+        self,
+        scale: Float[Tensor, "batch 1 1 key"],
+        perceiving: Bool[Tensor, "batch head"] | None,
+    ) -> Callable[[Tensor], Tensor]:
         if perceiving is not None:
             scale = scale * rearrange(perceiving, "b h -> b h 1 1")
 
@@ -145,7 +160,7 @@ class _ClearSightSession(Session):
 
         return change
 
-    @torch.no_grad()
+    @without_gradients
     def _perceiving(self, call: AttentionCall) -> Bool[Tensor, "batch head"]:
         """Return the half of the heads with the most attention to the image, on the prompt."""
         if call.step.number == 0:

@@ -25,6 +25,7 @@ from torch import Tensor
 from clva_lens.engine.bias import Bias, at
 from clva_lens.engine.row_reading import read_generated_rows, read_prompt_rows
 from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.ground.ambient import without_gradients
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import (
     Kernel,
@@ -170,11 +171,10 @@ class CLVA(Method):
 
 
 class _LayerReading(NamedTuple):
-    """What one anchor layer gave: its heads' intensity, and the rows' attention to the image."""
+    """What one anchor layer gave: its heads' intensity, and where the prompt's last row looks."""
 
     intensity: Float[Tensor, "batch head"]
-    prompt: Float[Tensor, "batch head visual"]
-    generated: Float[Tensor, "batch row head visual"]
+    map: Float[Tensor, "batch head visual"]
 
 
 class ClvaSession(Session):
@@ -198,12 +198,14 @@ class ClvaSession(Session):
         self.steady = () if method.alpha == method.beta == 0 else edited
         self.layers = (self.negative_layer, self.positive_layer, *self.steady)
         self._read: dict[int, _LayerReading] = {}
+        self._generated: dict[int, Float[Tensor, "batch row head visual"]] = {}
+        self._home = torch.device("cpu")  # both anchors', that of the layer that is read first
         self._bias: tuple[Step, Bias] | None = None
         self._prompt_weights: Float[Tensor, "batch visual"] | None = None
         self._shares: Float[Tensor, "anchor batch head"] | None = None
         self._found: HeadClasses | None = None
 
-    @torch.no_grad()  # masks are steps, whose slope is 0
+    @without_gradients  # masks are steps, whose slope is 0
     def attention(self, call: AttentionCall) -> Bias | None:
         """Read the anchor layers; return the bias of Eq. 10 at the edited ones."""
         if call.layer in (self.negative_layer, self.positive_layer):
@@ -242,30 +244,25 @@ class ClvaSession(Session):
 
     def _read_layer(self, call: AttentionCall) -> None:
         step = call.step
-        if step.number == 0 or (self.method.refresh == "step" and call.new_rows):
+        reads_new = self.method.refresh == "step" and call.new_rows > 0
+        if call.window is not None and (step.number == 0 or reads_new):
             self._check_sight(call)
         if step.number == 0:
-            self._check_tau(step.visual.shape[1])
+            if call.layer == self.negative_layer:
+                self._check_tau(step.visual.shape[1])
             self._shares = self._found = None
             rows = read_prompt_rows(call)
-            # Both anchors on one device, that of the layer that is read first.
-            image, found = (self._home(one) for one in (rows.image, rows.map))
-            none = found[:, None][:, :0]
-            self._read[call.layer] = _LayerReading(image, found, none)
-        known = self._read.get(call.layer)
-        if known is None:
+            if not self._read:
+                self._home = rows.map.device
+            image, found = at(rows.image, self._home), at(rows.map, self._home)
+            self._read[call.layer] = _LayerReading(image, found)
+        if call.layer not in self._read:
             raise InterventionError(
                 "CLVA joined a run whose prompt had been read already, so it has no anchors. Start "
                 "it before the prompt is read."
             )
-        if self.method.refresh == "step" and call.new_rows:
-            maps = read_generated_rows(call).transpose(1, 2)
-            self._read[call.layer] = known._replace(generated=self._home(maps))
-
-    def _home(self, found: Tensor) -> Tensor:
-        """Return what an anchor layer gave on the device of the layer that was read first."""
-        first = next(iter(self._read.values()), None)
-        return found if first is None else at(found, first.prompt.device)
+        if reads_new:
+            self._generated[call.layer] = at(read_generated_rows(call), self._home).transpose(1, 2)
 
     def _check_tau(self, visual: int) -> None:
         """Refuse a τ that no token of this prompt could ever exceed."""
@@ -338,16 +335,15 @@ class ClvaSession(Session):
         return reanchor_log_weights(masks[0], masks[1], method.alpha, method.beta)
 
     def _make_bias(self, call: AttentionCall) -> Bias:
-        positive, negative = self._read[self.positive_layer], self._read[self.negative_layer]
+        anchors, here = (self.positive_layer, self.negative_layer), call.query.device
         if call.step.number == 0 or self._prompt_weights is None:
-            self._prompt_weights = self._log_weights(positive.prompt, negative.prompt)
-        prompt = self._prompt_weights
-        if self.method.refresh == "prompt" or call.new_rows == 0:
-            generated = prompt[:, None].expand(-1, call.new_rows, -1)
-        else:
-            generated = self._log_weights(positive.generated, negative.generated)
-        here = call.query.device
-        return row_bias(call, self.method.rows, at(prompt, here), at(generated, here))
+            maps = [self._read[layer].map for layer in anchors]
+            self._prompt_weights = self._log_weights(*maps)
+        prompt, generated = at(self._prompt_weights, here), None
+        if self.method.refresh == "step" and call.new_rows > 0:
+            maps = [self._generated[layer] for layer in anchors]
+            generated = at(self._log_weights(*maps), here)
+        return row_bias(call, self.method.rows, prompt, generated)
 
     @property
     def anchors(self) -> VisualAnchors:
@@ -363,8 +359,8 @@ class ClvaSession(Session):
             )
         positive, negative = self._read[self.positive_layer], self._read[self.negative_layer]
         maps = [
-            saliency_map(positive.prompt, self._heads(True)),
-            saliency_map(negative.prompt, self._heads(False)),
+            saliency_map(positive.map, self._heads(True)),
+            saliency_map(negative.map, self._heads(False)),
         ]
         masks = [anchor_mask(one, self.method.tau) for one in maps]
         whole = self._all_layers()

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -124,5 +123,5 @@ class PAI(Method):
         return None if self.alpha == 0 else single_row_score_bias(call, self._change(call))
 
     def _change(self, call: AttentionCall) -> Callable[[Tensor], Tensor]:
-        image = rearrange(span_keys(call, call.step.spans.image), "b k -> b 1 1 k")
+        image = span_keys(call, call.step.spans.image)[:, None, None]
         return lambda scores: (self.alpha * scores.abs()).where(image, 0.0)

@@ -6,6 +6,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 
 from clva_lens.engine.session import AttentionCall
 
@@ -46,7 +47,8 @@ def span_keys(
     call: AttentionCall, span: Bool[Tensor, "batch position"]
 ) -> Bool[Tensor, "batch key"]:
     """Return a span as a mask of the kernel's keys, of which a static cache has more."""
-    return torch.nn.functional.pad(span, (0, call.key.shape[2] - span.shape[1]))
+    more = call.key.shape[2] - span.shape[1]
+    return functional.pad(span, (0, more)) if more else span
 
 
 def released_layer(layer: int, depth: int) -> int:

@@ -21,8 +21,10 @@ from torch.utils.hooks import RemovableHandle
 
 from clva_lens.ground.errors import InterventionError
 
-HERE: ContextVar[Mapping[int, "Owned"]] = ContextVar("clva_lens_runs", default=MappingProxyType({}))
-"""The runs of this thread or task, by the ids of the modules that they are at."""
+HERE: ContextVar[Mapping[nn.Module, "Owned"]] = ContextVar(
+    "clva_lens_runs", default=MappingProxyType({})
+)
+"""The runs of this thread or task, by the modules that they are at."""
 
 _OPENING: ContextVar["Owned | None"] = ContextVar("clva_lens_opening", default=None)
 
@@ -40,7 +42,7 @@ class Owned:
 
     def __init__(self, places: Iterable[nn.Module]) -> None:
         """Name the modules that it is at."""
-        self._places = tuple(map(id, places))
+        self._places = tuple(places)
         self._owner = _owner()
         self.frames: list[FrameType] = []
         self._left = False
@@ -82,7 +84,7 @@ class Owned:
 
 def found_at(module: nn.Module) -> Owned | None:
     """Return what this context has open at a module."""
-    found = HERE.get().get(id(module))
+    found = HERE.get().get(module)
     return None if found is None or found._left else found
 
 

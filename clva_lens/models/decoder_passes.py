@@ -9,7 +9,6 @@ later layers of the same pass.
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers import Cache
 
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError
+from clva_lens.models.beginning import read_before
 from clva_lens.models.belonging import Owned, hook_after, opening, whose
 from clva_lens.models.context import (
     Drafting,
@@ -29,7 +29,7 @@ from clva_lens.models.context import (
     remember,
 )
 from clva_lens.models.kv_cache import cache_of
-from clva_lens.models.passes import TokenPasses, cached_length, padding_of
+from clva_lens.models.passes import TokenPasses, padding_of
 from clva_lens.models.step import Step
 
 # Spans are lengthened by this many positions at a time.
@@ -63,14 +63,16 @@ class DecoderPasses(TokenPasses):
             embeds = kwargs.get("inputs_embeds")
             batch, length = (1, None) if embeds is None else embeds.shape[:2]
             ids = self.embedded_ids(batch, length)
-        offset, cache = self._position(ids.shape[1], kwargs), cache_of(kwargs)
+        cache = cache_of(kwargs)
+        offset = self._position(ids.shape[1], cache)
         follows = self._follows(cache, offset)
         self._end = offset + ids.shape[1]
         if not follows or cache is None or self._cache is None or cache is not self._cache():
             self._turn_to(cache, kwargs.get("use_cache") is not False)
         mask = kwargs.get("attention_mask")
         if offset == 0 and not self.is_rerun(ids, offset, kwargs):
-            self._left = frozenset(one for one in self._left if one() not in (cache, None))
+            if self._left:
+                self._left = frozenset(one for one in self._left if one() not in (cache, None))
             self._room = None
             self.step = self._first(ids, mask)
             if self.step.number < 0 and not self._is_piece(kwargs):
@@ -95,7 +97,8 @@ class DecoderPasses(TokenPasses):
             remember(last, self.step.spans)
             self._left |= {weakref.ref(last)}
         self._cache = weakref.ref(cache) if isinstance(cache, Cache) else None
-        self._unhook()
+        if self._made is not None:
+            self._unhook()
         if cache is None and makes_one:
             with opening(self._owner):
                 self._made = hook_after(self.entry, self._take)
@@ -139,10 +142,11 @@ class DecoderPasses(TokenPasses):
         visual = spans.visual_index()
         start, stop = int(visual.min()), int(visual.max()) + 1
         some = text.any(dim=1)
-        if some.any() and not some.all():
+        whole = bool(some.all())
+        if not whole and bool(some.any()):
             raise InterventionError(_NO_TEXT)
         return Step(
-            number=0 if some.all() else -1,
+            number=0 if whole else -1,
             offset=offset,
             text_rows=text,
             spans=spans,
@@ -151,7 +155,7 @@ class DecoderPasses(TokenPasses):
             ordered=True,
             ids=ids,
             image_start=start,
-            first_text=int(text.any(dim=0).nonzero()[0]) if some.all() else text.shape[1],
+            first_text=int(text.any(dim=0).nonzero()[0]) if whole else text.shape[1],
             block=(start, stop) if stop - start == visual.shape[1] else None,
         ).to(ids.device)
 
@@ -182,7 +186,8 @@ class DecoderPasses(TokenPasses):
         )
         self.follow(ids)
         self._left = frozenset(one for one in self._left if one() not in (cache, None))
-        return self._prompt_step(ids, spans, functional.pad(text, (offset, 0)), offset)
+        step = self._prompt_step(ids, spans, functional.pad(text, (offset, 0)), offset)
+        return replace(step, read_before=read_before(cache, len(ids), offset))
 
     def _refuse_onto(
         self, known: TokenSpans, cache: Any, ids: Tensor, offset: int, drafts: Drafting | None
@@ -220,7 +225,7 @@ class DecoderPasses(TokenPasses):
         spans, keys = known.spans, offset + ids.shape[1]
         if keys != known.keys:
             spans = self._reaching(spans, keys)
-        return replace(known, number=known.number + 1, offset=offset, spans=spans, ids=ids)
+        return known.after(offset, spans, ids)
 
     def _reaching(self, spans: TokenSpans, keys: int) -> TokenSpans:
         """Return spans of so many keys, the last ones generated: views of ones with more room."""
@@ -228,15 +233,14 @@ class DecoderPasses(TokenPasses):
             self._room = spans.with_room(keys - spans.image.shape[1] + ROOM)
         return self._room.first(keys)
 
-    def _position(self, rows: int, kwargs: dict[str, Any]) -> int:
+    def _position(self, rows: int, cache: Any) -> int:
         """Return the position of the pass's first row.
 
         A static cache holds its length on the device. To read it at every token would have the CPU
         wait each time, so single rows onto the cache of the last pass are counted instead.
         """
-        cache = cache_of(kwargs)
-        last = None if self._cache is None else self._cache()
-        known = rows == 1 and self.step is not None and cache is last
-        if known and last is not None and isinstance(last.get_seq_length(), Tensor):
-            return self._end
-        return cached_length(kwargs)
+        if cache is None:
+            return 0
+        length, last = cache.get_seq_length(), None if self._cache is None else self._cache()
+        counted = rows == 1 and self.step is not None and cache is last
+        return self._end if counted and isinstance(length, Tensor) else int(length)

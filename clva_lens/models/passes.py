@@ -6,7 +6,6 @@ module where the pass begins and takes away when it ends.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,8 +61,8 @@ class Passes(ABC):
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # nnsight's scan() leaves the inputs real, but whatever is computed from them is fake.
-        given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
-        if any(isinstance(one[:0], FakeTensor) for one in given):
+        given = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+        if given is not None and isinstance(given[:0], FakeTensor):
             self.step = None
         else:
             self.watch(args, kwargs)
@@ -143,7 +142,7 @@ class TokenPasses(Passes):
     def next(self, rows: Tensor, offset: int) -> Step:
         """Return the step before this pass, which reads generated tokens."""
         known = self.step
-        if known is None or len(known.spans.image) != len(rows):
+        if known is None or known.spans.image.shape[0] != rows.shape[0]:
             raise InterventionError(
                 "the first pass under this run already had a filled key-value cache (or another "
                 "batch), so its image tokens are unknown. Start the run before the prompt is read."
@@ -191,7 +190,7 @@ class EncoderDecoderPasses(TokenPasses):
             self.step = step.to(rows.device)
             return
         known = self.next(rows, offset)
-        self.step = replace(known, number=known.number + 1, offset=offset, ids=rows)
+        self.step = known.after(offset, known.spans, rows)
 
 
 class QueryPasses(Passes):

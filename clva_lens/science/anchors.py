@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clva_lens.ground.ambient import exact
+from clva_lens.ground.drawn import on_photo
 from clva_lens.ground.errors import ParameterError
 from clva_lens.science.heads import HeadClasses
 
@@ -53,6 +55,28 @@ class VisualAnchors:
     def overlap(self) -> int:
         """Number of visual tokens in both masks, summed over samples: their weight is 1 + α − β."""
         return int((self.positive & self.negative).sum())
+
+    def draw(self, prompt: Any, **options: Any) -> Any:
+        """Return both maps on the photo of ``prompt``, both anchors outlined: a matplotlib figure.
+
+        ``options`` are those of ``cl.overlay``.
+
+        Raises:
+            ParameterError: if they are of several samples.
+            PromptError: if it is unknown where on the photo the image tokens lie.
+        """
+        if self.positive.ndim > 1:
+            raise ParameterError(
+                f"these anchors are of {len(self.positive)} samples, and one is drawn. Make the "
+                "prompt from one image and one question."
+            )
+        return on_photo()(
+            prompt,
+            torch.stack([self.positive_map, self.negative_map]),
+            titles=[f"layer {self.positive_layer}", f"layer {self.negative_layer}"],
+            outlines={"positive": self.positive, "negative": self.negative},
+            **options,
+        )
 
     def __repr__(self) -> str:
         """Return where the anchors come from and how many tokens they mark."""
@@ -230,6 +254,26 @@ def reanchor_log_weights(
     tensor([ 2.7081, -2.3026,  2.6462,  0.0000])
     """
     return _by_mask(positive, negative, _log_levels(alpha, beta))
+
+
+def averaged_log_weights(
+    share: Float[Tensor, "*batch visual"], alpha: float | int, beta: float | int
+) -> Float[Tensor, "*batch visual"]:
+    """Return log(1 + (α − β) Z_avg), to be added to the scores before the softmax.
+
+    Eq. 15, arXiv:2603.25088v1: Z_avg is ``share``, the mean over all heads of their masks, in
+    [0, 1]: one anchor in the place of a positive and a negative one. Nats; float32; −inf where the
+    weight is 0.
+
+    Raises:
+        ParameterError: if ``check_strengths(alpha, beta)`` does.
+
+    >>> averaged_log_weights(torch.tensor([0.0, 0.5, 1.0]), alpha=14, beta=0.9)
+    tensor([0.0000, 2.0215, 2.6462])
+    """
+    check_strengths(alpha, beta)
+    weights = 1 + (alpha - beta) * share.float()
+    return weights.where(weights > _ZERO, 0.0).log()
 
 
 def reanchor(

@@ -5,13 +5,14 @@ Tensors in, tensors out; ``*batch`` stands for any leading axes, also none.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from clva_lens.ground.drawn import SelfDrawn, drawing
 from clva_lens.ground.errors import ParameterError
 from clva_lens.science.anchors import default_anchor_layers
 
@@ -38,7 +39,7 @@ class LayerMaps(Protocol):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttentionDrift:
+class AttentionDrift(SelfDrawn):
     """Four curves over the layers: two entropies and two correlations with the anchors.
 
     ``entropy``: of the sensitive heads' map as printed in Eq. 5, arXiv:2603.25088v1, which mixes
@@ -55,6 +56,24 @@ class AttentionDrift:
     positive_layer: int
     negative_layer: int
     layers: tuple[int, ...]
+
+    def draw(self) -> Any:
+        """Return the paper's Fig. 2b as a matplotlib figure; of several samples, with intervals.
+
+        Raises:
+            FigureError: if a map is constant, so that its correlation is NaN.
+        """
+        count = len(self.layers)
+        curves = [
+            one.reshape(-1, count).float().cpu().numpy()
+            for one in (self.entropy, self.toward_positive, self.toward_negative)
+        ]
+        return drawing("drift_curves")(
+            *(one if len(one) > 1 else one[0] for one in curves),
+            self.positive_layer,
+            self.negative_layer,
+            layers=self.layers,
+        )
 
     def __repr__(self) -> str:
         """Return the values at the first and the last traced layer, averaged over samples."""

@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from clva_lens.ground.drawn import SelfDrawn, drawing
 from clva_lens.ground.errors import ParameterError, SpanError
 
 HeadTable = tuple[tuple[bool, ...], ...]
@@ -93,7 +94,7 @@ def visual_intensity(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HeadClasses:
+class HeadClasses(SelfDrawn):
     """The visually sensitive and insensitive heads of each layer.
 
     ``sensitive``, ``insensitive``: the two head sets. ``sensitive_fallback``,
@@ -138,6 +139,17 @@ class HeadClasses:
             threshold=None,
             empty="skip",
         )
+
+    def draw(self) -> Any:
+        """Return the matrix of heads with their classes, as a matplotlib figure.
+
+        Of several samples it is the share of them in which a head is in a class.
+        """
+        shares = [
+            one.float().reshape(-1, *one.shape[-2:]).mean(dim=0).cpu().numpy()
+            for one in (self.sensitive, self.insensitive)
+        ]
+        return drawing("head_classes")(*shares)
 
     def __repr__(self) -> str:
         """Return the size of both head sets and how often the policy for empty sets decided."""

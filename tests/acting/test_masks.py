@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clva_lens.engine.kernels import Merging
+from clva_lens.engine.kernels import Merging, merged
 from clva_lens.engine.session import AttentionCall
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.models.step import Step
@@ -24,8 +24,7 @@ def test_a_row_that_sees_nothing_stays_finite(dtype):
     mask[..., 0] = False  # padding is seen by nobody, so row 0 sees nothing
     bias = torch.zeros(1, 1, 6, 6)
     bias[..., 4:, 1:4] = torch.tensor([2.7, -2.3, -torch.inf])
-    merged = Merging(fused=True).merge(AttentionCall(0, step, query, key, mask, bias, 1.0))
-    kernel = merged.to(dtype)
+    kernel = merged(AttentionCall(0, step, query, key, mask, bias, 1.0)).to(dtype)
     assert kernel.isfinite().all()
     weights = kernel.float().softmax(dim=-1)
     allowed = mask & ~bias.isneginf()
@@ -36,14 +35,19 @@ def test_a_row_that_sees_nothing_stays_finite(dtype):
     torch.testing.assert_close(weights[0, 0, 4, :5], wanted / wanted.sum(), rtol=2e-2, atol=1e-3)
 
 
+def given(query, key, value, mask):
+    """A kernel that returns the mask which it is given."""
+    return value, mask
+
+
 def test_one_mask_serves_all_layers_of_a_pass():
     ids = torch.tensor([[5, 5, 7]])
     spans = TokenSpans.from_ids(ids, 5)
     step = Step(0, 0, spans.text, spans, spans.visual_index(), causal=True, ordered=True)
     query, key = torch.randn(2, 1, 4, 3, 8)
     merging, bias = Merging(fused=True), torch.ones(1, 1, 3, 3)
-    call = AttentionCall(0, step, query, key, None, bias, 1.0)
-    first = merging.merge(call)
-    assert merging.merge(replace(call, layer=1)) is first
-    assert merging.merge(replace(call, bias=bias.clone())) is not first
+    call = AttentionCall(0, step, query, key, None, bias, 1.0, value=key)
+    first = merging.attend(given, call)[1]
+    assert merging.attend(given, replace(call, layer=1))[1] is first
+    assert merging.attend(given, replace(call, bias=bias.clone()))[1] is not first
     assert torch.equal(first[0, 0].isfinite() & (first[0, 0] > -1e30), torch.ones(3, 3).tril() > 0)

@@ -21,6 +21,7 @@ ARCHIVE = Archive(Path(__file__).parents[2])
 # What makes each analysis small enough to run with every change; 7 questions are of two pictures,
 # so that intervals over pictures can be drawn.
 SMALL = {
+    "00_tour": ["questions=12"],
     "01_head_intensity": ["questions=24"],
     "02_saliency": ["pictures=2"],
     "03_drift": ["questions=12"],

@@ -30,9 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from clva_lens.experiments.speed.calls import COUNTED, counted_model, pass_calls
 from clva_lens.experiments.speed.cases import PAPER, Case, cases_of
 from clva_lens.experiments.speed.models import Subject, random_subjects, toy_subjects
 from clva_lens.ground.errors import ParameterError
+from clva_lens.methods.base import Method
 from clva_lens.models.family import find_site
 
 # A model whose plain generation is shorter than this gets as many more rounds.
@@ -47,7 +49,8 @@ class BenchRow:
     the clock that counts on the device, ``low`` and ``high`` its quartiles, ``wall`` the median
     ratio of wall times, ``samples`` the number of rounds. With unit "MiB", ``value`` is how far the
     peak of memory lies above a plain pass's, and ``ratio`` is of such numbers; with unit "peak", it
-    is the peak itself in MiB, less what was there before (the weights).
+    is the peak itself in MiB, less what was there before (the weights). With "calls" (of Python and
+    of C) and "operators", it is how many more a pass takes, and ``ratio`` is of all of them.
     """
 
     model: str
@@ -119,7 +122,8 @@ class BenchReport:
                 target = "" if row.target is None else f"≤ {row.target:g} "
                 target += {True: "[green]met", False: "[red]missed", None: ""}[row.met]
                 unit = "MiB peak" if row.unit == "peak" else row.unit
-                takes, spread = f"{row.value:.3f} {unit}", f"{row.low:.3f}–{row.high:.3f}"
+                digits = 0 if row.unit in ("calls", "operators") else 3
+                takes, spread = f"{row.value:.{digits}f} {unit}", f"{row.low:.3f}–{row.high:.3f}"
                 table.add_row(row.case, takes, row.over, f"{row.ratio:.3f}", spread, target)
             tables.append(table)
         used = ", ".join(f"{name} {value}" for name, value in self.environment.items())
@@ -147,9 +151,9 @@ def bench(
         raise ParameterError(
             f"rounds and new_tokens must be >= 1, but are {rounds} and {new_tokens}. Pass rounds=3."
         )
+    rows: list[BenchRow] = [] if quick or subjects is not None else measure_calls(COUNTED)
     if subjects is None:
         subjects = toy_subjects() if quick else toy_subjects() + random_subjects()
-    rows: list[BenchRow] = []
     kinds: set[str] = set()
     gc.freeze()  # Collecting before each sample would else go through all that is imported.
     try:
@@ -167,6 +171,23 @@ def bench(
     how = {"device": device, "dtype": ", ".join(sorted(kinds)), "new_tokens": new_tokens}
     used = {**versions, **how, "threads": torch.get_num_threads(), **hardware(device)}
     return BenchReport(tuple(rows), rounds, used)
+
+
+def measure_calls(methods: Mapping[str, Method]) -> list[BenchRow]:
+    """Return how many calls and operators methods add to a prompt's pass and to a step."""
+    model, rows = counted_model(), list[BenchRow]()
+    plain = pass_calls(model)
+    for name, method in methods.items():
+        for of, found in pass_calls(model, method).items():
+            for unit, own, base in (
+                ("calls", found.python_and_c, plain[of].python_and_c),
+                ("operators", found.operators, plain[of].operators),
+            ):
+                ratios, case = [own / base] * 4, f"{of}, {name}"
+                rows.append(
+                    BenchRow("LLaVA, 32 × 16", case, of, unit, own - base, *ratios, 1, None)
+                )
+    return rows
 
 
 def hardware(device: str) -> dict[str, str | int]:
