@@ -9,6 +9,7 @@ later layers of the same pass.
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch

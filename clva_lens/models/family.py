@@ -155,6 +155,10 @@ class ModelFamily(ABC):
         ``system`` is the system message; None leaves the model's own, "" leaves it out.
         """
 
+    def seeing(self, model: PreTrainedModel) -> tuple[nn.Module, ...]:
+        """Return the modules that read the picture and nothing of the question, in their order."""
+        return ()
+
     def activations(self, model: PreTrainedModel) -> Activations:
         """Return what has a TransformerLens name in the model, for ``run_with_cache``.
 
