@@ -78,7 +78,7 @@ def surface(
         annot_kws={"fontsize": SMALL},
         xticklabels=[f"{one:g}" for one in columns],
         yticklabels=[f"{one:g}" for one in lines],
-        cbar_kws={"label": plain(label or value), "pad": 0.02},
+        cbar_kws={"label": "\n".join(map(plain, (label or value).split("\n"))), "pad": 0.02},
     )
     ax.set_xlabel(plain(across))
     ax.set_ylabel(plain(down))
