@@ -110,7 +110,8 @@ class Measure:
     def path(self, root: Path) -> Path:
         """Return where it is kept below the folder of a reproduction."""
         subject = self.subject
-        told = [self.version, plain(dict(self.settings)), subject.limit, subject.seed]
+        size = [subject.limit, subject.limit_of("looks")]
+        told = [self.version, plain(dict(self.settings)), size, subject.seed]
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
         return root / "measured" / subject.slug / f"{self.name}-{key}.json"
 

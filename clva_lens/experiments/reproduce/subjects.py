@@ -16,7 +16,7 @@ from clva_lens.toy.toys import TOYS
 from clva_lens.toy.train import RECIPE
 
 # How many samples of each kind a toy is asked, unless a limit is given: all tables in minutes.
-TOY_LIMITS = {"pope": 120, "chair": 40, "mme": 120, "grid": 48, "looks": 24, "cases": 6}
+TOY_LIMITS = {"pope": 120, "chair": 40, "mme": 120, "grid": 48, "looks": 72, "cases": 6}
 LOOKS, CASES = 100, 6
 """How many questions attention is looked at for (the paper's 100 pictures), and answers shown."""
 
