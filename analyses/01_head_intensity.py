@@ -15,6 +15,9 @@ model = "toy-llava"
 benchmarks = []
 questions = 240
 seed = 0
+batch_size = 32
+clva = {}
+settings = {}
 
 # %%
 import numpy as np
@@ -22,18 +25,27 @@ import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
-from clva_lens.benchmarks.base import BENCHMARKS
-from clva_lens.experiments.measuring import benchmarks_for, mean_interval, trace_samples
+from clva_lens.experiments.measuring import (
+    benchmarks_for,
+    configured,
+    mean_interval,
+    require_pictures,
+    trace_samples,
+)
 
 record = cl.new_record()
 lens = cl.load(model)
 record.uses(lens)
-asked = BENCHMARKS.get(benchmarks_for(lens, "pope", benchmarks)[-1])
+(asked,) = configured(benchmarks_for(lens, "pope", benchmarks)[-1:], settings)
 record.data(asked.digests())
 samples = asked.samples(questions, seed)
-trace = trace_samples(lens, samples, benchmark=asked)
+require_pictures(asked.name, samples)
+trace = trace_samples(lens, samples, benchmark=asked, batch_size=batch_size)
 mean = trace.intensity.mean(dim=0)
-overall, single = cl.classify_heads(mean), cl.classify_heads(trace.intensity)
+rule = cl.CLVA(**clva)
+overall, single = (
+    cl.classify_heads(one, rule.head_threshold, rule.empty) for one in (mean, trace.intensity)
+)
 record.keep_arrays(
     "heads",
     intensity=mean,

@@ -6,40 +6,47 @@
 # depend on them?
 #
 # **Method.** Eq. 4 with all heads, at seven layers, without a method and under CLVA, with both
-# anchors outlined. The pictures are the first questions with either label in the benchmark's own
-# order, so they were not picked for what they show. A map is no cause: the answer under a
+# anchors and the asked object outlined (where its place is known: in the toy world). Each question
+# is the first of another picture, in the benchmark's own order and with labels in turn, so they were
+# not picked for what they show. An answer counts as changed if it is parsed otherwise. A map is no cause: the answer under a
 # knock-out, which removes the attention that the map shows, stands beside each.
 
 # %% tags=["parameters"]
 model = "toy-llava"
 benchmarks = []
 pictures = 4
+clva = {}
+settings = {}
 
 # %%
 import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
-from clva_lens.benchmarks.base import BENCHMARKS
-from clva_lens.experiments.measuring import benchmarks_for
+from clva_lens.benchmarks.parsers import parse
+from clva_lens.experiments.measuring import benchmarks_for, configured
+from clva_lens.experiments.toy_measures import asked_object
 from clva_lens.lens.side_by_side import look_at, saliency_picture, shown_layers
 
 record = cl.new_record()
 lens = cl.load(model)
 record.uses(lens)
-asked = BENCHMARKS.get(benchmarks_for(lens, "pope", benchmarks)[-1])
+(asked,) = configured(benchmarks_for(lens, "pope", benchmarks)[-1:], settings)
+acting = cl.CLVA(**clva)
 record.data(asked.digests())
 chosen = []
 for sample in asked.samples():
-    told = [one.label for one in chosen]
-    if len(chosen) < pictures and told.count(sample.label) < -(-pictures // 2):
+    other = all(sample.group != one.group for one in chosen)
+    if len(chosen) < pictures and other and sample.label == ("yes", "no")[len(chosen) % 2]:
         chosen.append(sample)
 
 # %%
 rows = []
 for number, sample in enumerate(chosen):
-    seen = look_at(lens, lens.prompt(asked.picture(sample), sample.question))
-    picture = saliency_picture(lens, seen, label=sample.label)
+    prompt = lens.prompt(asked.picture(sample), sample.question, system=sample.system)
+    seen = look_at(lens, prompt, acting)
+    place = asked_object(asked, sample)
+    picture = saliency_picture(lens, seen, label=sample.label, objects=place)
     record.keep_arrays(
         f"picture_{number}",
         image=picture.image.astype("float32"),
@@ -48,6 +55,7 @@ for number, sample in enumerate(chosen):
         positive=picture.positive,
         negative=picture.negative,
         layers=shown_layers(seen.plain.layers),
+        **({} if place is None else {"objects": place}),
     )
     row = {"sample": sample.id, "question": picture.question, "label": sample.label}
     for condition, (text, margin) in picture.answers.items():
@@ -65,7 +73,11 @@ pd.DataFrame(rows).drop(columns="sample").round(2)
 # %%
 moved = [abs(row["margin CLVA"] - row["margin greedy"]) for row in rows]
 lost = [abs(row["margin knock-out"] - row["margin greedy"]) for row in rows]
-changed = sum(row["answer CLVA"] != row["answer greedy"] for row in rows)
+read = [
+    [parse(row[f"answer {condition}"], asked.parser) for condition in ("greedy", "CLVA")]
+    for row in rows
+]
+changed = sum(before != after for before, after in read)
 record.keep_metrics(
     pictures=len(rows),
     answers_changed_by_clva=changed,
@@ -73,8 +85,8 @@ record.keep_metrics(
     mean_margin_moved_by_knock_out=sum(lost) / len(lost),
 )
 Markdown(
-    f"On these {len(rows)} questions to **{model}**, CLVA changes {changed} answers and moves the "
-    f"yes−no margin by {sum(moved) / len(moved):.2f} nats in the mean; the knock-out moves it by "
+    f"On these {len(rows)} questions about as many pictures to **{model}**, CLVA changes {changed} "
+    f"answers as parsed ('{asked.parser}') and moves the yes−no margin by {sum(moved) / len(moved):.2f} nats in the mean; the knock-out moves it by "
     f"{sum(lost) / len(lost):.2f}. So few pictures show what maps look like, and nothing about how "
     "often: analyses 03 and 13 count."
 )

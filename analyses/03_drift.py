@@ -8,120 +8,99 @@
 # **Method.** One forward pass a question. Eq. 5 is the entropy of the last row's attention over
 # the image tokens, Eq. 6 the Pearson correlation of each layer's map (all heads) with the positive
 # anchor map (sensitive heads of layer L/2 − 2) and with the negative one (insensitive heads of the
-# first layer). Means over questions; intervals are bootstraps over pictures.
+# first layer). Means over questions; intervals are bootstraps over pictures, and none is shown of
+# fewer than ten.
+#
+# **Nulls.** A peak at the anchor's layer and a fall after it follow from the definition, as that
+# layer's map holds the anchor's own heads; a return under CLVA follows from the edit, as it puts
+# attention on the anchor's tokens. So beside the model stand *untrained twins* in grey (the same
+# classes and configuration, seeded random weights, the mean of several seeds): what they show as
+# well, training did not do. Shuffled image tokens would be no such null, since trained weights keep
+# what they learned of places. Beside CLVA stands CLVA on as many random tokens, and beside r over
+# all image tokens r over those that no mask marks.
 
 # %% tags=["parameters"]
 model = "toy-llava"
 benchmarks = []
 questions = 240
 seed = 0
+twins = 3
+batch_size = 32
+clva = {}
+settings = {}
 
 # %%
-import numpy as np
+import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
-from clva_lens.benchmarks.base import BENCHMARKS
-from clva_lens.experiments.measuring import benchmarks_for, mean_interval, trace_samples
+from clva_lens.experiments.drift_nulls import (
+    drift_rows,
+    drift_sentences,
+    measure_drift,
+    untrained_twin,
+)
+from clva_lens.experiments.measuring import benchmarks_for, configured, require_pictures
 
 record = cl.new_record()
 lens = cl.load(model)
 record.uses(lens)
-asked = BENCHMARKS.get(benchmarks_for(lens, "pope", benchmarks)[-1])
+untrained = [untrained_twin(lens, seed + number) for number in range(twins)]
+for twin in untrained:
+    record.uses(twin)
+(asked,) = configured(benchmarks_for(lens, "pope", benchmarks)[-1:], settings)
 record.data(asked.digests())
 samples = asked.samples(questions, seed)
-plain = cl.attention_drift(trace_samples(lens, samples, benchmark=asked))
-edited = cl.attention_drift(trace_samples(lens, samples, cl.CLVA(), benchmark=asked))
+require_pictures(asked.name, samples)
+drift = measure_drift(
+    lens,
+    samples,
+    cl.CLVA(**clva),
+    twins=untrained,
+    benchmark=asked,
+    batch_size=batch_size,
+    seed=seed,
+)
 
 # %% [markdown]
 # A map that is the same everywhere has no correlation with anything; such questions are left out,
 # and counted.
 
 # %%
-names = ("entropy", "toward_positive", "toward_negative")
-curves = {name: getattr(plain, name).numpy() for name in names}
-curves |= {f"clva_{name}": getattr(edited, name).numpy() for name in names}
-whole = np.all([np.isfinite(curve).all(axis=1) for curve in curves.values()], axis=0)
-record.excludes("a map is constant at some layer", int((~whole).sum()))
-groups = np.array([sample.group for sample in samples])[whole]
-record.keep_arrays(
-    "drift",
-    **{name: curve[whole] for name, curve in curves.items()},
-    layers=plain.layers,
-    anchors=(plain.positive_layer, plain.negative_layer),
-    groups=groups,
-)
+record.excludes("a map is constant at some layer", drift.left_out)
+record.keep_arrays("drift", **drift.arrays())
 record.draw("drift")
 
 # %% [markdown]
 # ## How far back?
 #
-# "Regression to the first layer" would be a correlation with the negative anchor that rises again
-# after the positive anchor's layer. The rise is the last layer's value less the smallest one from
-# the positive anchor on, question by question; it cannot be negative, so the change from the anchor
-# layer to the last one, which may have either sign, is what the finding rests on.
+# "Regression to the first layer" would be a correlation with the negative anchor that rises from
+# the positive anchor's layer to the last one; "leaving the anchor" one with the positive anchor that
+# falls. Both are told of the twins too, and the difference is paired by question.
 
 # %%
-kept = record.arrays("drift")
-at = list(plain.layers).index(plain.positive_layer)
-rows = []
-for run in ("", "clva_"):
-    toward = kept[f"{run}toward_negative"]
-    found = {
-        "change of r(first layer), anchor to last layer": toward[:, -1] - toward[:, at],
-        "change of r(positive anchor), anchor to last layer": kept[f"{run}toward_positive"][:, -1]
-        - kept[f"{run}toward_positive"][:, at],
-        "change of entropy, anchor to last layer (nats)": kept[f"{run}entropy"][:, -1]
-        - kept[f"{run}entropy"][:, at],
-        "rise of r(first layer) after its minimum": toward[:, -1] - toward[:, at:].min(axis=1),
-    }
-    for name, values in found.items():
-        mean, low, high = mean_interval(values, groups)
-        rows.append(
-            {
-                "run": "CLVA" if run else "greedy",
-                "what": name,
-                "mean": mean,
-                "low": low,
-                "high": high,
-            }
-        )
+rows = drift_rows(drift)
 record.keep_rows("regression", rows)
-Markdown(
-    "\n".join(
-        ["| run | what | mean | 95 % interval |", "|---|---|---|---|"]
-        + [
-            f"| {r['run']} | {r['what']} | {r['mean']:+.3f} | {r['low']:+.3f} to {r['high']:+.3f} |"
-            for r in rows
-        ]
-    )
-)
+pd.DataFrame(rows).round(3)
 
 # %% [markdown]
 # ## Finding
 
 # %%
-first = {row["what"]: row for row in rows if row["run"] == "greedy"}
-back = first["change of r(first layer), anchor to last layer"]
-away = first["change of r(positive anchor), anchor to last layer"]
+found = {(row["run"], row["what"]): row["mean"] for row in rows}
 record.keep_metrics(
-    toward_first_layer=back["mean"],
-    away_from_anchor=away["mean"],
-    questions=len(groups),
-    entropy_at_anchor=float(kept["entropy"][:, at].mean()),
-    entropy_at_last=float(kept["entropy"][:, -1].mean()),
+    questions=len(drift.groups),
+    pictures=len(set(drift.groups)),
+    **{
+        f"{run}: {what}": value
+        for (run, what), value in found.items()
+        if run in ("greedy", "untrained") or what.startswith("CLVA")
+    },
 )
-regresses = back["low"] > 0
 Markdown(
-    f"On **{model}**, from the positive anchor's layer {plain.positive_layer} to the last one, the "
-    f"correlation with the first layer's map changes by {back['mean']:+.3f} "
-    f"({back['low']:+.3f} to {back['high']:+.3f}) and that with the anchor by {away['mean']:+.3f} "
-    f"({away['low']:+.3f} to {away['high']:+.3f}). "
-    + (
-        "The maps do go back towards the first layer's."
-        if regresses
-        else "The maps leave the anchor, but do not go back to the first layer's."
-    )
-    + " Where toys look was planted by their training recipe, so for them this says what the "
+    f"On **{model}**, {len(drift.groups)} questions about {len(set(drift.groups))} pictures, "
+    f"{twins} untrained twins:\n\n"
+    + "\n".join(f"- {sentence}" for sentence in drift_sentences(rows))
+    + "\n\nWhere toys look was planted by their training recipe, so for them this says what the "
     "recipe did; analysis 13 takes the question up."
 )

@@ -14,34 +14,44 @@ benchmarks = []
 captions = 300
 seed = 0
 batch_size = 32
+clva = {}
+settings = {}
 
 # %%
+from dataclasses import replace
+
 import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
-from clva_lens.benchmarks.base import BENCHMARKS
-from clva_lens.experiments.measuring import benchmarks_for, measure_methods, one, points
+from clva_lens.experiments.measuring import (
+    benchmarks_for,
+    configured,
+    measure_methods,
+    one,
+    points,
+)
 from clva_lens.experiments.paper import beside_paper
 from clva_lens.lens.asking import Asking
 
 record = cl.new_record()
 lens = cl.load(model)
 record.uses(lens)
-(asked,) = benchmarks_for(lens, "chair", benchmarks)
-record.data(BENCHMARKS.get(asked).digests())
+(asked,) = configured(benchmarks_for(lens, "chair", benchmarks), settings)
+record.data(asked.digests())
+acting = cl.CLVA(**clva)
 methods = {
     "greedy": None,
     "beam": None,
     "MemVR": cl.MemVR(),
     "ClearSight": cl.ClearSight(),
     "IMCCD": cl.IMCCD(),
-    "CLVA": cl.CLVA(),
-    "CLVA, anchors of the prompt": cl.CLVA(refresh="prompt"),
-    "CLVA, random tokens": cl.Shuffled(cl.CLVA(), seed=seed),
-    "CLVA, anchors swapped": cl.CLVA(alpha=-0.9, beta=-14),
+    "CLVA": acting,
+    "CLVA, anchors of the prompt": replace(acting, refresh="prompt"),
+    "CLVA, random tokens": cl.Shuffled(acting, seed=seed),
+    "CLVA, anchors swapped": replace(acting, alpha=-acting.beta, beta=-acting.alpha),
 }
-beam = cl.Beam(num_beams=5, max_new_tokens=BENCHMARKS.get(asked).max_new_tokens)
+beam = cl.Beam(num_beams=5, max_new_tokens=asked.max_new_tokens)
 rows = measure_methods(
     lens,
     [asked],

@@ -13,6 +13,8 @@ benchmarks = []
 pictures = 60
 seed = 0
 batch_size = 32
+clva = {}
+settings = {}
 
 # %%
 from dataclasses import replace
@@ -21,16 +23,22 @@ import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
-from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.benchmarks.mme import COGNITION, PERCEPTION
-from clva_lens.experiments.measuring import benchmarks_for, is_toy, measure_methods, one, points
+from clva_lens.experiments.measuring import (
+    benchmarks_for,
+    configured,
+    is_toy,
+    measure_methods,
+    one,
+    points,
+)
 from clva_lens.experiments.paper import beside_paper
 from clva_lens.lens.asking import Asking
 
 record = cl.new_record()
 lens = cl.load(model)
 record.uses(lens)
-asked = BENCHMARKS.get(benchmarks_for(lens, "mme", benchmarks)[0])
+(asked,) = configured(benchmarks_for(lens, "mme", benchmarks)[:1], settings)
 if is_toy(lens):
     asked = replace(asked, pictures=pictures)
 record.data(asked.digests())
@@ -40,7 +48,7 @@ methods = {
     "MemVR": cl.MemVR(),
     "ClearSight": cl.ClearSight(),
     "IMCCD": cl.IMCCD(),
-    "CLVA": cl.CLVA(),
+    "CLVA": cl.CLVA(**clva),
 }
 rows = measure_methods(
     lens,

@@ -14,14 +14,23 @@ benchmarks = []
 questions = 600
 seed = 0
 batch_size = 32
+clva = {}
+settings = {}
 
 # %%
+from dataclasses import replace
+
 import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
-from clva_lens.benchmarks.base import BENCHMARKS
-from clva_lens.experiments.measuring import benchmarks_for, measure_methods, one, points
+from clva_lens.experiments.measuring import (
+    benchmarks_for,
+    configured,
+    measure_methods,
+    one,
+    points,
+)
 from clva_lens.experiments.paper import beside_paper
 from clva_lens.lens.asking import Asking
 
@@ -29,18 +38,20 @@ record = cl.new_record()
 lens = cl.load(model)
 record.uses(lens)
 asked = list(benchmarks or (*benchmarks_for(lens, "pope"), *benchmarks_for(lens, "chair")))
-for name in asked:
-    record.data(BENCHMARKS.get(name).digests())
+chosen = configured(asked, settings)
+for benchmark in chosen:
+    record.data(benchmark.digests())
+acting = cl.CLVA(**clva)
 methods = {
     "none": None,
-    "positive": cl.CLVA(beta=0),
-    "negative": cl.CLVA(alpha=0),
-    "both": cl.CLVA(),
-    "swapped": cl.CLVA(alpha=-0.9, beta=-14),
+    "positive": replace(acting, beta=0),
+    "negative": replace(acting, alpha=0),
+    "both": acting,
+    "swapped": replace(acting, alpha=-acting.beta, beta=-acting.alpha),
 }
 rows = measure_methods(
     lens,
-    asked,
+    chosen,
     Asking(limit=questions, seed=seed, batch_size=batch_size).each(methods),
     keep=record.ran,
 )
@@ -49,7 +60,7 @@ record.keep_rows("methods", rows)
 
 # %%
 yes_no = [name for name in asked if not name.startswith("chair")]
-options = {"table": "methods", "baseline": "no anchor"}
+options = {"table": "methods", "baseline": "no anchor", "marked": "both"}
 record.draw("differences", metrics=["accuracy", "yes_ratio", "auc", "beyond_bias"], **options)
 
 # %%

@@ -13,6 +13,8 @@ benchmarks = []
 questions = 400
 seeds = [0, 1, 2]
 batch_size = 32
+clva = {}
+settings = {}
 
 # %%
 import numpy as np
@@ -20,23 +22,23 @@ import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
-from clva_lens.benchmarks.base import BENCHMARKS
-from clva_lens.experiments.measuring import benchmarks_for, measure_methods
+from clva_lens.experiments.measuring import benchmarks_for, configured, measure_methods
 from clva_lens.experiments.paper import beside_paper
 from clva_lens.lens.asking import Asking
 
 record = cl.new_record()
 lens = cl.load(model)
 record.uses(lens)
-asked = benchmarks_for(lens, "pope", benchmarks)
-for name in asked:
-    record.data(BENCHMARKS.get(name).digests())
-methods = {"sampling": None, "CLVA": cl.CLVA()}
+chosen = configured(benchmarks_for(lens, "pope", benchmarks), settings)
+asked = [benchmark.name for benchmark in chosen]
+for benchmark in chosen:
+    record.data(benchmark.digests())
+methods = {"sampling": None, "CLVA": cl.CLVA(**clva)}
 rows = []
 for seed in seeds:
     found = measure_methods(
         lens,
-        asked,
+        chosen,
         Asking(decoding=cl.Sampling(seed=seed), limit=questions, batch_size=batch_size).each(
             methods
         ),
@@ -52,7 +54,7 @@ record.keep_rows(
 record.draw(
     "differences",
     table="changes",
-    metrics=["accuracy", "yes_ratio", "auc", "beyond_bias"],
+    metrics=["accuracy", "yes_ratio", "auc"],
     baseline="sampling with the same seed",
 )
 
@@ -72,8 +74,11 @@ wide[[*shown, ("value", "yes_ratio")]].mul([100, 100, 1, 1, 100]).round(1)
 # %%
 accuracy = [row for row in rows if row["method"] == "CLVA" and row["metric"] == "accuracy"]
 mean = {name: np.mean([r["change"] for r in accuracy if r["benchmark"] == name]) for name in asked}
-below = sum(row["high"] < 0 for row in accuracy)
-above = sum(row["low"] > 0 for row in accuracy)
+shown = [row for row in accuracy if row["low"] is not None]
+below = sum(row["high"] < 0 for row in shown)
+above = sum(row["low"] > 0 for row in shown)
+beyond = [row for row in rows if row["method"] == "CLVA" and row["metric"] == "beyond_bias"]
+undefined = sum(row["change"] is None for row in beyond)
 record.keep_metrics(
     questions=accuracy[0]["n"],
     **{
@@ -85,5 +90,6 @@ Markdown(
     f"Of {len(accuracy)} draws (benchmark × seed) of **{model}**, CLVA's change of accuracy has an "
     f"interval above 0 in {above} and below 0 in {below}. Mean changes over seeds: "
     + ", ".join(f"{name} {100 * value:+.1f} points" for name, value in mean.items())
-    + "."
+    + f". The gain beyond a moved threshold is undefined in {undefined} of {len(beyond)}: answers that "
+    "are drawn have no threshold to move."
 )

@@ -15,44 +15,55 @@ questions = 400
 captions = 150
 seed = 0
 batch_size = 32
+clva = {}
+settings = {}
 
 # %%
+from dataclasses import replace
+
 import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
-from clva_lens.benchmarks.base import BENCHMARKS
-from clva_lens.experiments.measuring import benchmarks_for, measure_methods, one, points
+from clva_lens.experiments.measuring import (
+    benchmarks_for,
+    configured,
+    measure_methods,
+    one,
+    points,
+)
 from clva_lens.lens.asking import Asking
 
 record = cl.new_record()
 lens = cl.load(model)
 record.uses(lens)
 pope, (chair,) = benchmarks_for(lens, "pope")[-1], benchmarks_for(lens, "chair")
-for name in (pope, chair):
-    record.data(BENCHMARKS.get(name).digests())
+chosen = configured([pope, chair], settings)
+for benchmark in chosen:
+    record.data(benchmark.digests())
+acting = cl.CLVA(**clva)
 # Layers are positions among those that the site has; at a Q-Former, every second layer.
 places = list(lens.site.layers)
 anchor = lens.site.depth // 2 - 2
 before = max(layer for layer in places if layer < anchor)
 variants = {
-    "CLVA": cl.CLVA(),
+    "CLVA": acting,
     "without a method": None,
-    f"positive layer {before}": cl.CLVA(positive_layer=before),
-    "τ = 1": cl.CLVA(tau=1),
-    "τ = 1.5": cl.CLVA(tau=1.5),
-    "τ = 3": cl.CLVA(tau=3),
-    "λ = 0.5": cl.CLVA(head_threshold=0.5),
-    "λ = 1.5": cl.CLVA(head_threshold=1.5),
-    'empty="skip"': cl.CLVA(empty="skip"),
-    'rows="last"': cl.CLVA(rows="last"),
-    'refresh="prompt"': cl.CLVA(refresh="prompt"),
+    f"positive layer {before}": replace(acting, positive_layer=before),
+    "τ = 1": replace(acting, tau=1),
+    "τ = 1.5": replace(acting, tau=1.5),
+    "τ = 3": replace(acting, tau=3),
+    "λ = 0.5": replace(acting, head_threshold=0.5),
+    "λ = 1.5": replace(acting, head_threshold=1.5),
+    'empty="skip"': replace(acting, empty="skip"),
+    'rows="last"': replace(acting, rows="last"),
+    'refresh="prompt"': replace(acting, refresh="prompt"),
 }
 if lens.site.name != "decoder":  # rows and steps are the decoder's
     for name in ('rows="last"', 'refresh="prompt"'):
         del variants[name]
 rows = []
-for benchmark, limit in ((pope, questions), (chair, captions)):
+for benchmark, limit in zip(chosen, (questions, captions), strict=True):
     rows += measure_methods(
         lens,
         [benchmark],

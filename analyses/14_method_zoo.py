@@ -17,6 +17,8 @@ questions = 240
 captions = 120
 seed = 0
 batch_size = 32
+clva = {}
+settings = {}
 
 # %%
 from dataclasses import replace
@@ -26,8 +28,13 @@ import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
-from clva_lens.benchmarks.base import BENCHMARKS
-from clva_lens.experiments.measuring import benchmarks_for, measure_methods, one, points
+from clva_lens.experiments.measuring import (
+    benchmarks_for,
+    configured,
+    measure_methods,
+    one,
+    points,
+)
 from clva_lens.experiments.speed.bench import peak_memory
 from clva_lens.lens.asking import Asking
 
@@ -35,12 +42,14 @@ record = cl.new_record()
 lens = cl.load(model)
 record.uses(lens)
 pope, (chair,) = benchmarks_for(lens, "pope"), benchmarks_for(lens, "chair")
-for name in (*pope, chair):
-    record.data(BENCHMARKS.get(name).digests())
+*asked_pope, asked_chair = configured([*pope, chair], settings)
+for benchmark in (*asked_pope, asked_chair):
+    record.data(benchmark.digests())
+acting = cl.CLVA(**clva)
 methods = {
-    "CLVA": cl.CLVA(),
-    "CLVA, random tokens": cl.Shuffled(cl.CLVA(), seed=seed),
-    "CLVA, anchors swapped": cl.CLVA(alpha=-0.9, beta=-14),
+    "CLVA": acting,
+    "CLVA, random tokens": cl.Shuffled(acting, seed=seed),
+    "CLVA, anchors swapped": replace(acting, alpha=-acting.beta, beta=-acting.alpha),
     "ClearSight": cl.ClearSight(),
     "PAI (attention)": cl.PAI(),
     "PAI, guidance 1.1": cl.PAI(guidance=1.1),
@@ -54,10 +63,7 @@ methods = {
     "knock-out": cl.KnockOut(),
 }
 searches = {"beam": None, "OPERA": cl.OPERA()}
-beams = {
-    name: cl.Beam(num_beams=5, max_new_tokens=BENCHMARKS.get(chair).max_new_tokens)
-    for name in searches
-}
+beams = {name: cl.Beam(num_beams=5, max_new_tokens=asked_chair.max_new_tokens) for name in searches}
 common = Asking(seed=seed, batch_size=batch_size)
 
 # %% [markdown]
@@ -65,10 +71,10 @@ common = Asking(seed=seed, batch_size=batch_size)
 
 # %%
 greedy = []
-for names, limit in ((pope, questions), ((chair,), captions)):
+for several, limit in ((asked_pope, questions), ([asked_chair], captions)):
     greedy += measure_methods(
         lens,
-        names,
+        several,
         replace(common, limit=limit).each({"greedy": None, **methods, **searches}, beams),
         keep=record.ran,
     )
@@ -87,11 +93,11 @@ record.draw(
 
 # %%
 drawn = []
-for names, limit in ((pope, questions), ((chair,), captions)):
-    tokens = BENCHMARKS.get(names[0]).max_new_tokens
+for several, limit in ((asked_pope, questions), ([asked_chair], captions)):
+    tokens = several[0].max_new_tokens
     how = cl.Sampling(seed=seed, max_new_tokens=tokens)
     asking = replace(common, decoding=how, limit=limit).each({"sampling": None, **methods})
-    drawn += measure_methods(lens, names, asking, keep=record.ran)
+    drawn += measure_methods(lens, several, asking, keep=record.ran)
 record.keep_rows("sampling", drawn)
 record.keep_rows("sampling_questions", [row for row in drawn if row["benchmark"] != chair])
 record.draw(
@@ -115,7 +121,7 @@ record.draw(
 # ## Time and memory
 
 # %%
-samples = BENCHMARKS.get(chair).samples(min(8, captions), seed)
+samples = asked_chair.samples(min(8, captions), seed)
 asked = [(sample.image, sample.question, sample.system) for sample in samples]
 cost = []
 for name, method in {"greedy": None, **methods, **searches}.items():
@@ -152,6 +158,9 @@ def sure(rows: list, metric: str, better: int) -> str:
         and row["low"] is not None
         and (row["low"] > 0 if better > 0 else row["high"] < 0)
     ]
+    changes = [row["change"] for row in rows if row["metric"] == metric]
+    if all(change is None for change in changes):
+        return "undefined (answers that are drawn have no threshold to move)"
     return "; ".join(found) or "none"
 
 

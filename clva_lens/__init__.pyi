@@ -21,6 +21,7 @@ from .lens.intervene import observe as observe
 from .lens.intervene import observing as observing
 from .lens.load import load as load
 from .lens.logit_lens import logit_lens as logit_lens
+from .lens.modality_parts import modality_parts as modality_parts
 from .lens.overlay import overlay as overlay
 from .lens.patch_masks import patch_mask as patch_mask
 from .lens.patching import patch_activations as patch_activations

@@ -15,6 +15,7 @@ from rich.padding import Padding
 
 from clva_lens.experiments import commands
 from clva_lens.experiments.commands import Device, Dtype
+from clva_lens.experiments.reproduce.command import reproduce
 from clva_lens.ground.errors import ClvaLensError, ParameterError
 
 P = ParamSpec("P")
@@ -372,6 +373,7 @@ for _command in (
     commands.diff,
     commands.verify,
     commands.figures,
+    reproduce,
 ):
     _name = _command.__name__.replace("_", "-")
     app.command(_name)(friendly(cast(Callable[..., None], _command)))

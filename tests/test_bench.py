@@ -64,7 +64,13 @@ LLAVAS = {
     "6 questions, CLVA",
     "6 questions, picture read once",
     "6 questions, CLVA, picture read once",
+    "6 questions, VCD, picture read once",
+    "6 questions, IMCCD, picture read once",
     "6 questions, greedy + CLVA + KnockOut, picture read once",
+    "6 questions, cache copied by hand",
+    "6 questions, 30 CLVA, picture read once",
+    "2 questions",
+    "2 questions, picture read once",
 }
 TIMED = {(case, "s") for case in GENERATIONS | PREFILLS | TOKENS | FORWARDS}
 CASES = {

@@ -56,6 +56,7 @@ def test_public_names():
         "load",
         "logit_lens",
         "methods",
+        "modality_parts",
         "models",
         "new_record",
         "observe",

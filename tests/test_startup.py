@@ -21,7 +21,14 @@ HEAVY = ("torch", "transformers", "nnsight", "transformer_lens", "matplotlib", "
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["records"], ["verify"], ["diff", "03_drift", "v1", "v2"]]
+    "arguments",
+    [
+        ["--help"],
+        ["reproduce", "--help"],
+        ["records"],
+        ["verify"],
+        ["diff", "03_drift", "v1", "v2"],
+    ],
 )
 def test_commands_about_records_load_nothing_heavy(arguments):
     code = (

@@ -19,6 +19,8 @@ from clva_lens.benchmarks.metrics import bias_matched as bias_matched
 from clva_lens.benchmarks.metrics import bias_matched_accuracy as bias_matched_accuracy
 from clva_lens.ground.errors import BenchmarkError, UnknownName
 
+# Of fewer groups (pictures) no interval is shown: a percentile bootstrap of so few is too narrow.
+FEWEST = 10
 # Resamples are evaluated in blocks of at most this many weights (16 MB as float64).
 _BLOCK = 2_000_000
 

@@ -13,6 +13,7 @@ from clva_lens.engine import bias as folding
 from clva_lens.engine.bias import Bias
 from clva_lens.engine.stream import Part, Stream, StreamCall
 from clva_lens.ground.errors import InterventionError
+from clva_lens.models.beginning import ReadBefore
 from clva_lens.models.step import Step
 
 # Rows of the pattern are formed in pieces of at most this many scores (64 MiB of float32).
@@ -157,8 +158,11 @@ class Session:
     session for a second model, None if it only looks, or is for the prompt alone and for no second
     input of a contrast (``prompt_only``). ``decode``: it decides the tokens itself, as
     ``generate(custom_generate=...)`` wants it. ``leaves_prefix``: it neither reads nor edits rows
-    before the prompt's text, so that these may have been read without it. ``compiles``: what it
-    does in a pass of one generated row is ``compiled_step``, and nothing else.
+    before the prompt's text, so that these may have been read without it; ``rereads``: but where
+    they were, it has a twin of the model read them once more, and keeps what it wants to know with
+    them (``step.read_before``). ``looks_ahead``: it is asked in the pass that reads them, too.
+    ``compiles``: what it does in a pass of one generated row is ``compiled_step``, and nothing
+    else.
     """
 
     site: str
@@ -173,6 +177,8 @@ class Session:
     again: Callable[[PreTrainedModel], "Session"] | None = None
     decode: Callable[..., Any] | None = None
     leaves_prefix: bool = False
+    rereads: bool = False
+    looks_ahead: bool = False
     compiles: bool = False
 
     def begin(self) -> None:
@@ -226,7 +232,7 @@ class Session:
 
 
 def is_ahead(step: Step, sessions: Sequence[Session]) -> bool:
-    """Whether a pass reads what is before a prompt's text, which sessions leave alone.
+    """Whether a pass reads what is before a prompt's text, which all sessions leave alone.
 
     Raises:
         InterventionError: if one of them does not.
@@ -236,7 +242,21 @@ def is_ahead(step: Step, sessions: Sequence[Session]) -> bool:
     if not all(session.leaves_prefix for session in sessions):
         raise InterventionError(
             "a question is read onto a picture that was read before it, but a method of this run "
-            "reads or edits the picture's rows too, or has a second input. Read the whole prompt "
-            "in one pass."
+            "reads or edits the picture's rows too. Read the whole prompt in one pass."
         )
-    return step.number < 0
+    return step.number < 0 and not any(session.looks_ahead for session in sessions)
+
+
+def required_read_before(step: Step) -> ReadBefore:
+    """Return what a prompt's text is read onto, for a session that has to know it.
+
+    Raises:
+        InterventionError: if nobody knows.
+    """
+    if step.read_before is None:
+        raise InterventionError(
+            "a question is read onto a key-value cache of which nobody knows what it was read "
+            "from, but a method of this run has a second input, or asks what the picture's rows "
+            "look at. Read the whole prompt in one pass, or the picture by cl.read(model, image)."
+        )
+    return step.read_before

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -156,8 +156,9 @@ def analyse(
 ) -> Outcome:
     """Run an analysis, and keep it as a new version unless its inputs are those of an old one.
 
-    ``texts`` are parameters as ``name=value``; ``environment`` is added to the notebook's, such as
-    ``load``'s device and dtype, which the record tells of each model. The executed notebook of a
+    ``texts`` are parameters as ``name=value``; every analysis takes ``device`` and ``dtype`` beside
+    its own, which stand for ``load``'s, and which the record tells of each model. ``environment``
+    is added to the notebook's. The executed notebook of a
     new version goes to ``notebooks/`` too. However this is stopped, there is a whole record or
     none, and running it again puts everything beside it right.
 
@@ -173,10 +174,11 @@ def analyse(
     archive = Archive(find_root(root))
     source = notebooks.read_source(archive.source(slug))
     defaults = notebooks.parameters(source)
-    given = notebooks.parse_parameters(slug, defaults, texts or [])
+    own, around_all = _for_all(texts or [], defaults)
+    given = notebooks.parse_parameters(slug, defaults, own)
     made = notebooks.inject(source, given)
     with _alone(archive, slug) as staging:
-        around = {STAGING: str(staging), **(environment or {})}
+        around = {STAGING: str(staging), **around_all, **(environment or {})}
         whence, began = origin(), time.perf_counter()  # before the notebook is written
         with progress_bar(slug, len(made.cells), wanted=progress) as advance:
             error = notebooks.execute(made, staging, around, advance)
@@ -202,6 +204,21 @@ def analyse(
             outcome = Outcome(_finish(staging, target, document), True)
         archive.take_in(outcome.record)
         return outcome
+
+
+def _for_all(texts: Sequence[str], own: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Return the parameters of an analysis itself, and the environment of those that all have."""
+    from clva_lens.lens.load import DEVICE, DTYPE
+
+    everywhere = {"device": DEVICE, "dtype": DTYPE}
+    pairs = [(text, *text.partition("=")) for text in texts]
+    common = {
+        everywhere[name]: value
+        for _, name, sign, value in pairs
+        if sign and name in everywhere and name not in own
+    }
+    rest = [text for text, name, _, _ in pairs if everywhere.get(name) not in common]
+    return rest, common
 
 
 def _taken(draft: Path, slug: str) -> dict[str, Any]:

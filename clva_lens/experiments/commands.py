@@ -47,6 +47,9 @@ def check_model(
 
 def analyse(
     analysis: Annotated[str, typer.Argument(help="The name of a file in analyses/: 03_drift.")],
+    new: Annotated[
+        bool, typer.Option("--new", help="Write a template of that name, which runs, instead.")
+    ] = False,
     parameter: Annotated[
         list[str] | None,
         typer.Option("--parameter", "-p", help="A parameter, as model=toy-llava; repeatable."),
@@ -55,10 +58,19 @@ def analyse(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Run an analysis' notebook and keep what it finds as a record."""
+    """Run an analysis' notebook and keep what it finds as a record.
+
+    Those that ask a model take clva={…} (CLVA's parameters), settings={…} (a benchmark's parser,
+    protocol, data or readout) and batch_size=… with -p.
+    """
     from clva_lens.experiments import archive
+    from clva_lens.experiments.template import write_template
     from clva_lens.lens.load import DEVICE, DTYPE, check_device
 
+    if new:
+        path = write_template(archive.find_root(root), analysis)
+        Console().print(f"Written: {path}", f"Run it: clva-lens analyse {path.stem}", sep="\n")
+        return
     check_device(device)
     given = {name: value for name, value in ((DEVICE, device), (DTYPE, dtype)) if value}
     outcome = archive.analyse(analysis, parameter, root=root, environment=given)
@@ -85,12 +97,21 @@ def records(root: Root = None) -> None:
     from clva_lens.experiments.archive import Archive, find_root
 
     console, damaged = Console(), []
-    table = Table("record", "date", "models", "parameters given", "size", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
+    rows = []
     for record in Archive(find_root(root)).records():
         try:
-            table.add_row(*_summary(record))
+            rows.append(_summary(record))
         except RecordError as error:
             damaged.append(f"{record.id}: {error}")
+    # A version that is cut off names another one, so names keep their width, whatever is folded.
+    table.add_column(
+        "record", no_wrap=True, min_width=max((len(row[0]) for row in rows), default=1)
+    )
+    for title in ("date", "models", "parameters given", "size"):
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     for problem in damaged:
         console.print(problem, highlight=False, style="bold red")

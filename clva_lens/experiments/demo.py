@@ -8,21 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from clva_lens.benchmarks.base import BENCHMARKS
+from clva_lens.benchmarks.base import BENCHMARKS, Sample
 from clva_lens.benchmarks.comparison import Comparison, compare
 from clva_lens.benchmarks.metrics import Outcomes
 from clva_lens.benchmarks.run_folder import Report
 from clva_lens.benchmarks.statistics import bootstrap_interval
 from clva_lens.benchmarks.toy_pope import ToyPope
-from clva_lens.experiments.toy_measures import object_patches, trace_questions
+from clva_lens.experiments.drift_nulls import (
+    drift_rows,
+    drift_sentences,
+    measure_drift,
+    untrained_twin,
+)
+from clva_lens.experiments.toy_measures import (
+    object_patches,
+    question_samples,
+    trace_questions,
+)
 from clva_lens.figures import (
     SaliencyPicture,
-    drift_curves,
     head_intensity,
     method_comparison,
     saliency_overlays,
@@ -34,7 +42,6 @@ from clva_lens.lens.load import LensModel, load
 from clva_lens.lens.provenance import describe
 from clva_lens.lens.side_by_side import Look, conditions, look_at, saliency_picture, shown_layers
 from clva_lens.methods.clva import CLVA
-from clva_lens.science.drift import AttentionDrift, attention_drift
 from clva_lens.science.heads import classify_heads
 from clva_lens.science.pointing import pointing
 from clva_lens.toy.questions import SPLITS, exist_question
@@ -42,6 +49,8 @@ from clva_lens.toy.scenes import render
 
 RESULTS = "results.json"
 TRACED = 120
+# How many untrained twins stand beside a model, and of how many weights at most.
+TWINS, TWIN_SIZE = 3, 10**9
 
 
 @contextmanager
@@ -100,7 +109,7 @@ def demo_toy(
             None,
             origin,
         )
-        heads = _toy_attention(model, reports, folder, origin)
+        heads, drifting = _toy_attention(model, reports, folder, origin)
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
             for (split, label), report in reports.items():
                 for row in report.rows:
@@ -112,13 +121,17 @@ def demo_toy(
         (folder / RESULTS).write_text(json.dumps(results, indent=1), encoding="utf-8")
     _print_reports(reports, comparisons, console)
     _print_heads(heads, console)
+    _print_drift(drifting, console)
     _print_paths(out, console)
 
 
 def _toy_attention(
     model: LensModel, reports: dict[tuple[str, str], Report], folder: Path, origin: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Draw Figs. 1, 2a and 2b from the adversarial questions; return the anchor heads' figures."""
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Draw Figs. 1, 2a and 2b from the adversarial questions.
+
+    Returns the anchor heads' figures, and what Fig. 2b says beside its nulls.
+    """
     benchmark = BENCHMARKS.get("pope/toy/adversarial")
     assert isinstance(benchmark, ToyPope)
     rows = reports["adversarial", "greedy"].rows
@@ -127,7 +140,6 @@ def _toy_attention(
         for row in rows[:TRACED]
     ]
     plain = trace_questions(model, benchmark.scenes, asked)
-    edited = trace_questions(model, benchmark.scenes, asked, CLVA())
     mean = plain.intensity.mean(dim=0)
     classes = classify_heads(mean)
     figure = head_intensity(
@@ -137,17 +149,8 @@ def _toy_attention(
         layers=plain.layers,
     )
     save(figure, folder, "head_intensity", None, origin)
-    drift, changed = attention_drift(plain), attention_drift(edited)
-    keep = _finite(drift) & _finite(changed)
-    figure = drift_curves(
-        *_curves(drift, keep),
-        drift.positive_layer,
-        drift.negative_layer,
-        clva=_curves(changed, keep),
-        layers=drift.layers,
-        groups=[index for (index, _), kept in zip(asked, keep, strict=True) if kept],
-    )
-    save(figure, folder, "drift", None, {**origin, "samples_left_out": int((~keep).sum())})
+    drift = measure_drift(model, question_samples(benchmark.scenes, asked), twins=_twins(model))
+    save(drift.draw(), folder, "drift", None, {**origin, "samples_left_out": drift.left_out})
     looks = []
     for row in _telling_rows(reports):
         scene = benchmark.scenes[int(row["group"])]
@@ -160,7 +163,7 @@ def _toy_attention(
     hits = pointing(plain.maps[positive], patches).hit.float().mean(dim=0)
     chance = float(patches.float().mean())
     row = plain.layers.index(drift.positive_layer)
-    return [
+    told = [
         {
             "layer": drift.positive_layer,
             "head": head,
@@ -171,6 +174,13 @@ def _toy_attention(
         }
         for head in range(mean.shape[1])
     ]
+    return told, drift_sentences(drift_rows(drift))
+
+
+def _twins(model: LensModel) -> list[LensModel]:
+    """Return untrained twins of a model that is small enough for them, else none."""
+    size = sum(weight.numel() for weight in model.hf_model.parameters())
+    return [untrained_twin(model, seed) for seed in range(TWINS)] if size <= TWIN_SIZE else []
 
 
 def _kind(row: dict[str, Any]) -> str:
@@ -189,21 +199,6 @@ def _telling_rows(reports: dict[tuple[str, str], Report]) -> list[dict[str, Any]
     )
     chosen = [next((a for a, b in pairs if rule(a, b)), None) for rule in rules]
     return list({row["id"]: row for row in chosen if row is not None}.values())
-
-
-def _finite(drift: AttentionDrift) -> np.ndarray:
-    """Return which samples have every curve (a constant map has no correlation)."""
-    return np.all([np.isfinite(curve).all(axis=-1) for curve in _curves(drift)], axis=0)
-
-
-def _curves(
-    drift: AttentionDrift, keep: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    fields = (drift.entropy, drift.toward_positive, drift.toward_negative)
-    first, second, third = (
-        field.cpu().numpy() if keep is None else field.cpu().numpy()[keep] for field in fields
-    )
-    return first, second, third
 
 
 def _draw_pictures(
@@ -257,15 +252,9 @@ def demo_picture(
             layers=look.plain.layers,
         )
         save(figure, folder, "head_intensity", None, origin)
-        drift, changed = attention_drift(look.plain), attention_drift(look.edited)
-        figure = drift_curves(
-            *_curves(drift),
-            drift.positive_layer,
-            drift.negative_layer,
-            clva=_curves(changed),
-            layers=drift.layers,
-        )
-        save(figure, folder, "drift", None, origin)
+        twins = _twins(model)
+        drift = measure_drift(model, [Sample("", image, question, "")], twins=twins)
+        save(drift.draw(), folder, "drift", None, origin)
         answers = {key: {"text": t, "margin": m} for key, (t, m) in picture.answers.items()}
         (folder / RESULTS).write_text(json.dumps({**origin, "answers": answers}, indent=1))
     table = Table("condition", "answer", "yes − no (nats)")
@@ -273,7 +262,19 @@ def demo_picture(
         table.add_row(key, text or "(empty)", "–" if margin is None else f"{margin:+.2f}")
     console.print(table)
     console.print(repr(look.anchors))
+    _print_drift(drift_sentences(drift_rows(drift)), console)
+    if not twins:
+        console.print(
+            f"[dim]{name} has more than {TWIN_SIZE:.0e} weights, so no untrained twin was made to "
+            "compare with.[/]"
+        )
     _print_paths(out, console)
+
+
+def _print_drift(sentences: Sequence[str], console: Console) -> None:
+    console.print("Drift (Fig. 2b), beside what random tokens and untrained models show:")
+    for sentence in sentences:
+        console.print(f"  {sentence}", highlight=False, markup=False)
 
 
 def _comparison_rows(

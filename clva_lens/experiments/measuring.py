@@ -1,6 +1,7 @@
 """What analyses measure: methods side by side on benchmarks, and attention over samples."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ from numpy.typing import ArrayLike
 from clva_lens.benchmarks.base import BENCHMARKS, Benchmark, Sample
 from clva_lens.benchmarks.comparison import ROW_KINDS, Comparison, compare
 from clva_lens.benchmarks.run_folder import Report
-from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index, weighted_mean
+from clva_lens.benchmarks.statistics import (
+    FEWEST,
+    Bootstrap,
+    Interval,
+    cluster_index,
+    weighted_mean,
+)
 from clva_lens.experiments.paper import SPLITS
-from clva_lens.ground.errors import RecordError
+from clva_lens.ground.errors import BenchmarkError, ParameterError, RecordError
 from clva_lens.ground.files import Row
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.asking import Asking
@@ -49,6 +56,45 @@ def benchmarks_for(model: LensModel, kind: str, named: Sequence[str] = ()) -> tu
     return tuple(named) or (TOY if is_toy(model) else OFFICIAL)[kind]
 
 
+def configured(names: Sequence[str], settings: Mapping[str, Any]) -> list[Benchmark]:
+    """Return benchmarks by name, with settings (parser, readout, protocol, data, …) in place.
+
+    Each takes those that it has: a caption has no parser.
+
+    Raises:
+        UnknownName: if there is no such benchmark.
+        ParameterError: if none of them has a setting, or a value does not fit.
+    """
+    chosen = [BENCHMARKS.get(name) for name in names]
+    known = [{field.name for field in fields(one)} for one in chosen]
+    strange = [name for name in settings if not any(name in own for own in known)]
+    if strange:
+        listed = ", ".join(sorted(set().union(*known)))
+        raise ParameterError(
+            f"no benchmark of {', '.join(names)} has the setting '{strange[0]}'. They have: "
+            f"{listed}."
+        )
+    return [
+        replace(one, **{name: value for name, value in settings.items() if name in own})
+        for one, own in zip(chosen, known, strict=True)
+    ]
+
+
+def require_pictures(name: str, samples: Sequence[Sample]) -> None:
+    """Return silently if samples are of two pictures or more, which intervals are over.
+
+    Raises:
+        BenchmarkError: saying how many samples are of how many pictures.
+    """
+    pictures = len({sample.group or sample.id for sample in samples})
+    if pictures < 2:
+        raise BenchmarkError(
+            f"the {len(samples)} samples of {name} are of {pictures} picture, and intervals are "
+            f"over pictures: nothing was run. Ask {len(samples) + 1} or more; below {FEWEST} "
+            "pictures no interval is shown."
+        )
+
+
 def measure_methods(
     model: LensModel,
     benchmarks: Sequence[str | Benchmark],
@@ -66,18 +112,23 @@ def measure_methods(
     A row has ``benchmark, method, metric, value, change, low, high, n``: ``value`` in the metric's
     own unit (fractions in [0, 1], MME's scores in points, ``seconds`` of all answers), ``change``
     is ``value`` less that of the first method, ``low`` and ``high`` the ends of its paired 95 %
-    interval over pictures; None where there is none. Yes/no benchmarks have the metrics
-    ``bias_matched_accuracy`` (of the first method, at this one's number of yeses) and
-    ``beyond_bias`` (what is gained over it, with its interval) too; their ``value`` is None where
-    the first method has no threshold to move (see ``Comparison``).
+    interval over pictures; None where there is none, as of fewer than ten pictures. Yes/no
+    benchmarks have the metrics ``bias_matched_accuracy`` (of the first method, at this one's number
+    of yeses) and ``beyond_bias`` (what is gained over it, with its interval) too; their ``value``
+    is None where the first method has no threshold to move (see ``Comparison``).
 
     Raises:
         UnknownName: if there is no such benchmark.
-        BenchmarkError: if a benchmark cannot be run.
+        BenchmarkError: if a benchmark cannot be run, or, before any is, if what is asked of one is
+            of a single picture.
         ParameterError: if a method does not fit.
     """
     rows: list[Row] = []
     chosen = [BENCHMARKS.get(one) if isinstance(one, str) else one for one in benchmarks]
+    first_asked = next(iter(askings.values()))
+    for benchmark in chosen:
+        samples = benchmark.samples(first_asked.limit, first_asked.seed)
+        require_pictures(benchmark.name, samples)
     total = len(chosen) * len(askings)
     with progress_bar("methods × benchmarks", total, wanted=progress) as advance:
         for benchmark in chosen:
@@ -99,14 +150,20 @@ def _metric_rows(report: Report, first: Report, against: Comparison | None) -> l
     rows = []
     for name, value in values.items():
         pair = None if against is None else against.metrics.get(name)
+        interval = None if pair is None else pair.difference
         change = None if against is None or name not in before else value - before[name]
-        rows.append(_row(name, value, change, None if pair is None else pair.difference, report))
+        rows.append(_row(name, value, change, _shown(interval, against), report))
     if against is not None and ROW_KINDS.get(against.kind).threshold:
         matched, beyond = against.bias_matched_accuracy, against.beyond_bias
         gain = None if beyond is None else beyond.estimate
         rows.append(_row("bias_matched_accuracy", matched, None, None, report))
-        rows.append(_row("beyond_bias", gain, gain, beyond, report))
+        rows.append(_row("beyond_bias", gain, gain, _shown(beyond, against), report))
     return rows
+
+
+def _shown(interval: Interval | None, against: Comparison | None) -> Interval | None:
+    """Return an interval, if it is over enough pictures to be shown."""
+    return interval if against is not None and against.groups >= FEWEST else None
 
 
 def _row(
@@ -158,13 +215,17 @@ def trace_samples(
 
 def mean_interval(
     values: ArrayLike, groups: Sequence[Hashable] | None = None, *, seed: int = 0
-) -> tuple[float, float, float]:
+) -> tuple[float, float | None, float | None]:
     """Return a mean and the ends of its 95 % bootstrap interval over groups (pictures).
 
+    Of fewer than ten groups the ends are None: such an interval is too narrow to be shown.
+
     Raises:
-        BenchmarkError: if there are fewer than two groups, or another number of them.
+        BenchmarkError: if there are not as many groups as values.
     """
     column = np.asarray(values, dtype=float)
+    if len(column if groups is None else set(groups)) < FEWEST:
+        return float(column.mean()), None, None
     index = cluster_index(None if groups is None else list(groups), len(column))
     found = Bootstrap(index, 2000, 0.95, seed).intervals([(weighted_mean, column, None)])[0]
     return float(column.mean()), found.low, found.high
@@ -173,13 +234,15 @@ def mean_interval(
 def points(row: Mapping[str, Any]) -> str:
     """Return a row's change in points with its interval: ``+0.2 points (−0.4 to +0.8)``.
 
-    A change that is None is "undefined".
+    A change that is None is "undefined"; one without an interval says so.
     """
     if row["change"] is None:
         return "undefined"
     change = f"{100 * row['change']:+.1f} points"
     if row["low"] is not None:
         change += f" ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+    else:
+        change += " (no interval)"
     return change.replace("-", "−")
 
 

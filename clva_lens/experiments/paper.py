@@ -4,10 +4,13 @@ They are quoted as printed, mistakes included; ``analyses/12_paper_arithmetic.py
 Percentages (POPE, CHAIR, accuracy), points (MME), as in the paper.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MODELS = ("LLaVA-1.5", "InstructBLIP", "Qwen-VL")
 SPLITS = ("random", "popular", "adversarial")
+# The data sets that Table 1 averages over, and what their mean is called.
+SOURCES, MEAN = ("coco", "aokvqa", "gqa"), "mean"
 
 # model, method, then F1 and accuracy for each split and for their average.
 _TABLE_1 = """
@@ -176,7 +179,9 @@ def paper_model(name: str) -> str | None:
 def beside_paper(rows: list[dict[str, Any]], table: int, model: str) -> list[dict[str, Any]]:
     """Return rows of ``measure_methods`` with the paper's number as ``paper`` where there is one.
 
-    In percent as printed; None where the paper has no such cell, or did not measure the model.
+    In percent as printed; None where the paper has no such cell, or did not measure the model. A
+    number stands only beside what it is of: those of Table 1 are means over COCO, A-OKVQA and GQA
+    (``pope_means``), those of the other tables' POPE are of COCO.
     """
     named = paper_model(model)
     printed = {
@@ -186,8 +191,49 @@ def beside_paper(rows: list[dict[str, Any]], table: int, model: str) -> list[dic
     }
 
     def cell(row: dict[str, Any]) -> float | None:
-        split = row["benchmark"].rsplit("/", 1)[-1]
-        key = (split if split in SPLITS else "", row["method"], row["metric"])
-        return printed.get(key)
+        kind, *of = row["benchmark"].split("/")
+        if kind != "pope":
+            return printed.get(("", row["method"], row["metric"]))
+        source, split = of
+        measured = MEAN if table == 1 else "coco"
+        return printed.get((split, row["method"], row["metric"])) if source == measured else None
 
     return [{**row, "paper": cell(row)} for row in rows]
+
+
+def pope_means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows that Table 1 prints: means over the three data sets, and over the splits.
+
+    ``rows`` are of ``measure_methods``. ``pope/mean/SPLIT`` is the mean over COCO, A-OKVQA and GQA,
+    and there is one only if all three were measured; ``pope/SOURCE/average`` is that over the three
+    splits of a source, the mean among them. Values and changes only: means have no intervals here.
+    """
+    table = {(row["benchmark"], row["method"], row["metric"]): row for row in rows}
+    sources = list(
+        dict.fromkeys(
+            row["benchmark"].split("/")[1] for row in rows if row["benchmark"].startswith("pope/")
+        )
+    )
+    asked = list(dict.fromkeys((row["method"], row["metric"]) for row in rows))
+    made: list[dict[str, Any]] = []
+
+    def add(name: str, parts: Sequence[str]) -> None:
+        for method, metric in asked:
+            found = [table.get((part, method, metric)) for part in parts]
+            if metric == "seconds" or None in found:
+                continue
+            row: dict[str, Any] = {"benchmark": name, "method": method, "metric": metric}
+            for key in ("value", "change"):
+                values = [one[key] for one in found if one is not None and one[key] is not None]
+                row[key] = sum(values) / len(values) if len(values) == len(parts) else None
+            row |= {"low": None, "high": None, "n": sum(one["n"] for one in found if one)}
+            table[name, method, metric] = row
+            made.append(row)
+
+    if set(SOURCES) <= set(sources):
+        for split in SPLITS:
+            add(f"pope/{MEAN}/{split}", [f"pope/{source}/{split}" for source in SOURCES])
+        sources.append(MEAN)
+    for source in sources:
+        add(f"pope/{source}/average", [f"pope/{source}/{split}" for split in SPLITS])
+    return made

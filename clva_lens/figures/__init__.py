@@ -8,6 +8,7 @@ True
 """
 
 from clva_lens.figures.accuracy import method_comparison as method_comparison
+from clva_lens.figures.attention_masses import attention_masses as attention_masses
 from clva_lens.figures.attribution import head_attribution as head_attribution
 from clva_lens.figures.base import FIGURES as FIGURES
 from clva_lens.figures.base import Drawing as Drawing
@@ -24,6 +25,7 @@ from clva_lens.figures.patching import patching as patching
 from clva_lens.figures.photo_maps import photo_maps as photo_maps
 from clva_lens.figures.pointing import pointing as pointing
 from clva_lens.figures.pointing_heads import pointing_heads as pointing_heads
+from clva_lens.figures.radar import radar as radar
 from clva_lens.figures.saliency import SaliencyPicture as SaliencyPicture
 from clva_lens.figures.saliency import saliency_overlays as saliency_overlays
 from clva_lens.figures.scan import scan as scan

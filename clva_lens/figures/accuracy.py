@@ -7,13 +7,24 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from clva_lens.figures.base import MARKERS, PAGE, PALETTE, Drawing, Example, figure, plain, verbatim
+from clva_lens.figures.base import (
+    MARKERS,
+    PAGE,
+    PALETTE,
+    SMALL,
+    Drawing,
+    Example,
+    embolden,
+    figure,
+    plain,
+    verbatim,
+)
 from clva_lens.ground.errors import FigureError
 
 _PANELS = {
-    "accuracy": "accuracy (fraction right)",
+    "accuracy": "accuracy ↑ (fraction right)",
     "yes_ratio": "yes-ratio (fraction of answers)",
-    "auc": "AUC of the margin (probability)",
+    "auc": "AUC of the margin ↑ (probability)",
 }
 _MATCHED = "bias_matched_accuracy"
 
@@ -120,7 +131,7 @@ def _dot(ax: Any, y: float, entry: tuple | None, number: int) -> None:
             y,
             "no margins",
             transform=ax.get_yaxis_transform(),
-            fontsize=6,
+            fontsize=SMALL,
             va="center",
             color="0.35",
         )
@@ -151,4 +162,5 @@ def _legend(fig: Drawing, methods: list[str], yes_ratio: float | None, matched: 
     if yes_ratio is not None:
         handles.append(Line2D([], [], color="0.3", lw=0.8, ls=":", label="yes-ratio of the labels"))
     legend = fig.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+    embolden(legend.get_texts(), "CLVA")
     verbatim(*legend.get_texts())

@@ -9,7 +9,6 @@ from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
 from clva_lens.figures.base import (
-    PAGE,
     Drawing,
     Example,
     figure,
@@ -17,8 +16,9 @@ from clva_lens.figures.base import (
     mask,
     numbers,
     plain,
+    printed_width,
 )
-from clva_lens.figures.heads import SYMBOLS
+from clva_lens.figures.heads import BESIDE, LARGEST, LEAST, SYMBOLS
 
 _PARTS = np.array([[-0.3, 0.1, 0.5], [-0.1, -0.2, 0.0]])
 
@@ -57,8 +57,9 @@ def head_attribution(
         | {name: bool(chosen[row, head]) for name, chosen in classes.items()}
         for (row, head), value in np.ndenumerate(array)
     ]
-    cell = min(0.42, (PAGE - 1.4) / heads)
-    fig = Drawing(max(3.35, heads * cell + 1.4), max(1.6, count * cell) + 0.85, rows)
+    width = printed_width(heads * LEAST + BESIDE)
+    cell = min(LARGEST, (width - BESIDE) / heads)
+    fig = Drawing(width, max(1.6, count * cell) + 0.85, rows)
     ax = fig.add_subplot()
     top = float(np.abs(array).max()) or 1.0
     bar = {"label": f"part of {plain(label)}\n(logits)", "shrink": 0.9, "pad": 0.02}

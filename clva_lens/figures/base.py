@@ -9,7 +9,7 @@ import functools
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,17 +33,20 @@ ORANGE, PURPLE, SKY, BLACK = "#E69F00", "#CC79A7", "#56B4E9", "#000000"
 PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 MARKERS = ("o", "s", "^", "v", "P", "X", "*")
 
-# Widths in inches: one column and the full text width of a two-column page.
+# Widths in inches: one column and the full text width of a two-column page. A figure has one of
+# them, so that it is printed as large as it is drawn, and its type as large as it says.
 COLUMN, PAGE = 3.35, 6.9
+# The smallest type, in points.
+SMALL = 7.0
 
 _SETTINGS: dict[str, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 8.0,
     "axes.titlesize": 8.0,
     "axes.labelsize": 8.0,
-    "xtick.labelsize": 7.0,
-    "ytick.labelsize": 7.0,
-    "legend.fontsize": 7.0,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "legend.fontsize": SMALL,
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -262,6 +265,11 @@ def numbers(name: str, values: ArrayLike, axes: Sequence[str]) -> np.ndarray:
     return array
 
 
+def printed_width(needed: float) -> float:
+    """Return the width of a figure that needs so many inches: a column if that is enough."""
+    return COLUMN if needed <= COLUMN else PAGE
+
+
 def evenly(count: int, most: int) -> list[int]:
     """Return up to ``most`` of the places 0 to ``count`` − 1, the ends included, evenly spaced."""
     return sorted({round(place) for place in np.linspace(0, count - 1, min(most, count))})
@@ -313,3 +321,10 @@ def verbatim(*texts: Text) -> None:
     """Keep dollar signs in these texts from being read as mathematics."""
     for text in texts:
         text.set_parse_math(False)
+
+
+def embolden(texts: Iterable[Text], word: str) -> None:
+    """Set the texts that are ``word`` in bold: the method that a figure is about."""
+    for text in texts:
+        if text.get_text() == word:
+            text.set_fontweight("bold")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clva_lens.figures.base import BLUE, PAGE, Drawing, Example, figure, plain
+from clva_lens.figures.base import BLUE, PAGE, SMALL, Drawing, Example, figure, plain
 from clva_lens.ground.errors import FigureError
 
 _RATIO = {"case": "clva", "over": "greedy", "ratio": 1.1, "low": 1.0, "high": 1.2}
@@ -37,14 +37,20 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     for y, row in zip(at, rows, strict=True):
         ax.plot([row["low"], row["high"]], [y, y], color=BLUE, lw=1.2, solid_capstyle="butt")
         ax.plot([row["ratio"]], [y], "o", color=BLUE, ms=3.4)
-        ax.annotate(f"{row['ratio']:.2f}", (row["high"], y), (4, -2), textcoords="offset points")
+        ax.annotate(
+            f"{row['ratio']:.2f}",
+            (row["high"], y),
+            (4, -2),
+            textcoords="offset points",
+            fontsize=SMALL,
+        )
     for model in models:
         top = min(y for y, row in zip(at, rows, strict=True) if row["model"] == model)
         ax.text(
             0,
             top - 0.75,
             plain(model),
-            fontsize=6.5,
+            fontsize=SMALL,
             color="0.35",
             transform=ax.get_yaxis_transform(),
         )

@@ -1,17 +1,18 @@
-"""How attention drifts through the layers: the paper's Fig. 2b."""
+"""How attention drifts through the layers: the paper's Fig. 2b, beside its nulls."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from clva_lens.benchmarks.statistics import cluster_index, resample_counts
+from clva_lens.benchmarks.statistics import FEWEST, cluster_index, resample_counts
 from clva_lens.figures.base import (
     BLUE,
     COLUMN,
     GREEN,
+    SMALL,
     VERMILION,
     Drawing,
     Example,
@@ -22,125 +23,160 @@ from clva_lens.figures.base import (
 from clva_lens.ground.errors import FigureError
 from clva_lens.ground.files import Row
 
-# Curve: (panel, colour, words in the legend).
+# Curve: (row and column of its panel, words at its axis).
 _CURVES = {
-    "entropy": (0, BLUE, "entropy"),
-    "toward_positive": (1, VERMILION, "to the positive anchor"),
-    "toward_negative": (1, GREEN, "to the negative anchor"),
+    "entropy": (0, 0, "entropy of the\nsensitive heads (nats)"),
+    "toward_positive": (1, 0, "r with the\npositive anchor"),
+    "toward_negative": (2, 0, "r with the\nnegative anchor"),
+    "unmasked_positive": (1, 1, ""),
+    "unmasked_negative": (2, 1, ""),
+}
+_NEEDED = tuple(_CURVES)[:3]
+# Run: (what its arrays' names begin with in a record, colour, line style).
+_DASHED, _DOTTED = (0, (4, 1.5)), (0, (1, 1.2))
+RUNS = {
+    "greedy": ("", BLUE, "-"),
+    "CLVA": ("clva_", VERMILION, _DASHED),
+    "CLVA, random tokens": ("random_", GREEN, _DOTTED),
+    "untrained": ("untrained_", "0.5", "-"),
+    "untrained, CLVA": ("untrained_clva_", "0.5", _DASHED),
+}
+
+Curves = Mapping[str, ArrayLike]
+
+_SAMPLES = np.random.default_rng(0).uniform(size=(6, 5, 4))
+_RUNS = {
+    run: dict(zip(_NEEDED, _SAMPLES[start : start + 3], strict=True))
+    for run, start in (("greedy", 0), ("CLVA", 3))
 }
 
 
-_SAMPLES = np.random.default_rng(0).uniform(size=(6, 5, 4))
-
-
-def _recorded(record: Any) -> Drawing:
-    """Draw the arrays ``drift``: three curves by sample, without and with CLVA."""
-    kept = record.arrays("drift")
+def _recorded(record: Any, arrays: str = "drift") -> Drawing:
+    """Draw arrays of curves by sample; what a name begins with says of which run."""
+    kept = record.arrays(arrays)
     positive, negative = kept["anchors"].tolist()
-    return drift_curves(
-        kept["entropy"],
-        kept["toward_positive"],
-        kept["toward_negative"],
-        positive,
-        negative,
-        clva=(kept["clva_entropy"], kept["clva_toward_positive"], kept["clva_toward_negative"]),
-        layers=kept["layers"].tolist(),
-        groups=kept["groups"].tolist(),
-    )
+    runs = {
+        run: {name: kept[begin + name] for name in _CURVES if begin + name in kept}
+        for run, (begin, _, _) in RUNS.items()
+        if f"{begin}entropy" in kept
+    }
+    layers, groups = kept["layers"].tolist(), kept["groups"].tolist()
+    return drift_curves(runs, positive, negative, layers=layers, groups=groups)
 
 
 @figure(
     "drift_curves",
     of_record=_recorded,
     example=Example(
-        dict(zip(_CURVES, _SAMPLES, strict=False))
-        | {"positive_layer": 2, "clva": tuple(_SAMPLES[3:]), "groups": list("aabbc")},
+        {"runs": _RUNS, "positive_layer": 2, "groups": list("aabbc")},
         arrays={
-            "drift": dict(zip((*_CURVES, *(f"clva_{n}" for n in _CURVES)), _SAMPLES, strict=True))
+            "drift": {
+                RUNS[run][0] + name: values
+                for run, curves in _RUNS.items()
+                for name, values in curves.items()
+            }
             | {"anchors": [2, 0], "layers": [0, 1, 2, 3], "groups": list("aabbc")}
         },
     ),
 )
 def drift_curves(
-    entropy: ArrayLike,
-    toward_positive: ArrayLike,
-    toward_negative: ArrayLike,
+    runs: Mapping[str, Curves],
     positive_layer: int,
     negative_layer: int = 0,
     *,
-    clva: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
     groups: Sequence[Hashable] | None = None,
     layers: Sequence[int] | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Drawing:
-    """Return entropy and correlation with the anchors by layer, one panel above the other.
+    """Return entropy and the correlations with both anchors over the layers.
 
-    Each quantity is [layer] or [sample, layer]; with samples the line is their mean and the band
-    its 95 % percentile bootstrap interval.
+    A curve with a sample axis is drawn as its mean with a 95 % bootstrap band over groups
+    (pictures), the samples of one group drawn together; of fewer than ten there is no band, which
+    would be too narrow. Leave out samples with a NaN (a constant map has no correlation), and
+    report how many they are.
 
     Args:
-        entropy: Eq. 5, nats.
-        toward_positive: Eq. 6 with the positive anchor, Pearson r in [-1, 1].
-        toward_negative: Eq. 6 with the negative anchor, Pearson r in [-1, 1].
-        positive_layer: layer of the positive anchor, marked by a vertical line.
-        negative_layer: layer of the negative anchor, marked likewise.
-        clva: the same three quantities under CLVA, drawn dashed.
-        groups: image of each sample, resampled together; None resamples the samples.
+        runs: by name, "greedy" first, each a mapping of curves, [sample, layer] or [layer]:
+            ``entropy`` (Eq. 5, nats), ``toward_positive`` and ``toward_negative`` (Eq. 6), and,
+            where they are known, ``unmasked_positive`` and ``unmasked_negative``, the same over
+            the tokens that no mask marks. Untrained runs are grey: what they show is no training's.
+        positive_layer: the 0-based layer of the positive anchor.
+        negative_layer: the 0-based layer of the negative anchor.
+        groups: the picture of each sample; None makes each a group of its own.
         layers: the 0-based number of each layer, where they are not 0, 1, 2, …
-        resamples: number of bootstrap resamples of the band.
+        resamples: bootstrap resamples of the band.
         seed: seed of the band.
 
     Raises:
-        FigureError: if the data is empty, nan or of other shapes, or an anchor is at no layer.
+        FigureError: if the data is empty, nan or of other shapes, a run is unknown, or an anchor
+            is at no layer.
         BenchmarkError: if the groups do not fit the samples, or there are fewer than two.
     """
-    runs = {"greedy": (entropy, toward_positive, toward_negative)}
-    if clva is not None:
-        runs["with CLVA"] = clva
-    curves = {run: _checked(run, values) for run, values in runs.items()}
-    names = _aligned(curves, layers, positive_layer, negative_layer)
+    curves = {run: _checked(run, given) for run, given in runs.items()}
+    numbered = _aligned(curves, layers, positive_layer, negative_layer)
     rows = [
         row
-        for run, values in curves.items()
-        for name, value in zip(_CURVES, values, strict=True)
-        for row in _summary(run, name, value, names, groups, resamples, seed)
+        for run, given in curves.items()
+        for name, value in given.items()
+        for row in _summary(run, name, value, numbered, groups, resamples, seed)
     ]
-    fig = Drawing(COLUMN, 4.2, rows)
-    panels = fig.subplots(2, 1, sharex=True)
-    for run in curves:
-        for name in _CURVES:
+    wide = any("unmasked_positive" in given for given in curves.values())
+    fig = Drawing(COLUMN, 4.6, rows)
+    panels = fig.subplots(3, 1 + wide, sharex=True, sharey="row", squeeze=False)
+    for run, given in curves.items():
+        for name in given:
             _draw(panels, name, run, [r for r in rows if (r["run"], r["curve"]) == (run, name)])
-    panels[0].set_ylabel("attention entropy (nats)")
-    panels[1].set_ylabel("correlation (Pearson r)")
-    panels[1].set_xlabel("layer (index, 0-based)")
-    panels[1].axhline(0, color="0.7", lw=0.6, zorder=0)
-    panels[1].xaxis.get_major_locator().set_params(integer=True)
-    _mark_anchors(panels, positive_layer, negative_layer)
-    _legend(fig, list(curves), banded=curves["greedy"][0].ndim == 2)
+    _name(panels, wide)
+    _mark_anchors(panels, positive_layer, negative_layer, wide)
+    _legend(fig, panels, list(curves), wide, _band(curves, groups))
     return fig
 
 
-def _checked(run: str, values: tuple[ArrayLike, ArrayLike, ArrayLike]) -> list[np.ndarray]:
-    axes = ("sample", "layer") if np.ndim(values[0]) == 2 else ("layer",)
-    arrays = [numbers(f"{name} ({run})", v, axes) for name, v in zip(_CURVES, values, strict=True)]
-    if len({array.shape for array in arrays}) > 1:
-        shapes = ", ".join(str(array.shape) for array in arrays)
+def _name(panels: Any, wide: bool) -> None:
+    """Name the axes, and in two columns what each is of."""
+    for name in _NEEDED:
+        row, column, words = _CURVES[name]
+        panels[row, column].set_ylabel(words, fontsize=SMALL)
+    for ax in panels[1:].flat:
+        ax.axhline(0, color="0.7", lw=0.6, zorder=0)
+    for ax in panels[-1]:
+        ax.set_xlabel("layer (0-based)", fontsize=SMALL)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    if wide:
+        panels[0, 1].set_axis_off()
+        panels[1, 0].set_title("all image tokens", fontsize=SMALL)
+        panels[1, 1].set_title("unmasked tokens only", fontsize=SMALL)
+
+
+def _checked(run: str, given: Curves) -> dict[str, np.ndarray]:
+    if run not in RUNS or not set(_NEEDED) <= set(given) <= set(_CURVES):
+        raise FigureError(
+            f"the run '{run}' has the curves {', '.join(given) or '–'}. Pass runs named "
+            f"{', '.join(RUNS)}, each with {', '.join(_NEEDED)}."
+        )
+    axes = ("sample", "layer") if np.ndim(given["entropy"]) == 2 else ("layer",)
+    arrays = {name: numbers(f"{name} ({run})", values, axes) for name, values in given.items()}
+    if len({array.shape for array in arrays.values()}) > 1:
+        shapes = ", ".join(str(array.shape) for array in arrays.values())
         raise FigureError(f"the curves of '{run}' have shapes {shapes}. Pass equal shapes.")
     return arrays
 
 
 def _aligned(
-    curves: dict[str, list[np.ndarray]],
+    curves: Mapping[str, Mapping[str, np.ndarray]],
     layers: Sequence[int] | None,
     positive_layer: int,
     negative_layer: int,
 ) -> list[int]:
     """Return the layers' numbers, which all curves share and the anchors are among."""
-    count = curves["greedy"][0].shape[-1]
-    for run, values in curves.items():
-        if values[0].shape[-1] != count:
-            raise FigureError(f"'{run}' has {values[0].shape[-1]} layers, not {count}. Align them.")
+    if not curves:
+        raise FigureError("there are 0 runs to draw. Pass one by name: {'greedy': …}.")
+    counts = {run: given["entropy"].shape[-1] for run, given in curves.items()}
+    count = next(iter(counts.values()))
+    for run, other in counts.items():
+        if other != count:
+            raise FigureError(f"'{run}' has {other} layers, not {count}. Align them.")
     names = layer_numbers(layers, count)
     for name, layer in (("positive_layer", positive_layer), ("negative_layer", negative_layer)):
         if layer not in names:
@@ -163,10 +199,12 @@ def _summary(
     low = high = [None] * values.shape[-1]
     if values.ndim == 2:
         index = cluster_index(groups, len(values))
-        counts = resample_counts(int(index.max()) + 1, resamples, np.random.default_rng(seed))
-        weights = counts[:, index]
-        means = weights @ values / weights.sum(axis=1, keepdims=True)
-        low, high = np.quantile(means, [0.025, 0.975], axis=0).tolist()
+        pictures = int(index.max()) + 1
+        if pictures >= FEWEST:
+            counts = resample_counts(pictures, resamples, np.random.default_rng(seed))
+            weights = counts[:, index]
+            means = weights @ values / weights.sum(axis=1, keepdims=True)
+            low, high = np.quantile(means, [0.025, 0.975], axis=0).tolist()
     mean = values.mean(axis=0) if values.ndim == 2 else values
     return [
         {"run": run, "curve": name, "layer": layer, "mean": float(m), "low": lo, "high": hi}
@@ -175,58 +213,57 @@ def _summary(
 
 
 def _draw(panels: Any, name: str, run: str, rows: list[Row]) -> None:
-    panel, colour, _ = _CURVES[name]
-    layer = [row["layer"] for row in rows]
-    dashed = "-" if run == "greedy" else (0, (3, 1.5))
-    panels[panel].plot(
-        layer,
-        [row["mean"] for row in rows],
-        color=colour,
-        ls=dashed,
-        marker="o",
-        ms=2.2 if run == "greedy" else 0,
-    )
+    row, column, _ = _CURVES[name]
+    _, colour, style = RUNS[run]
+    ax, layer = panels[row, column], [one["layer"] for one in rows]
+    marker = {"marker": "o", "ms": 2.2} if run == "greedy" else {}
+    ax.plot(layer, [one["mean"] for one in rows], color=colour, ls=style, lw=1.2, **marker)
     if rows[0]["low"] is not None:
-        panels[panel].fill_between(
-            layer,
-            [row["low"] for row in rows],
-            [row["high"] for row in rows],
-            color=colour,
-            alpha=0.18,
-            lw=0,
-        )
+        low, high = ([one[end] for one in rows] for end in ("low", "high"))
+        ax.fill_between(layer, low, high, color=colour, alpha=0.18, lw=0)
 
 
-def _mark_anchors(panels: Any, positive_layer: int, negative_layer: int) -> None:
-    for ax in panels:
-        ax.axvline(negative_layer, color=GREEN, lw=0.8, ls=":", zorder=0)
-        ax.axvline(positive_layer, color=VERMILION, lw=0.8, ls=":", zorder=0)
-    top = panels[0].get_xaxis_transform()
-    words = (
-        ("negative anchor", negative_layer, GREEN),
-        ("positive anchor", positive_layer, VERMILION),
-    )
-    low, high = panels[0].get_xlim()
-    for step, (word, layer, colour) in enumerate(words):
-        # The positive label sits a line higher, so that near layers do not write over each other.
-        panels[0].text(
+def _mark_anchors(panels: Any, positive_layer: int, negative_layer: int, wide: bool) -> None:
+    """Draw a line at each anchor's layer, with the sign of the anchor above the first panel."""
+    for number, ax in enumerate(panels.flat):
+        if wide and number == 1:
+            continue  # the legend's
+        for layer in (negative_layer, positive_layer):
+            ax.axvline(layer, color="0.4", lw=0.7, ls=":", zorder=0)
+    first = panels[0, 0]
+    for layer, sign in ((negative_layer, "−"), (positive_layer, "+")):
+        first.text(
             layer,
-            1.02 + 0.09 * step,
-            word,
-            color=colour,
-            fontsize=6.5,
-            ha="left" if layer < (low + high) / 2 else "right",
+            1.01,
+            sign,
+            color="0.3",
+            fontsize=8,
+            ha="center",
             va="bottom",
-            transform=top,
+            transform=first.get_xaxis_transform(),
         )
 
 
-def _legend(fig: Drawing, runs: list[str], *, banded: bool) -> None:
-    handles = [Line2D([], [], color=colour, label=word) for _, colour, word in _CURVES.values()]
-    if len(runs) > 1:
-        handles += [
-            Line2D([], [], color="0.3", ls="-", label="greedy"),
-            Line2D([], [], color="0.3", ls=(0, (3, 1.5)), label="with CLVA"),
-        ]
-    title = "mean, band: 95 % bootstrap interval" if banded else None
-    fig.legend(handles=handles, loc="outside lower center", ncols=2, title=title, title_fontsize=7)
+def _band(curves: Mapping[str, Mapping[str, np.ndarray]], groups: Any) -> str:
+    """Return what the bands are, or why there are none."""
+    values = next(iter(curves.values()))["entropy"]
+    if values.ndim != 2:
+        return "one prompt: no intervals"
+    pictures = int(cluster_index(groups, len(values)).max()) + 1
+    if pictures < FEWEST:
+        return f"{pictures} pictures: too few\nfor intervals"
+    return f"means, 95 % bands\nover {pictures} pictures"
+
+
+def _legend(fig: Drawing, panels: Any, runs: list[str], wide: bool, title: str) -> None:
+    handles = [
+        Line2D([], [], color=RUNS[run][1], ls=RUNS[run][2], lw=1.2, label=run) for run in runs
+    ]
+    handles.append(Line2D([], [], color="0.4", ls=":", lw=0.7, label="layers of anchors −, +"))
+    style: dict[str, Any] = {"title": title, "title_fontsize": SMALL, "fontsize": SMALL}
+    if wide:
+        panels[0, 1].legend(
+            handles=handles, loc="center", borderpad=0, labelspacing=0.25, handlelength=1.8, **style
+        )
+    else:
+        fig.legend(handles=handles, loc="outside lower center", ncols=2, **style)

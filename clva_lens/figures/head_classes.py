@@ -6,7 +6,15 @@ import numpy as np
 import seaborn as sns
 from numpy.typing import ArrayLike
 
-from clva_lens.figures.base import COLUMN, PAGE, Drawing, Example, figure, layer_numbers, numbers
+from clva_lens.figures.base import (
+    PAGE,
+    Drawing,
+    Example,
+    figure,
+    layer_numbers,
+    numbers,
+    printed_width,
+)
 
 _EXAMPLE = {
     "sensitive": [[0.0, 0.5, 1.0], [0.0, 0.0, 1.0]],
@@ -38,7 +46,7 @@ def head_classes(
         for (row, head), value in np.ndenumerate(more)
     ]
     cell = min(0.3, (PAGE - 1.4) / heads)
-    fig = Drawing(max(COLUMN, heads * cell + 1.4), max(1.4, count * cell) + 0.6, rows)
+    fig = Drawing(printed_width(heads * cell + 1.4), max(1.4, count * cell) + 0.6, rows)
     ax = fig.add_subplot()
     label = "share of prompts\n← insensitive   sensitive →"
     bar = {"label": label, "shrink": 0.9, "pad": 0.02}

@@ -9,7 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from clva_lens.figures.base import PAGE, Drawing, Example, figure, layer_numbers, mask
+from clva_lens.figures.base import (
+    SMALL,
+    Drawing,
+    Example,
+    figure,
+    layer_numbers,
+    mask,
+    printed_width,
+)
 from clva_lens.figures.base import numbers as finite
 from clva_lens.ground.errors import FigureError
 from clva_lens.ground.files import Row
@@ -18,6 +26,8 @@ from clva_lens.ground.files import Row
 SYMBOLS = {"sensitive": "^", "insensitive": "v"}
 # Up to this many layers and heads, the value is written into each cell.
 _WRITTEN = 12
+# Inches: the least and the largest side of a cell with a value, and all beside the cells.
+LEAST, LARGEST, BESIDE = 0.26, 0.42, 1.25
 
 
 _INTENSITY = np.array([[0.1, 0.5, 0.9], [0.3, 0.2, 0.4]])
@@ -70,10 +80,9 @@ def head_intensity(
         )
     count, heads = values.shape
     names = layer_numbers(layers, count)
-    cell = min(0.42, (PAGE - 1.4) / heads)
-    fig = Drawing(
-        max(3.35, heads * cell + 1.4), max(1.6, count * cell) + 0.85, _rows(values, classes, names)
-    )
+    width = printed_width(heads * LEAST + BESIDE)
+    cell = min(LARGEST, (width - BESIDE) / heads)
+    fig = Drawing(width, max(1.6, count * cell) + 0.85, _rows(values, classes, names))
     ax = fig.add_subplot()
     written = count <= _WRITTEN and heads <= _WRITTEN
     sns.heatmap(
@@ -83,7 +92,7 @@ def head_intensity(
         square=True,
         annot=(values if numbers == "image" else 1 - values) if written else None,
         fmt=".2f",
-        annot_kws={"fontsize": 6, "va": "top"},
+        annot_kws={"fontsize": SMALL, "va": "top"},
         cbar_kws={
             "label": "visual attention intensity Φ\n(fraction of attention)",
             "shrink": 0.9,

@@ -6,9 +6,13 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from clva_lens.figures.base import PAGE, Drawing, plain, verbatim
+from clva_lens.figures.base import SMALL, Drawing, plain, printed_width, verbatim
 from clva_lens.ground.errors import FigureError
 from clva_lens.ground.files import Row
+
+# Inches: the least and the largest width of a cell, all beside the cells, and a letter; and how
+# many letters of a cell's text are worth writing: a number has five.
+_LEAST, _LARGEST, _BESIDE, _LETTER, _FEWEST = 0.45, 0.62, 1.6, 0.062, 5
 
 
 def column_names(names: Sequence[str] | None, width: int, what: str) -> list[str]:
@@ -34,8 +38,10 @@ def layer_map(
 ) -> tuple[Drawing, Axes]:
     """Return a heat map [layer, column] around 0, with ``written`` in the cells if it fits."""
     count, width = array.shape
-    wide = min(0.62, (PAGE - 1.8) / width)
-    fig = Drawing(max(3.35, width * wide + 1.8), max(1.4, count * 0.2) + 1.0, rows)
+    page = printed_width(width * _LEAST + _BESIDE)
+    wide = min(_LARGEST, (page - _BESIDE) / width)
+    fits = int(wide / _LETTER)
+    fig = Drawing(page, max(1.4, count * 0.2) + 1.0, rows)
     ax = fig.add_subplot()
     top = float(np.abs(array).max()) or 1.0
     sns.heatmap(
@@ -44,9 +50,9 @@ def layer_map(
         cmap="vlag",
         vmin=-top,
         vmax=top,
-        annot=written if wide > 0.3 else None,
+        annot=np.vectorize(lambda text: plain(text, fits))(written) if fits >= _FEWEST else None,
         fmt="",
-        annot_kws={"fontsize": 5},
+        annot_kws={"fontsize": SMALL},
         cbar_kws={"label": "\n".join(plain(line) for line in label.split("\n")), "pad": 0.02},
     )
     ax.set_ylabel("layer (index, 0-based)")

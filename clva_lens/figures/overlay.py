@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator
 
-from clva_lens.figures.base import SKY, VERMILION, Drawing
+from clva_lens.figures.base import SKY, SMALL, VERMILION, Drawing
 
 # Outline: (colour, line style, words in the legend).
 OUTLINES = {
@@ -94,7 +94,7 @@ def _halo(wide: float) -> list:
 def heat_bar(fig: Drawing, ax: Axes, top: float, label: str) -> None:
     """Draw the colour bar from 0 to ``top`` into ``ax``."""
     bar = fig.colorbar(ScalarMappable(Normalize(0, top), cmap=_COLOURS), cax=ax)
-    bar.ax.tick_params(labelsize=6, length=2, pad=1.5)
-    bar.set_label(label, fontsize=6.5, labelpad=2)
+    bar.ax.tick_params(labelsize=SMALL, length=2, pad=1.5)
+    bar.set_label(label, fontsize=SMALL, labelpad=2)
     bar.locator = MaxNLocator(4)
     bar.update_ticks()

@@ -9,7 +9,17 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from numpy.typing import ArrayLike
 
-from clva_lens.figures.base import PAGE, Drawing, Example, figure, layer_numbers, numbers, plain
+from clva_lens.figures.base import (
+    PAGE,
+    SMALL,
+    Drawing,
+    Example,
+    figure,
+    layer_numbers,
+    numbers,
+    plain,
+    printed_width,
+)
 
 _COLUMNS = 6
 # What fits a page; of more layers, evenly spaced ones are drawn.
@@ -47,7 +57,7 @@ def patch_maps(
     across = min(_COLUMNS, len(array))
     down = math.ceil(len(array) / across)
     panel = (PAGE - 0.9) / _COLUMNS
-    fig = Drawing(max(3.35, across * panel + 0.9), down * (panel + 0.35) + 0.2, rows)
+    fig = Drawing(printed_width(across * panel + 0.9), down * (panel + 0.35) + 0.2, rows)
     axes = fig.subplots(down, across, squeeze=False)
     top = float(np.abs(array).max()) or 1.0
     colours = sns.color_palette("vlag", as_cmap=True)
@@ -56,14 +66,14 @@ def patch_maps(
             ax.set_axis_off()
             continue
         ax.imshow(array[place], cmap=colours, vmin=-top, vmax=top, interpolation="nearest")
-        ax.set_title(f"layer {numbered[place]}", fontsize=7, pad=3)
+        ax.set_title(f"layer {numbered[place]}", fontsize=SMALL, pad=3)
         if sums:
             total = f"sum {array[place].sum():+.2f}".replace("-", "−")
-            ax.set_xlabel(total, fontsize=6, labelpad=1.5)
+            ax.set_xlabel(total, fontsize=SMALL, labelpad=1.5)
         ax.set_xticks([])
         ax.set_yticks([])
     scale = ScalarMappable(Normalize(-top, top), cmap=colours)
     bar = fig.colorbar(scale, ax=list(axes.flat), shrink=0.8, pad=0.02)
-    bar.set_label(plain(label), fontsize=7)
-    bar.ax.tick_params(labelsize=6, length=2)
+    bar.set_label(plain(label), fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL, length=2)
     return fig

@@ -12,6 +12,7 @@ from matplotlib.colors import Colormap, Normalize
 from numpy.typing import ArrayLike
 
 from clva_lens.figures.base import (
+    COLUMN,
     PAGE,
     VERMILION,
     Drawing,
@@ -19,6 +20,7 @@ from clva_lens.figures.base import (
     figure,
     numbers,
     plain,
+    printed_width,
     verbatim,
 )
 from clva_lens.figures.overlay import outline, outline_handles
@@ -140,9 +142,10 @@ def _panels(
     image: np.ndarray, across: int, count: int, words: list[list[str]], rows: list[Row]
 ) -> tuple[Drawing, list[Axes]]:
     down = math.ceil(count / across)
-    panel = (PAGE - 0.9) / max(across, 2)
+    width = printed_width(across * (PAGE - 0.9) / COLUMNS + 0.9) if across > 1 else COLUMN
+    panel = (width - 0.9) / across
     high = panel * image.shape[0] / image.shape[1] + 0.2 + 0.16 * any(words[1])
-    fig = Drawing(across * panel + 0.9, down * min(high, 8.0) + 0.35, rows)
+    fig = Drawing(width, down * min(high, 8.0) + 0.35, rows)
     axes = list(fig.subplots(down, across, squeeze=False).flat)
     for ax in axes[count:]:
         ax.set_axis_off()

@@ -6,6 +6,7 @@ the image removed) and shows it beside the maps.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike
 from clva_lens.benchmarks.parsers import parse
 from clva_lens.figures.base import (
     PAGE,
+    SMALL,
     Drawing,
     Example,
     figure,
@@ -30,10 +32,12 @@ from clva_lens.ground.files import Row
 KNOCK_OUT = "knock-out"
 # At most this many columns stay legible on a page.
 _MOST_LAYERS = 8
-# About as many characters of an answer line fit on a page.
-_LINE = 124
-# Inches: caption, layer titles, one line of numbers under a panel, gaps, row labels, colour bar.
-_CAPTION, _TITLE, _NOTE, _GAP, _ROW_LABEL, _BAR = 0.36, 0.17, 0.13, 0.05, 0.2, 0.68
+# About as many characters of the question and of the answers fit in a line of the page; as many of
+# an answer are written, on as many lines as they need.
+_QUESTION, _LINE, _ANSWER = 84, 118, 4000
+# Inches: a line of a caption, of layer titles, of numbers under a panel, gaps, row labels, colour
+# bar, legend.
+_WORDS, _TITLE, _NOTE, _GAP, _ROW_LABEL, _BAR = 0.15, 0.16, 0.15, 0.05, 0.2, 0.68
 _LEGEND = 0.3
 
 
@@ -123,7 +127,8 @@ def saliency_overlays(
     """Return the maps over each picture: a row without a method above a row with CLVA.
 
     The first column is the picture with its anchors outlined, then one column a layer. The number
-    under each map is its sum: the attention that is on the image at all.
+    under each map is its sum: the attention that is on the image at all. Question and answers
+    stand above, on as many lines as they need.
 
     Args:
         pictures: what to draw, one block each.
@@ -147,13 +152,21 @@ def saliency_overlays(
     room = PAGE - 2 * _GAP - _ROW_LABEL - _BAR - (len(layers) + 1) * _GAP
     panel = min(1.05, room / (len(layers) + 2))
     heights = [panel * part["image"].shape[0] / part["image"].shape[1] for part in parts]
-    block_heights = [_CAPTION + _TITLE + 2 * (h + _NOTE) + 2 * _GAP for h in heights]
+    captions = [_caption(picture) for picture in pictures]
+    titles = [f"{plain(site, 10)}\nlayer {layer}".strip() for layer in layers]
+    heads = [_WORDS * len(lines) + 0.06 + _TITLE * (1 + bool(site)) for lines in captions]
+    block_heights = [
+        head + 2 * (h + _NOTE) + 2 * _GAP for head, h in zip(heads, heights, strict=True)
+    ]
     total = sum(block_heights) + _LEGEND
     fig = Drawing(PAGE, total, _rows(parts, layers), arranged=False)
     top = total
-    for picture, part, height, block in zip(pictures, parts, heights, block_heights, strict=True):
-        titles = [f"{plain(site, 10)} layer {layer}".strip() for layer in layers]
-        _draw_block(fig, picture, part, titles, _Box(total, top, panel, height), scale)
+    for lines, part, head, height, block in zip(
+        captions, parts, heads, heights, block_heights, strict=True
+    ):
+        box = _Box(total, top, panel, height)
+        _write_caption(fig, lines, box)
+        _draw_block(fig, part, titles, head, box, scale)
         top -= block
     _legend(fig, {name for part in parts for name in OUTLINES if part[name] is not None})
     return fig
@@ -219,21 +232,22 @@ def _optional(name: str, values: ArrayLike | None, shape: Any) -> np.ndarray | N
     return None if values is None else mask(name, values, shape)
 
 
+def _write_caption(fig: Drawing, lines: Sequence[tuple[str, bool]], box: _Box) -> None:
+    for number, (text, asked) in enumerate(lines):
+        y = (box.top - 0.05 - number * _WORDS) / box.total
+        style: dict[str, Any] = {"fontsize": 8, "weight": "bold"} if asked else {"fontsize": 7.5}
+        verbatim(fig.text(_GAP / PAGE, y, text, va="top", **style))
+
+
 def _draw_block(
     fig: Drawing,
-    picture: SaliencyPicture,
     part: dict[str, Any],
     titles: Sequence[str],
+    start: float,
     box: _Box,
     scale: str,
 ) -> None:
-    question, answers = _caption(picture)
-    y = (box.top - 0.06) / box.total
-    verbatim(
-        fig.text(_GAP / PAGE, y, question, va="top", fontsize=8, weight="bold"),
-        fig.text(_GAP / PAGE, y - 0.17 / box.total, answers, va="top", fontsize=7.5),
-    )
-    start = _CAPTION + _TITLE
+    """Draw the picture and both rows of maps, ``start`` inches below the top of the block."""
     step = box.height + _NOTE + _GAP
     wide = 2 * box.panel
     tall = min(2 * box.height, box.height + step)
@@ -267,9 +281,9 @@ def _draw_block(
             overlay(ax, part["image"], values, float(top) or 1.0)
             if part["objects"] is not None:
                 outline(ax, part["objects"], part["image"].shape, "objects", 0.8)
-            ax.set_xlabel(f"sum {values.sum():.2f}", fontsize=6, labelpad=1.5)
+            ax.set_xlabel(f"sum {values.sum():.2f}", fontsize=SMALL, labelpad=1.5)
             if line == 0:
-                ax.set_title(title, fontsize=7.5, pad=3)
+                ax.set_title(title, fontsize=SMALL, pad=3)
     right = _GAP + wide + _GAP + _ROW_LABEL + len(titles) * (box.panel + _GAP)
     ax = box.axes(fig, right + 0.02, start, 0.09, step + box.height)
     if scale == "picture":
@@ -278,19 +292,24 @@ def _draw_block(
         heat_bar(fig, ax, 1.0, "saliency\n(share of its maximum)")
 
 
-def _caption(picture: SaliencyPicture) -> tuple[str, str]:
-    """Return the two lines above a block; ✓ and ✗ judge an answer by the strict parser."""
+def _caption(picture: SaliencyPicture) -> list[tuple[str, bool]]:
+    """Return the lines above a block, and whether each is the question's.
+
+    ✓ and ✗ judge an answer by the strict parser.
+    """
     said = []
-    share = _LINE // len(picture.answers)
     for condition, (text, margin) in picture.answers.items():
         known = picture.label in ("yes", "no")
         verdict = (" ✓" if parse(text) == picture.label else " ✗") if known else ""
         number = "" if margin is None else f" ({margin:+.2f})".replace("-", "−")
-        # 7 characters: the colon, the verdict and the arrow to the next answer.
-        left = max(6, share - len(plain(condition, 16)) - len(number) - 7)
-        said.append(f"{plain(condition, 16)}: {plain(text, left) or '(empty)'}{verdict}{number}")
+        answer = plain(text, _ANSWER) or "(empty)"
+        said.append(f"{plain(condition, 24)}: {answer}{verdict}{number}")
     label = f"   label: {plain(picture.label, 12)}" if picture.label else ""
-    return plain(picture.question, 84) + label, "  →  ".join(said)
+    question = plain(picture.question, _ANSWER) + label
+    return [
+        *((line, True) for line in wrap(question, _QUESTION, break_on_hyphens=False)),
+        *((line, False) for line in wrap("  →  ".join(said), _LINE, break_on_hyphens=False)),
+    ]
 
 
 def _legend(fig: Drawing, names: set[str]) -> None:
@@ -305,7 +324,7 @@ def _legend(fig: Drawing, names: set[str]) -> None:
         "in brackets: logit(yes) − logit(no)",
         ha="right",
         va="bottom",
-        fontsize=6.5,
+        fontsize=SMALL,
         color="0.3",
     )
 

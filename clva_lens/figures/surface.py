@@ -5,15 +5,21 @@ from typing import Any
 
 import numpy as np
 import seaborn as sns
+from matplotlib.patches import Rectangle
 
-from clva_lens.figures.base import COLUMN, Drawing, Example, figure, plain
+from clva_lens.figures.base import SMALL, Drawing, Example, figure, plain, printed_width
 from clva_lens.ground.errors import FigureError
 
 _GRID = [{"alpha": a, "beta": b, "change": a - b} for a in (0, 14) for b in (0.0, 0.9)]
-_OPTIONS = {"across": "alpha", "down": "beta", "value": "change", "label": "change (points)"}
+_OPTIONS: dict[str, Any] = {
+    "across": "alpha",
+    "down": "beta",
+    "value": "change",
+    "label": "change (points)",
+}
 
 
-def _recorded(record: Any, table: str, **options: str) -> Drawing:
+def _recorded(record: Any, table: str, **options: Any) -> Drawing:
     return surface(record.rows(table), **options)
 
 
@@ -25,7 +31,13 @@ def _recorded(record: Any, table: str, **options: str) -> Drawing:
     ),
 )
 def surface(
-    rows: Sequence[Mapping[str, Any]], across: str, down: str, value: str, label: str = ""
+    rows: Sequence[Mapping[str, Any]],
+    across: str,
+    down: str,
+    value: str,
+    label: str = "",
+    marked: Sequence[float] | None = None,
+    mark: str = "CLVA's defaults",
 ) -> Drawing:
     """Return a heat map of one value over a grid of two parameters, with the values written in.
 
@@ -36,6 +48,9 @@ def surface(
         down: the parameter from top to bottom.
         value: what is drawn.
         label: what it is, with its unit, at the colour bar.
+        marked: a pair (across, down) whose cell is framed; None, or one that is not there, frames
+            none.
+        mark: what the frame says.
 
     Raises:
         FigureError: if a pair is missing or given twice.
@@ -49,7 +64,7 @@ def surface(
             f"for each pair of {across} and {down}."
         )
     array = np.array([[table[line, column] for column in columns] for line in lines], dtype=float)
-    fig = Drawing(max(COLUMN, 0.5 * len(columns) + 1.3), 0.3 * len(lines) + 0.9, rows)
+    fig = Drawing(printed_width(0.34 * len(columns) + 1.2), 0.3 * len(lines) + 1.1, rows)
     ax = fig.add_subplot()
     top = float(np.abs(array).max()) or 1.0
     sns.heatmap(
@@ -60,12 +75,17 @@ def surface(
         vmax=top,
         annot=np.vectorize(lambda x: f"{x + 0.0:+.1f}".replace("-", "−"))(array),
         fmt="",
-        annot_kws={"fontsize": 6},
+        annot_kws={"fontsize": SMALL},
         xticklabels=[f"{one:g}" for one in columns],
         yticklabels=[f"{one:g}" for one in lines],
-        cbar_kws={"label": plain(label or value), "pad": 0.02},
+        cbar_kws={"label": "\n".join(map(plain, (label or value).split("\n"))), "pad": 0.02},
     )
     ax.set_xlabel(plain(across))
     ax.set_ylabel(plain(down))
     ax.tick_params(length=2, rotation=0)
+    if marked is not None and marked[0] in columns and marked[1] in lines:
+        corner = columns.index(marked[0]), lines.index(marked[1])
+        frame = Rectangle(corner, 1, 1, fill=False, ec="black", lw=1.4, clip_on=False, label=mark)
+        ax.add_patch(frame)
+        fig.legend(handles=[frame], loc="outside lower center")
     return fig

@@ -3,7 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clva_lens.figures.base import MARKERS, PAGE, PALETTE, Drawing, Example, figure, plain
+from clva_lens.figures.base import (
+    COLUMN,
+    MARKERS,
+    PALETTE,
+    Drawing,
+    Example,
+    embolden,
+    figure,
+    plain,
+)
 from clva_lens.ground.errors import FigureError
 
 _TASKS = ["existence", "color"]
@@ -28,7 +37,7 @@ def _recorded(record: Any, table: str, tasks: Sequence[str]) -> Drawing:
     ),
 )
 def task_scores(
-    rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], label: str = "score (points of 200)"
+    rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], label: str = "score (points of 200) ↑"
 ) -> Drawing:
     """Return a line for each task with the score of each method.
 
@@ -48,7 +57,7 @@ def task_scores(
             f"{len(methods)} methods, and no score of: {', '.join(absent) or '–'}. Pass 1 to "
             f"{len(PALETTE)} methods and tasks that they were scored on."
         )
-    fig = Drawing(PAGE, 0.3 * len(tasks) + 1.1, chosen)
+    fig = Drawing(COLUMN, 0.3 * len(tasks) + 1.1, chosen)
     ax = fig.add_subplot()
     step = 0.6 / max(len(methods) - 1, 1)
     for number, method in enumerate(methods):
@@ -68,5 +77,6 @@ def task_scores(
     ax.set_xlabel(plain(label))
     ax.grid(axis="x", color="0.92", lw=0.5)
     ax.set_axisbelow(True)
-    fig.legend(loc="outside lower center", ncols=len(methods))
+    legend = fig.legend(loc="outside lower center", ncols=min(3, len(methods)))
+    embolden(legend.get_texts(), "CLVA")
     return fig

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.generate import generate_batches
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import AnswerTokens
-from clva_lens.lens.sharing import Prefixes, picture_keys
+from clva_lens.lens.sharing import Prefixes
 
 FEW = 10
 """Fewer than that may fail whatever their share."""
@@ -37,7 +37,7 @@ _FAULTS = {
 class Answering:
     """The questions of a run to a model, about ``pictures``, one for each sample.
 
-    ``seconds`` is the time spent in it so far.
+    ``keys`` is what these are known by, ``seconds`` the time spent in the model so far.
     """
 
     model: LensModel
@@ -48,13 +48,14 @@ class Answering:
     progress: bool
     max_failed: float
     prefixes: Prefixes
+    keys: Sequence[Hashable]
     seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
     likeliest: list[int | None] = field(default_factory=list)
 
     def stretches(self) -> list[range]:
         """Return which samples are asked at once."""
-        keys = None if self.asking.share is None else picture_keys(self.pictures)
+        keys = None if self.asking.share is None else self.keys
         return batches(len(self.samples), self.asking.batch_size, keys)
 
     def batches(self, due: range) -> Iterator[tuple[int, list[Answer]]]:
@@ -77,6 +78,7 @@ class Answering:
             "done": done,
             "record_errors": True,
             "prefixes": self.prefixes,
+            "keys": self.keys[: due.stop],
         }
         with closing(generate_batches(self.model, asked, self.asking, **options)) as made:
             try:

@@ -11,8 +11,8 @@ from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import AnswerTokens
 from clva_lens.methods.base import Method
 
-Share = Literal["picture"]
-"""What questions share: all that is read of a picture before them."""
+Share = Literal["picture", "tower"]
+"""What questions share: all that is read of a picture before them, or the vision tower's part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,8 @@ class Asking(Parameters):
             raise ParameterError(f"batch_size must be >= 1, but is {self.batch_size}. Pass 8.")
         if self.share not in (None, *get_args(Share)):
             raise ParameterError(
-                f"share must be 'picture' or None, but is {self.share!r}. Pass share=None to read "
-                "a picture again for each question."
+                f"share must be 'picture', 'tower' or None, but is {self.share!r}. Pass share=None "
+                "to read a picture again for each question."
             )
         if self.decoding is not None:
             check_decoding(self.method, self.decoding)

@@ -1,6 +1,6 @@
 """A benchmark run: samples to prompts, prompts to answers, answers to a score with its record."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import pairwise
@@ -20,7 +20,7 @@ from clva_lens.lens.facts import QUESTION
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import AnswerTokens, readout_tokens
 from clva_lens.lens.provenance import describe, identity, machine
-from clva_lens.lens.sharing import Prefixes, picture_keys, why_unshared
+from clva_lens.lens.sharing import Prefixes, picture_keys, shared
 from clva_lens.methods.base import Method, MethodLike, as_method
 from clva_lens.methods.target import Target
 
@@ -89,8 +89,9 @@ def evaluate(
     ``1``, … of ``out``.
 
     ``limit`` takes that many samples only, drawn with ``seed``: the same ones for every method.
-    With ``share="picture"`` neighbours with the same picture are asked together, and what is read
-    of it is read once, up to what another batch size makes; or the record says why not.
+    With ``share="picture"`` neighbours with the same picture are asked together, and it is read
+    once ("tower": by the vision tower alone), up to what another batch size makes; or the record
+    says why not.
 
     With ``out`` every answer is written to that folder as it comes (see
     ``clva_lens.benchmarks.run_folder``), and ``resume`` continues a run that was stopped, however
@@ -224,7 +225,8 @@ def _asked(
     """Ask one batch after the other; return the report."""
     asking = _with_margin(asking.fitted(model, benchmark.max_new_tokens), model, benchmark)
     pictures = [benchmark.picture(sample) for sample in samples]
-    asking, unshared = _sharing(model, asking, pictures)
+    keys = picture_keys(pictures)
+    asking, unshared = _sharing(model, asking, keys)
     if asking.method is not None:  # an error of the settings is no sample's error
         asking.method.sessions(Target(model.hf_model, model.processor))
     if resume and out is None:
@@ -245,7 +247,7 @@ def _asked(
     if unshared is not None:
         record["unshared"] = unshared
     answering = Answering(
-        model, benchmark, samples, pictures, asking, progress, max_failed, prefixes
+        model, benchmark, samples, pictures, asking, progress, max_failed, prefixes, keys
     )
     if out is None:
         answers: list[Answer] = []
@@ -266,14 +268,13 @@ def _asked(
 
 
 def _sharing(
-    model: LensModel, asking: Asking, pictures: Sequence[Any]
+    model: LensModel, asking: Asking, keys: Sequence[Hashable]
 ) -> tuple[Asking, str | None]:
-    """Return how to ask, and why nothing is shared where that was wanted."""
-    keys = picture_keys(pictures)
-    if asking.share is None or all(one != next_one for one, next_one in pairwise(keys)):
+    """Return how to ask, and why not all is shared where that was wanted."""
+    if all(one != next_one for one, next_one in pairwise(keys)):
         return replace(asking, share=None), None
-    unshared = why_unshared(model, asking.method)
-    return asking if unshared is None else replace(asking, share=None), unshared
+    kind, unshared = shared(model, asking.method, asking.share)
+    return replace(asking, share=kind), unshared
 
 
 def _with_margin(asking: Asking, model: LensModel, benchmark: Benchmark) -> Asking:

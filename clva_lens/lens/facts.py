@@ -12,7 +12,7 @@ from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.generate import generate
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.reading import first_line
-from clva_lens.lens.sharing import why_unshared
+from clva_lens.lens.sharing import shared
 from clva_lens.lens.summary import model_facts
 from clva_lens.methods.base import METHODS
 from clva_lens.models.pieces import Piece
@@ -43,8 +43,10 @@ def facts(model: LensModel, prompt: Prompt) -> Iterator[str]:
 
 def sharing(model: LensModel) -> str:
     """Return whether questions about a picture can share what is read of it, or why not."""
-    reason = why_unshared(model, None)
-    return "yes" if reason is None else f"no. {reason}"
+    kind, reason = shared(model, None, "picture")
+    if reason is None:
+        return "yes"
+    return f"by the vision tower only: {reason}" if kind == "tower" else f"no. {reason}"
 
 
 def check(model: LensModel) -> str:

@@ -1,9 +1,9 @@
 """Text from prompts, with or without a method: batches, greedy, beams, sampling, progress."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, groupby
 from typing import Any
@@ -30,7 +30,8 @@ from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.margins import answer_tokens, yes_margins
 from clva_lens.lens.prefix import Continued, Prefix
-from clva_lens.lens.sharing import Prefixes, picture_keys, why_unshared
+from clva_lens.lens.sharing import Prefixes, picture_keys, shared
+from clva_lens.lens.towers import pictures_read_once
 from clva_lens.methods.base import MethodLike, as_method
 from clva_lens.models.pictures import ImageLike
 from clva_lens.models.prompt import Prompt, as_prompt, readable
@@ -88,9 +89,9 @@ def generate(
     with the system message as a third item if there is one, or a list of these. Tuples are asked
     ``batch_size`` at a time; a prompt is run as it is, by itself. In the place of the image may
     stand what ``read`` returned. With ``share="picture"`` neighbours with the same picture are
-    asked together, and it is read once for them. With ``compiled`` a
-    decoding step is one graph: greedy only, and methods that are a bias on attention. Runs of
-    several batches show a progress bar.
+    asked together, and it is read once for them, with a Q-Former by the vision tower. With
+    ``compiled`` a decoding step is one graph: greedy only, and methods that are a bias on
+    attention. Runs of several batches show a progress bar.
 
     Raises:
         PromptError: if there are no prompts, or one is malformed.
@@ -111,8 +112,10 @@ def generate(
         share=share,
         compiled=compiled,
     ).fitted(model)
-    if share is not None and (reason := why_unshared(model, asking.method)) is not None:
+    kind, reason = shared(model, asking.method, share)
+    if share is not None and kind is None:
         raise ParameterError(f"share='{share}' is not possible: {reason}. Pass share=None.")
+    asking = replace(asking, share=kind)
     with closing(generate_batches(model, prompts, asking, progress=progress)) as answered:
         return _joined(list(answered))
 
@@ -126,6 +129,7 @@ def generate_batches(
     done: int = 0,
     record_errors: bool = False,
     prefixes: Prefixes | None = None,
+    keys: Sequence[Hashable] | None = None,
 ) -> Generator[Generation, None, None]:
     """Yield what ``generate`` returns, batch by batch, as it comes; images are read as needed.
 
@@ -133,7 +137,7 @@ def generate_batches(
     ``record_errors`` a batch that fails is asked again one by one, and a prompt that fails alone is
     answered by "" and its error. A method that does not fit and faults of the machine (see
     ``faults``) are no prompt's own, and are raised. ``prefixes`` are kept between the batches, and
-    by several of these that run side by side.
+    by several of these that run side by side. ``keys`` are what the prompts' pictures are known by.
 
     Raises:
         PromptError: if there are no prompts, or one is malformed.
@@ -152,7 +156,7 @@ def generate_batches(
     )
     wanted = progress and count - done > asking.batch_size
     with progress_bar("answers", count, done=done, wanted=wanted) as advance:
-        for place, unit in _units(each, asking, done):
+        for place, unit in _units(each, asking, done, keys):
             yield answer(model, unit, place, asking)
             advance(_rows(unit))
 
@@ -182,14 +186,18 @@ def _rows(unit: Unit) -> int:
     return len(unit) if isinstance(unit, list) else len(unit["input_ids"])
 
 
-def _units(each: Sequence[Unit], asking: Asking, done: int) -> Iterator[tuple[int, Unit]]:
+def _units(
+    each: Sequence[Unit], asking: Asking, done: int, known: Sequence[Hashable] | None
+) -> Iterator[tuple[int, Unit]]:
     """Yield what is run at once after ``done`` prompts, with the place of its first prompt."""
     place = 0
     for made, group in groupby(each, key=_made_of):
         units = list(group)
         if made is not None:
             pairs: Any = [pair for unit in units for pair in unit]
-            keys = None if asking.share is None else picture_keys([pair[0] for pair in pairs])
+            keys = None
+            if asking.share is not None:
+                keys = known or picture_keys([pair[0] for pair in pairs])
             parts = batches(len(pairs), asking.batch_size, keys)
             units = [pairs[part.start : part.stop] for part in parts]
         for unit in units:
@@ -217,9 +225,7 @@ def _prompt(model: LensModel, unit: Unit, asking: Asking, prefixes: Prefixes) ->
                 "to read(): cl.read(model, image, system=...)."
             )
         return as_prompt(model, images[0].ask(list(questions)), continued=True)
-    if asking.share is not None:
-        return prefixes.ask(model, images, questions, systems[0])
-    return model.prompt(list(images), list(questions), system=systems[0])
+    return prefixes.ask(model, images, questions, systems[0], asking.share)
 
 
 @undisturbed()
@@ -313,6 +319,7 @@ def generate_batch(
         watching or nullcontext(),
         Watch(hf_model) as seen,
         readable(prompt),
+        pictures_read_once(hf_model, prompt),
     ):
         searches = [session.decode for session in run.sessions if session.decode is not None]
         if searches and count > 1:

@@ -24,6 +24,7 @@ from clva_lens.lens.sharing import why_unshared
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.patching import PatchActivations, span_places
 from clva_lens.methods.target import Target
+from clva_lens.models.beginning import Beginning
 from clva_lens.models.family import transformers_model
 from clva_lens.models.kv_cache import CACHE, forked, take_off
 from clva_lens.models.prompt import Prompt, readable
@@ -155,8 +156,10 @@ class _Read:
             text=torch.zeros_like(seen),
             generated=torch.zeros_like(seen),
         )
-        ids, weights = self.inputs["input_ids"][:, :stop], weights_state(self.model.hf_model)
-        return Prefix(self.model, self.prompt, ids, cut, cache, weights)
+        columns = {name: values[..., :stop] for name, values in self.inputs.items()}
+        inputs = {**self.prompt.inputs, **columns, "attention_mask": cut.real.long()}
+        weights = weights_state(self.model.hf_model)
+        return Prefix(self.model, self.prompt, Beginning(inputs, cut, cache, weights))
 
     def _onto(
         self, before: Prefix, start: Sequence[int], patches: Sequence[PatchActivations]

@@ -19,15 +19,14 @@ from transformers.cache_utils import DynamicLayer
 
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.axes import TokenSpans, last_true
-from clva_lens.ground.errors import PromptError
+from clva_lens.ground.errors import PromptError, SpanError
 from clva_lens.lens.load import LensModel
-from clva_lens.models.context import remember
-from clva_lens.models.kv_cache import CACHE, forked
-from clva_lens.models.once import pictures_once
+from clva_lens.models.beginning import Beginning, read_beginning
+from clva_lens.models.kv_cache import CACHE
+from clva_lens.models.once import Prepared
 from clva_lens.models.pictures import ImageLike
 from clva_lens.models.positions import positions_of
 from clva_lens.models.prompt import Prompt, readable, visual_tokens
-from clva_lens.models.weights import weights_state
 
 # Inputs with a column for each token. Others come with the pictures.
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -38,17 +37,24 @@ _ANY_QUESTION = "?"
 class Prefix:
     """The beginning of prompts, up to the end of the picture, as a model has read it.
 
-    A row a picture, padded on the left. ``ids`` are its tokens, ``spans`` says what they are.
-    ``cache``, their keys and values, is never written to: ``fork`` copies it. ``prompt`` is the one
-    that was cut. ``weights`` are what the model's were then.
+    A row a picture, padded on the left. ``prompt`` is the one that was cut, ``beginning`` what was
+    read of it, ``prepared`` has its pictures.
     """
 
     model: LensModel
     prompt: Prompt
-    ids: Int[Tensor, "picture position"]
-    spans: TokenSpans
-    cache: DynamicCache
-    weights: int
+    beginning: Beginning
+    prepared: Prepared | None = None
+
+    @property
+    def ids(self) -> Int[Tensor, "picture position"]:
+        """The tokens that were read."""
+        return self.beginning.inputs["input_ids"]
+
+    @property
+    def spans(self) -> TokenSpans:
+        """What the positions are."""
+        return self.beginning.spans
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -69,16 +75,7 @@ class Prefix:
             PromptError: if it is a number, but there are several pictures; if there is no such
                 picture; or if the model has other weights or adapters than when it read them.
         """
-        rows = self._rows(pictures)
-        if weights_state(self.model.hf_model) != self.weights:
-            raise PromptError(
-                "the model's weights or its adapters were changed after it read the picture, so "
-                "what it read is no more what it would read. Read it again: cl.read(model, image)."
-            )
-        cache = forked(self.cache)
-        cache.batch_select_indices(rows)
-        remember(cache, self.spans.each(lambda span: span[rows]))
-        return cache
+        return self.beginning.fork(self.model.hf_model, self._rows(pictures))
 
     def _rows(self, pictures: int | Sequence[int]) -> Int[Tensor, " row"]:
         if isinstance(pictures, int):
@@ -113,14 +110,30 @@ class Prefix:
                 f"there are {len(questions)} questions, but pictures names {len(owners)}. Pass one "
                 "for each question."
             )
-        once = pictures_once(self.model.processor)
-        whole = [
-            self.model.prompt(
-                self.prompt.images[owner], text, system=self.prompt.system, processor=once
-            ).inputs
-            for owner, text in zip(owners, questions, strict=True)
-        ]
+        whole = self._whole_prompts(owners, questions)
         return self.continued(owners, whole, questions, batched=not isinstance(question, str))
+
+    def _whole_prompts(self, owners: list[int], questions: list[str]) -> list[dict[str, Tensor]]:
+        """Return the inputs of each whole prompt, unpadded: made together where they can be."""
+        prepared = self.prepared or Prepared(self.model.processor)
+        shown = prepared.show(self.prompt.images)
+        given = {"system": self.prompt.system, "processor": prepared.processor}
+        try:
+            batch = self.model.prompt([shown[owner] for owner in owners], questions, **given).inputs
+        except SpanError:  # pictures of unequal numbers of tokens go into no batch
+            batch = {}
+        if batch and all(len(one) == len(questions) for one in batch.values()):
+            starts = batch["attention_mask"].argmax(dim=1).tolist()
+            rows = [slice(row, row + 1) for row in range(len(questions))]
+            return [
+                {
+                    name: one[row, start:] if name in BY_TOKEN else one[row]
+                    for name, one in batch.items()
+                }
+                for row, start in zip(rows, starts, strict=True)
+            ]
+        asked = zip(owners, questions, strict=True)
+        return [self.model.prompt(shown[owner], text, **given).inputs for owner, text in asked]
 
     def continued(
         self,
@@ -220,9 +233,15 @@ class Continued(Prompt):
 
 
 def read(
-    model: LensModel, image: ImageLike | Sequence[ImageLike], *, system: str | None = None
+    model: LensModel,
+    image: ImageLike | Sequence[ImageLike],
+    *,
+    system: str | None = None,
+    prepared: Prepared | None = None,
 ) -> Prefix:
     """Return a picture, or several, as ``model`` has read it, with what comes before it.
+
+    ``prepared`` knows what it has prepared of pictures before.
 
     Raises:
         PromptError: if a picture cannot be read, or nothing can be read ahead of the question.
@@ -232,12 +251,21 @@ def read(
     >>> cl.generate(model, [(prefix, one) for one in questions]).texts
     ['no', 'no']
     """
-    return read_prefix(model, model.prompt(image, _ANY_QUESTION, system=system))
+    prepared = prepared or Prepared(model.processor)
+    shown: Any = image
+    if image is not None:
+        several = isinstance(image, list | tuple)
+        shown = prepared.show(image) if several else prepared.show([image])[0]
+    once = prepared.processor
+    prompt = model.prompt(shown, _ANY_QUESTION, system=system, processor=once)
+    return read_prefix(model, prompt, prepared)
 
 
 @undisturbed()
-def read_prefix(model: LensModel, prompt: Prompt) -> Prefix:
+def read_prefix(model: LensModel, prompt: Prompt, prepared: Prepared | None = None) -> Prefix:
     """Return what a prompt has up to the end of its picture, read by the model.
+
+    ``prepared`` has its pictures, if it was made of some.
 
     Raises:
         PromptError: if it cannot be read by itself.
@@ -252,20 +280,17 @@ def read_prefix(model: LensModel, prompt: Prompt) -> Prefix:
     for name, values in by_token(model.hf_model, prompt.inputs).items():
         inputs[name] = values.gather(-1, place.clamp_min(0).expand(*values.shape[:-1], -1))
     inputs["attention_mask"] = real.long()
-    found: Any = model.hf_model
-    cache = DynamicCache(config=found.config)
-    with readable(prompt), torch.no_grad():
-        found(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     cut = spans.each(lambda span: span.gather(1, place.clamp_min(0)) & real)
-    return Prefix(model, prompt, inputs["input_ids"], cut, cache, weights_state(model.hf_model))
+    with readable(prompt):
+        return Prefix(model, prompt, read_beginning(model.hf_model, inputs, cut), prepared)
 
 
 def refuse_prefix(model: LensModel) -> None:
     """Raise PromptError if the beginning of a prompt cannot be read by itself."""
     if model.site.name != "decoder":
         raise PromptError(
-            "the Q-Former of this model reads the question with the picture, so there is nothing "
-            "to read ahead of it. Pass model.prompt(image, question)."
+            "the Q-Former of this model reads the question with the picture, or is edited for it, "
+            "so there is nothing to read ahead of it. Pass model.prompt(image, question)."
         )
     cache = DynamicCache(config=model.hf_model.config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):

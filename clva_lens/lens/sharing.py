@@ -1,7 +1,6 @@
 """Whether the questions about a picture may share what the model reads of it, and the sharing."""
 
 from collections.abc import Hashable, Sequence
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,16 +10,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clva_lens.ground.ambient import undisturbed
-from clva_lens.ground.errors import PromptError, SpanError
-from clva_lens.ground.picture import Picture
+from clva_lens.ground.errors import InterventionError, PromptError, SpanError
+from clva_lens.lens.asking import Share
 from clva_lens.lens.check import QUESTIONS
 from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.prefix import Prefix, read, refuse_prefix
+from clva_lens.lens.towers import TowerPrompt, TowerReadings
 from clva_lens.methods.base import Method
 from clva_lens.methods.target import Target
-from clva_lens.models.pictures import ImageLike
+from clva_lens.models.once import Prepared
+from clva_lens.models.pictures import ImageLike, picture_keys
 from clva_lens.models.prompt import Prompt
+from clva_lens.models.twin import twin
 
 # Two prompts differ by this many times what another batch size makes, or this share of the spread.
 _TIMES, _SHARE = 8.0, 1e-5
@@ -32,23 +34,15 @@ _PROBED: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 """What the probe found for a model; "" where nothing stands against sharing."""
 
 
-def picture_keys(images: Sequence[Any]) -> list[Hashable]:
-    """Return what pictures are known by: their paths, else the very object, and how it is read."""
-    return [_key(one) for one in images]
-
-
-def _key(image: Any) -> Hashable:
-    if isinstance(image, Picture):
-        return (_key(image.source), image.orientation, image.background)
-    return str(image) if isinstance(image, str | Path) else id(image)
-
-
 class Prefixes:
-    """What was read last of some pictures, for those who ask about the same ones next."""
+    """What was prepared and read last of some pictures, for who asks about the same ones next."""
 
     def __init__(self) -> None:
         """Begin with nothing."""
+        self._prepared: tuple[LensModel, Prepared] | None = None
+        self._readings = TowerReadings()
         self._last: tuple[list[Hashable], str | None, list[Any], Prefix] | None = None
+        self._asked: tuple[Any, Prompt] | None = None
 
     def ask(
         self,
@@ -56,17 +50,59 @@ class Prefixes:
         images: Sequence[ImageLike],
         questions: Sequence[str],
         system: str | None,
+        share: Share | None,
     ) -> Prompt:
-        """Return the prompt of a batch; where a picture has several questions it is read once."""
+        """Return the prompt of a batch; a picture is read once for its questions, if they share it.
+
+        It is prepared once, whether they do or not, and who asks the same again gets the same.
+        """
         keys = picture_keys(images)
+        what = (model, keys, list(questions), system, share)
+        if self._asked is None or self._asked[0] != what:
+            self._asked = (what, self._prompt(model, images, questions, system, share, keys))
+        return self._asked[1]
+
+    def _prompt(
+        self,
+        model: LensModel,
+        images: Sequence[ImageLike],
+        questions: Sequence[str],
+        system: str | None,
+        share: Share | None,
+        keys: list[Hashable],
+    ) -> Prompt:
+        if self._prepared is None or self._prepared[0] is not model:
+            self._prepared = (model, Prepared(model.processor))
+        prepared = self._prepared[1]
+        shown = prepared.show(images)
         known = list(dict.fromkeys(keys))
-        if len(known) == len(keys):
-            return model.prompt(list(images), list(questions), system=system)
+        if share != "picture" or len(known) == len(keys):
+            once = prepared.processor
+            prompt = model.prompt(shown, list(questions), system=system, processor=once)
+            return TowerPrompt.of(prompt, keys, self._readings) if share == "tower" else prompt
         if self._last is None or self._last[:2] != (known, system):
-            pictures = [images[keys.index(key)] for key in known]
+            pictures = [shown[keys.index(key)] for key in known]
             # The pictures are kept: an id names an object for as long as it lives.
-            self._last = (known, system, pictures, read(model, pictures, system=system))
+            reading = read(model, pictures, system=system, prepared=prepared)
+            self._last = (known, system, pictures, reading)
         return self._last[3].ask(questions, [known.index(key) for key in keys])
+
+
+def shared(
+    model: LensModel, method: Method | None, share: Share | None
+) -> tuple[Share | None, str | None]:
+    """Return what questions about a picture can share of ``share``, and why that is not all.
+
+    Where no beginning of the prompts can be read by itself, the vision tower may be (``towers``).
+    """
+    if share is None:
+        return None, None
+    unshared = why_unshared(model, method) if share == "picture" else None
+    if share == "picture" and unshared is None:
+        return "picture", None
+    if model.family.seeing(model.hf_model):
+        return "tower", unshared
+    return None, unshared or f"the family '{model.family.name}' names no vision tower to share"
 
 
 def why_unshared(model: LensModel, method: Method | None) -> str | None:
@@ -78,10 +114,12 @@ def why_unshared(model: LensModel, method: Method | None) -> str | None:
     if method is not None:
         sessions = method.sessions(Target(model.hf_model, model.processor))
         if not all(session.leaves_prefix for session in sessions):
-            return (
-                f"{method.name} reads or edits rows before the question, or has a second input "
-                "of its own"
-            )
+            return f"{method.name} reads or edits rows before the question"
+        if any(session.rereads for session in sessions):
+            try:
+                twin(model.hf_model)
+            except InterventionError as error:
+                return str(error)
     try:
         refuse_prefix(model)
     except PromptError as error:

@@ -1,6 +1,7 @@
 """One prompt looked at from all sides: attention, anchors and answers, without and with CLVA."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ SHOWN_LAYERS = 7
 
 
 class Look(NamedTuple):
-    """One prompt's attention without a method and under CLVA, and what CLVA anchored on.
+    """One prompt's attention without a method and under ``clva``, and what that anchored on.
 
     ``composed``: where on the picture the language model looks through a Q-Former, without and
     with CLVA; None in models whose language model looks at the picture itself.
@@ -37,24 +38,31 @@ class Look(NamedTuple):
     edited: AttentionTrace
     anchors: VisualAnchors
     composed: tuple[Float[Tensor, "layer visual"], Float[Tensor, "layer visual"]] | None
+    clva: CLVA
 
 
-def conditions(model: LensModel) -> dict[str, Method | None]:
+def conditions(model: LensModel, clva: CLVA | None = None) -> dict[str, Method | None]:
     """Return what a model is compared under: greedy, CLVA at each of its sites, the knock-out."""
-    others = {f"CLVA, {site.name}": CLVA(site=site.name) for site in model.sites[1:]}
-    return {"greedy": None, "CLVA": CLVA(), **others, "knock-out": KnockOut()}
+    clva = CLVA() if clva is None else clva
+    others = {
+        f"CLVA, {site.name}": replace(clva, site=site.name)
+        for site in model.sites[1:]
+        if clva.site is None
+    }
+    return {"greedy": None, "CLVA": clva, **others, "knock-out": KnockOut()}
 
 
-def look_at(model: LensModel, prompt: Asked) -> Look:
+def look_at(model: LensModel, prompt: Asked, clva: CLVA | None = None) -> Look:
     """Return the attention of a single prompt, from one forward pass without and one with CLVA."""
+    clva = CLVA() if clva is None else clva
     prompt = as_prompt(model, prompt)
     plain = trace_attention(model, prompt)
-    with intervening(model, CLVA()) as run:
+    with intervening(model, clva) as run:
         edited = trace_attention(model, prompt)
     composed = None
     if plain.site != "decoder":
-        composed = composed_saliency(model, prompt), composed_saliency(model, prompt, CLVA())
-    return Look(prompt, plain, edited, run.anchors, composed)
+        composed = composed_saliency(model, prompt), composed_saliency(model, prompt, clva)
+    return Look(prompt, plain, edited, run.anchors, composed, clva)
 
 
 def shown_layers(layers: Sequence[int]) -> list[int]:
@@ -73,7 +81,7 @@ def saliency_picture(
         for trace in (look.plain, look.edited)
     )
     answers = {}
-    for name, method in conditions(model).items():
+    for name, method in conditions(model, look.clva).items():
         made = generate(model, prompt, method, Greedy(max_new_tokens=24))
         answers[name] = (made.texts[0], made.margins[0])
     return SaliencyPicture(

@@ -14,10 +14,8 @@ from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.trace import trace_attention
 from clva_lens.methods.base import MethodLike
 from clva_lens.models.prompt import Asked, as_prompt
-from clva_lens.science.drift import AttentionDrift, attention_drift
+from clva_lens.science.drift import CURVES, AttentionDrift, attention_drift
 from clva_lens.science.moments import RunningMoments
-
-CURVES = ("entropy", "entropy_normalised", "toward_positive", "toward_negative")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +23,7 @@ class TraceStatistics:
     """Moments over the prompts of a data set, in float64.
 
     ``maps``: of each layer's map of all heads (Eq. 4 of arXiv:2603.25088v1), [layer, visual].
-    ``intensity``: of Eq. 1, [layer, head]. ``curves``: of the four curves of ``AttentionDrift`` in
+    ``intensity``: of Eq. 1, [layer, head]. ``curves``: of the six curves of ``AttentionDrift`` in
     the order of its fields, [curve, layer]. ``layers`` are 0-based.
     """
 

@@ -51,7 +51,7 @@ def trace_attention(
     found, prompt = transformers_model(model), as_prompt(model, prompt, continued=True)
     observer = Observer(layers, shape_of(found, site))
     with intervening(model, method), running(found, [observer]):
-        logits = _last_logits(found, prompt)
+        logits = last_logits(found, prompt)
     return observer.trace(prompt.batched, logits)
 
 
@@ -92,7 +92,7 @@ def composed_saliency(
         queries = QueryObserver(qformer_layers, target.at())
     observers: list[Session] = [decoder] if queries is None else [decoder, queries]
     with intervening(model, method), running(found, observers):
-        _last_logits(found, prompt)
+        last_logits(found, prompt)
     saliency = decoder.trace(prompt.batched).saliency(heads)
     if queries is None:
         return saliency
@@ -130,11 +130,12 @@ def head_means(
     session = MeanSession(shape_of(found, site), rows)
     for prompt in prompts:
         with intervening(model, method), running(found, [session]):
-            _last_logits(found, as_prompt(model, prompt))
+            last_logits(found, as_prompt(model, prompt))
     return session.means()
 
 
-def _last_logits(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "batch vocabulary"]:
+def last_logits(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "batch vocabulary"]:
+    """Return the logits of a prompt's last position, from one pass."""
     # An encoder-decoder's decoder has read one token only.
     keep: dict[str, Any] = {} if "decoder_input_ids" in prompt else {"logits_to_keep": 1}
     keep["use_cache"] = prompt.reader is not None

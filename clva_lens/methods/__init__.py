@@ -6,6 +6,7 @@ True
 
 from clva_lens.ground.registry import answer_calls
 from clva_lens.methods import ablation as ablation
+from clva_lens.methods import averaged as averaged
 from clva_lens.methods import clearsight as clearsight
 from clva_lens.methods import clva as clva
 from clva_lens.methods import deco as deco

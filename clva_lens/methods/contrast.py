@@ -29,12 +29,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from clva_lens.engine.beams import Reordering
 from clva_lens.engine.run import add_sessions, open_sessions
-from clva_lens.engine.session import Session
+from clva_lens.engine.session import Session, required_read_before
 from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.models.beginning import Beginning, read_beginning
 from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import Inputs, find_family, find_site
 from clva_lens.models.kv_cache import CACHE
 from clva_lens.models.norms import wide
+from clva_lens.models.positions import positions_of
 from clva_lens.models.step import Step
 from clva_lens.models.twin import twin
 
@@ -120,12 +122,17 @@ class ContrastSession(Session):
 
     ``second`` makes it from the prompt's inputs: ``input_ids`` and ``attention_mask`` [batch,
     position], ``pixel_values``, and what else the family's ``watch`` keeps. Without
-    ``pixel_values`` it is text only. Rows and their order stay; lengths may change. ``impair``
-    makes sessions that act on the second input only. ``gate`` leaves the contrast out at steps.
+    ``pixel_values`` it is text only. Rows and their order stay; lengths may change, but no text
+    after the picture does. ``impair`` makes sessions that act on the second input only. ``gate``
+    leaves the contrast out at steps.
+
+    Where the prompt goes on from a picture that was read before, so does the second input: from
+    what ``second`` makes of the prompt's beginning, which is read once for all that are equal.
     """
 
     site = "decoder"
     layers = ()
+    leaves_prefix = rereads = True
     edits_logits = True
     cuts_off = True
 
@@ -211,25 +218,50 @@ class ContrastSession(Session):
         if self._branch is not None:
             self._branch.close()
             self._branch = None
-        assert step.ids is not None
-        rows = len(step.ids)
-        inputs = {"input_ids": step.ids, "attention_mask": step.spans.real.long()}
-        for name, value in self._seen.items():  # one a picture; the prompt may be one a beam
-            inputs[name] = value.repeat_interleave(rows // len(value), dim=0)
-        if "pixel_values" not in inputs:
-            raise InterventionError(
-                "a contrastive method saw no pixels before the prompt was read (the picture's "
-                "features were passed instead), so it has no second input. Pass pixel_values."
-            )
-        self._seen.clear()
         if self._twin is None:
             self._twin = twin(self.model)
-        second = self.second(inputs)
+        seen = dict(self._seen)
+        self._seen.clear()
+        if step.offset > 0:
+            second, cache = self._continued(step)
+        else:
+            second, cache = self.second(_whole(step, seen)), None
         sessions = []
-        if "pixel_values" in second:
+        if cache is not None or "pixel_values" in second:
             others = [s for s in open_sessions(self.model) if not s.edits_logits]
             sessions = [s.again(self._twin) for s in others if s.again is not None]
-        return _Branch(self._twin, second, [*sessions, *self.impair(self._twin)])
+        sessions += self.impair(self._twin)
+        return _Branch(self._twin, second, sessions, cache, counts=step.offset > 0)
+
+    def _continued(self, step: Step) -> tuple[Inputs, DynamicCache | None]:
+        """Return the second input's question, and a cache with all that is before it.
+
+        The whole input, and no cache, where it is text only.
+        """
+        before, rows = required_read_before(step)
+        assert step.ids is not None
+        if self.second is not same:
+            other = before.once(self.model, self.second, self._beginning)
+            if other is None:
+                ids = torch.cat([before.inputs["input_ids"][rows], step.ids], dim=1)
+                mask = step.spans.real.long()
+                return self.second({"input_ids": ids, "attention_mask": mask}), None
+            before = other
+        question = step.spans.real[:, step.offset :]
+        mask = torch.cat([before.spans.real[rows], question], dim=1).long()
+        inputs = {"input_ids": step.ids, "attention_mask": mask}
+        return inputs, before.fork(self.model, rows)
+
+    def _beginning(self, before: Beginning) -> Beginning | None:
+        """Return the second input's beginning, None where it is text only."""
+        assert self._twin is not None
+        second = self.second({n: one for n, one in before.inputs.items() if n != "position_ids"})
+        if "pixel_values" not in second:
+            return None
+        places = positions_of(self._twin, second)
+        second |= {} if places is None else {"position_ids": places}
+        spans = find_family(self._twin).spans(self._twin, "decoder", second)
+        return read_beginning(self._twin, second, spans)
 
     def _reorder(self, rows: Int[Tensor, " batch"]) -> None:
         """Have the second cache reordered with the model's, as beam search does."""
@@ -239,29 +271,65 @@ class ContrastSession(Session):
             self.gate.reorder(rows)
 
 
-class _Branch:
-    """A second input, its key-value cache, and how many generated tokens it has read."""
+def _whole(step: Step, seen: Inputs) -> Inputs:
+    """Return a prompt's inputs, with what was seen of them before it was read."""
+    assert step.ids is not None
+    rows = len(step.ids)
+    inputs = {"input_ids": step.ids, "attention_mask": step.spans.real.long()}
+    for name, value in seen.items():  # one a picture; the prompt may be one a beam
+        inputs[name] = value.repeat_interleave(rows // len(value), dim=0)
+    if "pixel_values" not in inputs:
+        raise InterventionError(
+            "a contrastive method saw no pixels before the prompt was read (the picture's "
+            "features were passed instead), so it has no second input. Pass pixel_values."
+        )
+    return inputs
 
-    def __init__(self, model: PreTrainedModel, inputs: Inputs, sessions: list[Session]) -> None:
+
+class _Branch:
+    """A second input, its key-value cache, and how many generated tokens it has read.
+
+    With a ``cache`` that is filled, its inputs are what goes on from there. ``counts``: positions
+    are counted from the mask, as there may be padding before the question.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inputs: Inputs,
+        sessions: list[Session],
+        cache: DynamicCache | None = None,
+        *,
+        counts: bool = False,
+    ) -> None:
         self.entry: Any = find_site(model, "decoder").passes().entry
         self.reader: Any = model if "pixel_values" in inputs else self.entry
         self.inputs = inputs
         self.mask = inputs["attention_mask"]
-        self.cache: DynamicCache | None = None
-        self.generated = 0
+        self.cache = DynamicCache() if cache is None else cache
+        self.counts = counts
+        self.begun, self.generated = False, 0
         self.close = add_sessions(model, sessions)
 
     def read(self, ids: Int[Tensor, "batch new"]) -> Logits:
         """Read more tokens, after the prompt if it was not read yet; return the last logits."""
-        how: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
-        if self.cache is None:
-            self.cache = DynamicCache()
-            out = self.reader(**self.inputs, **{CACHE: self.cache}, **how)
-            return out.logits[:, -1]
-        self.generated += ids.shape[1]
-        self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
-        given = {"input_ids": ids, "attention_mask": self.mask, CACHE: self.cache}
-        return self.entry(**given, **how).logits[:, -1]
+        how: dict[str, Any] = {CACHE: self.cache, "use_cache": True, "logits_to_keep": 1}
+        if not self.begun:
+            self.begun = True
+            read, given = self.reader, self.inputs
+        else:
+            self.generated += ids.shape[1]
+            self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
+            read, given = self.entry, {"input_ids": ids, "attention_mask": self.mask}
+        if self.counts:
+            given = given | self._positions(given["input_ids"].shape[1])
+        return read(**given, **how).logits[:, -1]
+
+    def _positions(self, count: int) -> Inputs:
+        """Return the positions of the last tokens."""
+        whole = {"input_ids": self.mask, "attention_mask": self.mask}
+        places = positions_of(self.entry, whole)
+        return {} if places is None else {"position_ids": places[..., -count:]}
 
     def reread(self, ids: Int[Tensor, "batch generated"]) -> Logits:
         """Read the prompt and everything generated at once, without a cache."""
@@ -272,9 +340,13 @@ class _Branch:
 
     def reorder(self, rows: Int[Tensor, " batch"]) -> None:
         """Take these rows, each the continuation of a row before."""
-        if self.cache is not None:
-            self.cache.reorder_cache(cast(torch.LongTensor, rows))
+        self.cache.reorder_cache(cast(torch.LongTensor, rows))
         self.mask = self.mask[rows.to(self.mask.device)]
+
+
+def same(inputs: Inputs) -> Inputs:
+    """Return the second input of a contrast whose sessions alone tell it from the first."""
+    return inputs
 
 
 def text_only(image_token_id: int) -> Callable[[Inputs], Inputs]:

@@ -62,7 +62,7 @@ class _ShuffledSession(Session):
     def __init__(self, inner: Session, seed: int) -> None:
         self.inner, self.seed = inner, seed
         self.site, self.layers = inner.site, inner.layers
-        self.leaves_prefix = inner.leaves_prefix
+        self.leaves_prefix, self.rereads = inner.leaves_prefix, inner.rereads
         self._last: tuple[Bias, Tensor] | None = None
         self._compared = False
 

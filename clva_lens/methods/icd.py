@@ -13,8 +13,9 @@ kernels; twice the passes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
 
 from clva_lens.engine.session import Session
 from clva_lens.ground.errors import InterventionError, ParameterError
@@ -86,9 +87,15 @@ class ICD(Method):
                 "ICD has to tokenize its instruction, but a bare transformers model has no "
                 "processor. Pass the model that cl.load((hf_model, processor)) returns."
             )
-        disturb = partial(find_family(model).disturb, model, processor)
+        return [ContrastSession(model, _Disturbed(model, processor, self.instruction), rule)]
 
-        def second(inputs: Inputs) -> Inputs:
-            return disturb(inputs, self.instruction)
 
-        return [ContrastSession(model, second, rule)]
+@dataclass(frozen=True)
+class _Disturbed:
+    model: PreTrainedModel
+    processor: Any
+    instruction: str
+
+    def __call__(self, inputs: Inputs) -> Inputs:
+        family = find_family(self.model)
+        return family.disturb(self.model, self.processor, inputs, self.instruction)

@@ -23,7 +23,8 @@ steps so far, this one included. Sampling takes the first 30 of these, greedy se
 
 **Departs from the release**: the mean is taken for each sample of a batch (the release has batches
 of one), and so is what ``gate`` decides; the second input is read from its first token, where the
-release copies what its system and image rows have in common with the first, with the same result.
+release copies what its system and image rows have in common with the first, with the same result
+(as is done here where the picture was read before its questions).
 α = 0 leaves the contrast out, ``compression`` = 1 leaves CDAR out. CDAR forms the scores of text to
 image, CMVED the rows of text, in every layer; both are exact under fused kernels.
 """
@@ -42,9 +43,9 @@ from transformers import PreTrainedModel
 from clva_lens.engine.session import AttentionCall, Session, raw_scores
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import Kernel, Method, edited_rows, register_method
-from clva_lens.methods.contrast import ContrastRule, ContrastSession, Gate
+from clva_lens.methods.contrast import ContrastRule, ContrastSession, Gate, same
 from clva_lens.methods.target import Target, shape_of
-from clva_lens.models.family import Inputs, find_family, find_site
+from clva_lens.models.family import find_family, find_site
 
 # (α, β, c) of the release's POPE scripts.
 RELEASED = {"instructblip": (3.0, 0.3, 1.0)}
@@ -127,12 +128,8 @@ class IMCCD(Method):
             gate = None if self.gate is None else _Looking(model, self.gate)
             if gate is not None:
                 sessions.append(gate)
-            sessions.append(ContrastSession(model, _same, rule, _impair, gate))
+            sessions.append(ContrastSession(model, same, rule, _impair, gate))
         return sessions
-
-
-def _same(inputs: Inputs) -> Inputs:
-    return inputs
 
 
 def _impair(model: PreTrainedModel) -> list[Session]:
@@ -141,6 +138,8 @@ def _impair(model: PreTrainedModel) -> list[Session]:
 
 class _CompressedDistances(Session):
     """CDAR. Turning an image key by (1 − 1/c)(N − j) positions is the same as moving both ends."""
+
+    leaves_prefix = True
 
     def __init__(self, model: PreTrainedModel, compression: float | int) -> None:
         language: Any = find_site(model, "decoder").passes().entry
@@ -160,17 +159,13 @@ class _CompressedDistances(Session):
         count = keys.shape[2]
         turn = self.share * (count - torch.arange(count, dtype=torch.float32, device=keys.device))
         angle = turn[:, None] * self.rotary.inv_freq.float().to(keys.device)
-        cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
-        keys = keys.float()
-        first, second = keys.chunk(2, dim=-1)
-        turned = keys * cos + torch.cat([-second, first], dim=-1) * sin
         # Scores are linear in the keys.
         if call.softcap is not None:
             raise InterventionError(
                 "the model caps its attention scores, which IMCCD's compressed positions do not go "
                 "through. Pass compression=1."
             )
-        change = raw_scores(call.query[:, :, start:], turned - keys, call.scaling)
+        change = raw_scores(call.query[:, :, start:], _turned_by(keys.float(), angle), call.scaling)
         change = change * rearrange(rows, "b q -> b 1 q 1")
         shape = (*call.query.shape[:3], call.key.shape[2])
         bias = torch.zeros(shape, dtype=torch.float32, device=call.query.device)
@@ -179,10 +174,20 @@ class _CompressedDistances(Session):
         return bias
 
 
+def _turned_by(
+    keys: Float[Tensor, "batch kv_head visual width"], angle: Float[Tensor, "visual half"]
+) -> Float[Tensor, "batch kv_head visual width"]:
+    """Return rotary keys that are turned by these angles, less the keys."""
+    first, second = keys.chunk(2, dim=-1)
+    cos, sin = angle.cos() - 1, angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
 class _Impaired(Session):
     """CMVED: what stands out in the image brings the mean of its values instead of its own."""
 
     edits_output = True
+    leaves_prefix = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.site, self.layers = "decoder", shape_of(model, "decoder").layers
@@ -199,10 +204,11 @@ class _Impaired(Session):
         old = count - start - call.new_rows
         marked = looked > _means(looked, rows, old)
         taken = share * marked * rearrange(rows, "b q -> b 1 q 1")
-        groups = call.query.shape[1] // call.value.shape[1]
-        values = _at_image(call, call.value).float().repeat_interleave(groups, dim=1)
+        values = _at_image(call, call.value).float()
+        grouped = rearrange(taken, "b (h g) q v -> b h (g q) v", h=values.shape[1])
         mean = rearrange(values.mean(dim=(2, 3)), "b h -> b h 1 1")
-        change = taken.sum(dim=3, keepdim=True) * mean - taken @ values
+        change = grouped.sum(dim=3, keepdim=True) * mean - grouped @ values
+        change = rearrange(change, "b h (g q) w -> b (h g) q w", q=taken.shape[2])
         edited = out.clone()
         edited[:, start:] += rearrange(change, "b h q w -> b q h w").to(out.dtype)
         return edited
@@ -212,6 +218,7 @@ class _Looking(Gate):
     """How much the rows that predict tokens look at the image, by the sum of their scores."""
 
     edits_output = True  # it edits none, but then sees the scores under every method's bias
+    leaves_prefix = True
 
     def __init__(self, model: PreTrainedModel, window: Window) -> None:
         self.site, self.layers = "decoder", shape_of(model, "decoder").layers
@@ -232,7 +239,8 @@ class _Looking(Gate):
         before = None if call.layer == self.layers[0] else self._sum
         self._sum = share if before is None else before + share.to(before.device)
         if call.layer == self.layers[-1]:
-            known = None if call.step.offset == 0 else self._seen
+            whole = call.step.number == 0 or call.step.offset == 0
+            known = None if whole else self._seen
             self._seen = self._sum if known is None else torch.cat([known, self._sum], dim=1)
 
     def opened(self) -> Bool[Tensor, " batch"]:
@@ -269,7 +277,9 @@ def _text_rows(call: AttentionCall) -> tuple[int, Bool[Tensor, "batch row"]]:
 def _at_image(
     call: AttentionCall, values: Float[Tensor, "batch kv_head key width"]
 ) -> Float[Tensor, "batch kv_head visual width"]:
-    """Return the keys or values of the image tokens."""
+    """Return the keys or values of the image tokens; a view where they are a block."""
+    if call.step.block is not None:
+        return values[:, :, slice(*call.step.block)]
     _, heads, _, width = values.shape
     where = rearrange(call.step.visual, "b v -> b 1 v 1").expand(-1, heads, -1, width)
     return values.gather(2, where)

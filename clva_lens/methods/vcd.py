@@ -89,11 +89,16 @@ class VCD(Method):
         if rule.is_identity:
             return []
         step = defaults[2] if self.noise_step is None else self.noise_step
+        return [ContrastSession(target.model, _Noisy(step, self.seed), rule)]
 
-        def second(inputs: Inputs) -> Inputs:
-            return inputs | {"pixel_values": add_noise(inputs["pixel_values"], step, self.seed)}
 
-        return [ContrastSession(target.model, second, rule)]
+@dataclass(frozen=True)
+class _Noisy:
+    step: int
+    seed: int
+
+    def __call__(self, inputs: Inputs) -> Inputs:
+        return inputs | {"pixel_values": add_noise(inputs["pixel_values"], self.step, self.seed)}
 
 
 def noise_weights(step: int) -> tuple[float, float]:

@@ -15,6 +15,9 @@ ours (only k = 20 is known to us); attention of text rows is their mean, a fract
 that a threshold does not depend on the length of the question; a sink is not salient as well; R
 sums over the rows of the other image tokens; tokens and heads of a layer are judged on the
 pattern before either edit; "text" keys are the prompt's text and what was generated.
+
+R is the picture's alone, whatever is asked: where it was read before its questions, a twin of the
+model reads it once more for R, and R is kept with it.
 """
 
 import math
@@ -26,14 +29,18 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from clva_lens.engine.row_reading import read_prompt_rows, read_received
-from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.engine.run import running
+from clva_lens.engine.session import AttentionCall, Session, required_read_before
 from clva_lens.ground.ambient import without_gradients
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.base import Kernel, Method, edited_rows, register_method
 from clva_lens.methods.scores import released_layer, span_keys
 from clva_lens.methods.target import Shape, Target
+from clva_lens.models.beginning import Beginning, read_beginning
+from clva_lens.models.twin import twin
 
 # Shares of the largest R above which a token is a sink, and above which it is salient.
 SINK_SHARE, SALIENT_SHARE = 1 / 2, 1 / 20
@@ -103,7 +110,8 @@ class VisFlow(Method):
 
     def sessions(self, target: Target) -> list[Session]:
         """Return one session; it edits tokens unless the image comes through a Q-Former."""
-        return [_VisFlowSession(self, target.at("decoder"), target.at().site == "decoder")]
+        tokens = target.at().site == "decoder"
+        return [_VisFlowSession(self, target.model, target.at("decoder"), tokens)]
 
 
 class _Judged(NamedTuple):
@@ -115,8 +123,10 @@ class _Judged(NamedTuple):
 
 
 class _VisFlowSession(Session):
-    def __init__(self, method: VisFlow, shape: Shape, tokens: bool) -> None:
-        self.method, self.site = method, shape.site
+    leaves_prefix = rereads = True
+
+    def __init__(self, method: VisFlow, model: PreTrainedModel, shape: Shape, tokens: bool) -> None:
+        self.method, self.model, self.shape, self.site = method, model, shape, shape.site
         changes = tokens and (method.salient, method.sink) != (1, 1)
         self.token_layers = [i for i in shape.layers if changes and i >= 1]
         self.system_layers = [i for i in shape.layers if method.system > 0]
@@ -149,7 +159,7 @@ class _VisFlowSession(Session):
         method, layer = self.method, call.layer
         tokens = system = text = None
         if layer in self.token_layers:
-            received = read_received(call)
+            received = read_received(call) if call.step.offset == 0 else self._received(call)
             largest = received.amax(dim=1, keepdim=True)
             tokens = torch.zeros_like(received)
             tokens[received > SALIENT_SHARE * largest] = math.log(method.salient)
@@ -162,6 +172,19 @@ class _VisFlowSession(Session):
                 text = rows.text > method.text_threshold
         heads = (one if one is not None and one.any() else None for one in (system, text))
         return _Judged(tokens, *heads)
+
+    def _received(self, call: AttentionCall) -> Float[Tensor, "batch visual"]:
+        """Return R of a picture that was read before."""
+        before, rows = required_read_before(call.step)
+        known = before.once(self.model, _Received, self._reread)
+        return known[call.layer][rows]
+
+    def _reread(self, before: Beginning) -> dict[int, Float[Tensor, "picture visual"]]:
+        """Return R of each layer as a twin of the model reads a beginning once more."""
+        other, session = twin(self.model), _Received(self.shape)
+        with running(other, [session]):
+            read_beginning(other, before.inputs, before.spans)
+        return session.found
 
     def _log_weights(self, call: AttentionCall, judged: _Judged) -> Float[Tensor, "batch _ key"]:
         """Return the log-weight of each key, for each head if some heads differ."""
@@ -180,3 +203,17 @@ class _VisFlowSession(Session):
                 )
                 weights = weights + lost.float() * math.log1p(-loss)
         return weights
+
+
+class _Received(Session):
+    """What each image token receives from the others, in the pass that reads them."""
+
+    looks_ahead = leaves_prefix = True
+
+    def __init__(self, shape: Shape) -> None:
+        self.site, self.layers = shape.site, shape.layers
+        self.found: dict[int, Float[Tensor, "picture visual"]] = {}
+
+    def attention(self, call: AttentionCall) -> None:
+        """Read a layer."""
+        self.found[call.layer] = read_received(call)

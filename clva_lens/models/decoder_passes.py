@@ -9,6 +9,7 @@ later layers of the same pass.
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import Cache
 
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import InterventionError
+from clva_lens.models.beginning import read_before
 from clva_lens.models.belonging import Owned, hook_after, opening, whose
 from clva_lens.models.context import (
     Drafting,
@@ -185,7 +187,8 @@ class DecoderPasses(TokenPasses):
         )
         self.follow(ids)
         self._left = frozenset(one for one in self._left if one() not in (cache, None))
-        return self._prompt_step(ids, spans, functional.pad(text, (offset, 0)), offset)
+        step = self._prompt_step(ids, spans, functional.pad(text, (offset, 0)), offset)
+        return replace(step, read_before=read_before(cache, len(ids), offset))
 
     def _refuse_onto(
         self, known: TokenSpans, cache: Any, ids: Tensor, offset: int, drafts: Drafting | None

@@ -155,6 +155,10 @@ class ModelFamily(ABC):
         ``system`` is the system message; None leaves the model's own, "" leaves it out.
         """
 
+    def seeing(self, model: PreTrainedModel) -> tuple[nn.Module, ...]:
+        """Return the modules that read the picture and nothing of the question, in their order."""
+        return ()
+
     def activations(self, model: PreTrainedModel) -> Activations:
         """Return what has a TransformerLens name in the model, for ``run_with_cache``.
 
@@ -291,11 +295,12 @@ def note_inputs(
 
 def replace_lead(inputs: Inputs, head: list[int], starts: Iterable[int], pad: int) -> Inputs:
     """Return a prompt whose rows begin with ``head`` and go on from their ``starts``."""
-    rows = [
-        head + row[start:].tolist() for row, start in zip(inputs["input_ids"], starts, strict=True)
-    ]
-    ids, mask = pad_left(rows, pad)
-    device = inputs["input_ids"].device
+    starts, device = list(starts), inputs["input_ids"].device
+    rows, real = (
+        [lead + row[start:].tolist() for row, start in zip(inputs[name], starts, strict=True)]
+        for name, lead in (("input_ids", head), ("attention_mask", [1] * len(head)))
+    )
+    (ids, _), (mask, _) = pad_left(rows, pad), pad_left(real, 0)
     return inputs | {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 

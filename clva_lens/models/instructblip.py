@@ -15,7 +15,7 @@ from traceback import walk_tb
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import (
     InstructBlipConfig,
@@ -104,6 +104,12 @@ class InstructBlip(ModelFamily):
 
         layers = tuple(range(len(modules)))
         return Site("decoder", modules, layers, len(layers), modules[0].config, passes)
+
+    def seeing(self, model: PreTrainedModel) -> tuple[nn.Module, ...]:
+        """Return the vision tower, and BLIP-2's Q-Former."""
+        inner: Any = model
+        asked = isinstance(model, InstructBlipForConditionalGeneration)
+        return (inner.vision_model,) if asked else (inner.vision_model, inner.qformer)
 
     def activations(self, model: PreTrainedModel) -> activations.Activations:
         """Return the names of the vision tower, of the Q-Former and of the language model.

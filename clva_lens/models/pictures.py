@@ -7,7 +7,7 @@ opened picture differ.)
 """
 
 import errno
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO, IOBase
 from pathlib import Path
@@ -21,7 +21,23 @@ from torch import Tensor
 from clva_lens.ground.errors import PromptError
 from clva_lens.ground.picture import Picture
 
-ImageLike = str | Path | bytes | IOBase | Image.Image | np.ndarray | Tensor | Picture
+
+class Opened:
+    """A picture that is read when it is needed first, and stays the same image then."""
+
+    def __init__(self, source: Any) -> None:
+        """Keep what ``read_image`` takes."""
+        self.source = source
+        self.found: Image.Image | None = None
+
+    def read(self) -> Image.Image:
+        """Return the image; see ``read_image``."""
+        if self.found is None:
+            self.found = read_image(self.source)
+        return self.found
+
+
+ImageLike = str | Path | bytes | IOBase | Image.Image | np.ndarray | Tensor | Picture | Opened
 
 LONGEST_RATIO = 200
 """Of the sides: Qwen2-VL's processor refuses more. One that scales the shorter side to 336 pixels,
@@ -29,6 +45,22 @@ as LLaVA-1.5's does, makes 336 × 67,200 of it."""
 
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _CLEAR = ("LA", "La", "PA", "RGBA", "RGBa")
+
+
+def opened_of(image: ImageLike) -> Opened:
+    """Return a picture to be read once."""
+    return image if isinstance(image, Opened) else Opened(image)
+
+
+def picture_keys(images: Sequence[Any]) -> list[Hashable]:
+    """Return what pictures are known by: their paths, else the very object, and how it is read."""
+    return [_key(one) for one in images]
+
+
+def _key(image: Any) -> Hashable:
+    if isinstance(image, Picture):
+        return (_key(image.source), image.orientation, image.background)
+    return str(image) if isinstance(image, str | Path) else id(image)
 
 
 def read_image(image: ImageLike, background: str | None = "white") -> Image.Image:
@@ -44,6 +76,8 @@ def read_image(image: ImageLike, background: str | None = "white") -> Image.Imag
             range.
         ParameterError: if the background is no opaque colour.
     """
+    if isinstance(image, Opened):
+        return image.read()
     asked = image if isinstance(image, Picture) else Picture(image, background=background)
     source = asked.source
     name = _name(source)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clva_lens.ground.axes import TokenSpans, last_true
+from clva_lens.models.beginning import ReadBefore
 
 
 @dataclass(eq=False, slots=True)
@@ -50,9 +51,10 @@ class Step:
     maps of Eq. 4; otherwise all of them do, averaged. ``ids`` are the token ids of this
     pass's rows, None where rows are no tokens. ``image_start`` is the position of the first image
     token in any sample, ``first_text`` the first row that is text in any. ``block`` is where the
-    image tokens lie if that is one piece, the same in all samples; else None. ``of_prompt`` keeps,
-    by device, what is worked out once for all passes of a prompt, ``of_pass`` what is once for all
-    layers of this pass.
+    image tokens lie if that is one piece, the same in all samples; else None. ``read_before`` is
+    what the prompt's text is read onto; None where that is nothing, or nobody knows. ``of_prompt``
+    keeps, by device, what is worked out once for all passes of a prompt, ``of_pass`` what is once
+    for all layers of this pass.
     """
 
     number: int
@@ -66,6 +68,7 @@ class Step:
     image_start: int = 0
     first_text: int = 0
     block: tuple[int, int] | None = None
+    read_before: ReadBefore | None = None
     of_prompt: defaultdict[torch.device, OfPrompt] = field(
         default_factory=lambda: defaultdict(OfPrompt), repr=False
     )
@@ -85,6 +88,7 @@ class Step:
             self.image_start,
             self.first_text,
             self.block,
+            self.read_before,
             self.of_prompt,
         )
 

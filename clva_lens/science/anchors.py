@@ -261,6 +261,26 @@ def reanchor_log_weights(
     return _by_mask(positive, negative, _log_levels(alpha, beta))
 
 
+def averaged_log_weights(
+    share: Float[Tensor, "*batch visual"], alpha: float | int, beta: float | int
+) -> Float[Tensor, "*batch visual"]:
+    """Return log(1 + (α − β) Z_avg), to be added to the scores before the softmax.
+
+    Eq. 15, arXiv:2603.25088v1: Z_avg is ``share``, the mean over all heads of their masks, in
+    [0, 1]: one anchor in the place of a positive and a negative one. Nats; float32; −inf where the
+    weight is 0.
+
+    Raises:
+        ParameterError: if ``check_strengths(alpha, beta)`` does.
+
+    >>> averaged_log_weights(torch.tensor([0.0, 0.5, 1.0]), alpha=14, beta=0.9)
+    tensor([0.0000, 2.0215, 2.6462])
+    """
+    check_strengths(alpha, beta)
+    weights = 1 + (alpha - beta) * share.float()
+    return weights.where(weights > _ZERO, 0.0).log()
+
+
 def reanchor(
     pattern: Float[Tensor, "*batch head query key"],
     weights: Float[Tensor, "*batch key"],

@@ -9,12 +9,21 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clva_lens.ground.drawn import SelfDrawn, drawing
 from clva_lens.ground.errors import ParameterError
-from clva_lens.science.anchors import default_anchor_layers
+from clva_lens.science.anchors import anchor_mask, default_anchor_layers
+
+CURVES = (
+    "entropy",
+    "entropy_normalised",
+    "toward_positive",
+    "toward_negative",
+    "unmasked_positive",
+    "unmasked_negative",
+)
 
 
 @runtime_checkable
@@ -40,40 +49,41 @@ class LayerMaps(Protocol):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionDrift(SelfDrawn):
-    """Four curves over the layers: two entropies and two correlations with the anchors.
+    """Curves over the layers: two entropies, and correlations with the two anchors.
 
     ``entropy``: of the sensitive heads' map as printed in Eq. 5, arXiv:2603.25088v1, which mixes
     dispersion with visual mass; ``entropy_normalised``: of the same map divided by its sum, which
     is dispersion alone. Both in nats. ``toward_positive``, ``toward_negative``: Pearson r (Eq. 6)
     of the map of all heads with the positive and the negative anchor map, in [−1, 1]; NaN where a
-    map is constant. ``layers`` are the traced layers; all layers are 0-based.
+    map is constant. ``unmasked_positive``, ``unmasked_negative``: the same r over the tokens that
+    neither mask of Eq. 9 marks, to which CLVA does nothing but renormalise: re-weighting the marked
+    ones moves r over all tokens by itself, whatever the model does. ``layers`` are the traced
+    layers; all layers are 0-based.
     """
 
     entropy: Float[Tensor, "*batch layer"]
     entropy_normalised: Float[Tensor, "*batch layer"]
     toward_positive: Float[Tensor, "*batch layer"]
     toward_negative: Float[Tensor, "*batch layer"]
+    unmasked_positive: Float[Tensor, "*batch layer"]
+    unmasked_negative: Float[Tensor, "*batch layer"]
     positive_layer: int
     negative_layer: int
     layers: tuple[int, ...]
 
     def draw(self) -> Any:
-        """Return the paper's Fig. 2b as a matplotlib figure; of several samples, with intervals.
+        """Return the paper's Fig. 2b as a matplotlib figure, over all tokens and the unmasked ones.
 
         Raises:
             FigureError: if a map is constant, so that its correlation is NaN.
         """
-        count = len(self.layers)
-        curves = [
-            one.reshape(-1, count).float().cpu().numpy()
-            for one in (self.entropy, self.toward_positive, self.toward_negative)
-        ]
-        return drawing("drift_curves")(
-            *(one if len(one) > 1 else one[0] for one in curves),
-            self.positive_layer,
-            self.negative_layer,
-            layers=self.layers,
-        )
+        curves = {}
+        for name in CURVES:
+            values = getattr(self, name).reshape(-1, len(self.layers)).float().cpu().numpy()
+            curves[name] = values if len(values) > 1 else values[0]
+        del curves["entropy_normalised"]
+        ends = self.positive_layer, self.negative_layer
+        return drawing("drift_curves")({"greedy": curves}, *ends, layers=self.layers)
 
     def __repr__(self) -> str:
         """Return the values at the first and the last traced layer, averaged over samples."""
@@ -114,9 +124,13 @@ def entropy(
 
 
 def correlation(
-    a: Float[Tensor, "*#batch visual"], b: Float[Tensor, "*#batch visual"]
+    a: Float[Tensor, "*#batch visual"],
+    b: Float[Tensor, "*#batch visual"],
+    among: Bool[Tensor, "*#batch visual"] | None = None,
 ) -> Float[Tensor, "*#batch"]:
     """Return Pearson's r of two maps over their visual tokens; other axes are broadcast.
+
+    ``among`` marks the tokens that count; None counts all.
 
     Eq. 6, arXiv:2603.25088v1. Dimensionless, in [−1, 1]; NaN where a map is constant (a map of
     zeros too), because r is undefined there. Computed in float64 on the CPU, returned on the
@@ -125,7 +139,7 @@ def correlation(
     >>> correlation(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.6, 0.4, 0.2]))
     tensor(-1.)
     """
-    x, y = _centred(a), _centred(b)
+    x, y = _centred(a, among), _centred(b, among)
     covariance = (x * y).sum(dim=-1)
     r = covariance / (x.square().sum(dim=-1).sqrt() * y.square().sum(dim=-1).sqrt())
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
@@ -141,20 +155,26 @@ def drift_of_maps(
     negative_layer: int,
     *,
     layers: Sequence[int] | None = None,
+    tau: float | int = 2.0,
 ) -> AttentionDrift:
     """Return the entropy of each layer's sensitive heads and its correlation with both anchors.
 
     Eqs. 5-6 and Fig. 2b, arXiv:2603.25088v1: ``saliency_all`` is M(l, H_all),
     ``saliency_sensitive`` is M(l, H_sens); ``negative_anchor`` is M(1, H_insens) and
     ``positive_anchor`` the map of the sensitive heads at a middle layer. The two layer numbers are
-    only recorded. ``layers`` names the layers of the curves where they are not 0, 1, 2, …
+    only recorded. ``layers`` names the layers of the curves where they are not 0, 1, 2, …;
+    ``tau`` is τ of the masks (Eq. 9) outside which the unmasked r are taken.
     """
     names = range(saliency_all.shape[-2]) if layers is None else layers
+    positive, negative = _for_each_layer(positive_anchor), _for_each_layer(negative_anchor)
+    unmasked = ~(anchor_mask(positive, tau) | anchor_mask(negative, tau))
     return AttentionDrift(
         entropy=entropy(saliency_sensitive),
         entropy_normalised=entropy(saliency_sensitive, normalised=True),
-        toward_positive=correlation(saliency_all, _for_each_layer(positive_anchor)),
-        toward_negative=correlation(saliency_all, _for_each_layer(negative_anchor)),
+        toward_positive=correlation(saliency_all, positive),
+        toward_negative=correlation(saliency_all, negative),
+        unmasked_positive=correlation(saliency_all, positive, unmasked),
+        unmasked_negative=correlation(saliency_all, negative, unmasked),
         positive_layer=positive_layer,
         negative_layer=negative_layer,
         layers=tuple(names),
@@ -162,15 +182,20 @@ def drift_of_maps(
 
 
 def attention_drift(
-    attn: LayerMaps, positive_layer: int | None = None, negative_layer: int = 0
+    attn: LayerMaps,
+    positive_layer: int | None = None,
+    negative_layer: int = 0,
+    *,
+    tau: float | int = 2.0,
 ) -> AttentionDrift:
     """Return the drift curves of a traced forward pass.
 
     Eqs. 5-6, arXiv:2603.25088v1, over the layers that ``attn`` traced. The positive anchor is the
     sensitive heads' map at ``positive_layer`` (default: num_layers // 2 - 2, or the nearest that
     has attention), the negative anchor the insensitive heads' map at ``negative_layer`` (0: the
-    first that has attention); both 0-based. Where a head set is empty and was left so
-    (``empty="skip"``), its map is zeros and the correlation with it NaN.
+    first that has attention); both 0-based. ``tau`` is CLVA's, see ``drift_of_maps``. Where a head
+    set is empty and was left so (``empty="skip"``), its map is zeros and the correlation with it
+    NaN.
 
     Raises:
         ParameterError: if an anchor layer was not traced, or the model has fewer than 4 layers and
@@ -201,14 +226,23 @@ def attention_drift(
         positive_layer=positive_layer,
         negative_layer=negative_layer,
         layers=layers,
+        tau=tau,
     )
 
 
-def _centred(saliency: Float[Tensor, "*batch visual"]) -> Float[Tensor, "*batch visual"]:
-    """Return the deviations from the mean, exactly 0 on a constant map."""
+def _centred(
+    saliency: Float[Tensor, "*#batch visual"], among: Bool[Tensor, "*#batch visual"] | None
+) -> Float[Tensor, "*#batch visual"]:
+    """Return the deviations from the mean, exactly 0 on a constant map and where none counts."""
     wide = saliency.cpu().double()
-    wide = wide - wide[..., :1]
-    return wide - wide.mean(dim=-1, keepdim=True)
+    if among is None:
+        wide = wide - wide[..., :1]
+        return wide - wide.mean(dim=-1, keepdim=True)
+    wide, chosen = torch.broadcast_tensors(wide, among.cpu())
+    first = wide.gather(-1, chosen.long().argmax(dim=-1, keepdim=True))
+    wide = torch.where(chosen, wide - first, 0)
+    mean = wide.sum(dim=-1, keepdim=True) / chosen.sum(dim=-1, keepdim=True)
+    return torch.where(chosen, wide - mean, 0)
 
 
 def _for_each_layer(anchor: Float[Tensor, "*batch visual"]) -> Float[Tensor, "*batch 1 visual"]:

@@ -32,7 +32,9 @@ APART = {
     "composed": cl.compose(cl.CLVA(tau=1.0, layers=(5, 6)), cl.KnockOut(layers=(9,))),
 }
 LAST_LOGITS = {"DeCo": cl.DeCo(), "ONLY": cl.ONLY()}
-TOGETHER = {"VisFlow": cl.VisFlow(), "MemVR": cl.MemVR(), "VCD": cl.VCD(), "IMCCD": cl.IMCCD()}
+TOGETHER = {"MemVR": cl.MemVR(), "edited rows": cl.AblateHeads(heads="sensitive", rows="all")}
+# These share a picture that cl.read() has read (tests/contrast/test_contrast_prefixes.py).
+READ_ONCE = {"VisFlow": cl.VisFlow(), "VCD": cl.VCD(), "IMCCD": cl.IMCCD()}
 one_by_one = pytest.mark.parametrize("name", [*APART, *LAST_LOGITS])
 METHODS = {**APART, **LAST_LOGITS}
 
@@ -115,12 +117,18 @@ def test_who_needs_the_picture_in_the_same_pass_is_refused(one, name):
         cl.generate(one, (picture(0), QUESTIONS[0]), method, share="picture")
 
 
+@pytest.mark.parametrize("name", READ_ONCE)
+def test_who_has_to_know_what_was_read_is_refused_a_cut_by_hand(one, name):
+    with pytest.raises(InterventionError, match="Read the whole prompt in one pass"):
+        last(one, READ_ONCE[name], *cut(one.prompt(picture(0), QUESTIONS[0])))
+
+
 @pytest.mark.parametrize("name", [*APART, "VisFlow", "MemVR"])
 @pytest.mark.parametrize("guesses", [2, 5])
 def test_assisted_decoding_is_decoding(model, name, guesses):
     """Tokens are checked several at once, the first of them with the prompt, and taken back."""
     prompt = model.prompt(picture(0), QUESTIONS[0])
-    method = {**APART, **TOGETHER}[name]
+    method = {**APART, **TOGETHER, **READ_ONCE}[name]
     alone = written(model, prompt.inputs, method)
     guessed = written(model, prompt.inputs, method, prompt_lookup_num_tokens=guesses)
     assert torch.equal(alone.sequences, guessed.sequences)
@@ -147,7 +155,7 @@ def test_guesses_that_are_read_with_the_prompt(one):
 def test_who_edits_the_last_logits_only_is_no_judge_of_guesses(one, name):
     prompt = one.prompt(picture(0), QUESTIONS[0])
     with pytest.raises(InterventionError, match="Generate without assistant_model"):
-        written(one, prompt.inputs, METHODS.get(name) or TOGETHER[name], prompt_lookup_num_tokens=4)
+        written(one, prompt.inputs, {**METHODS, **READ_ONCE}[name], prompt_lookup_num_tokens=4)
 
 
 @pytest.mark.parametrize("name", APART)

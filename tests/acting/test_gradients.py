@@ -14,6 +14,7 @@ from clva_lens.methods.base import METHODS
 
 ACTING = [name for name in METHODS.names() if name != "opera"]  # it decodes by itself
 EDITS_LAYERS = {
+    "averaged-anchors",
     "ablation",
     "clearsight",
     "clva",

@@ -21,6 +21,7 @@ from clva_lens.lens.sharing import picture_keys, why_unshared
 
 POPE = "pope/toy/adversarial"
 METHODS = [None, cl.CLVA(), cl.KnockOut(layers=(5, 6, 7)), cl.PAI()]
+METHODS += [cl.VCD(), cl.ICD(), cl.IMCCD(), cl.PAI(guidance=1.5), cl.VisFlow()]
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def test_what_pictures_are_known_by(tmp_path):
 
 def test_who_cannot_share_says_why(one):
     shared, alone = cl.evaluate(
-        one, Shared(), methods=[None, cl.VisFlow()], batch_size=6, progress=False
+        one, Shared(), methods=[None, cl.MemVR()], batch_size=6, progress=False
     )
     assert shared.record["share"] == "picture"
     assert "share" not in alone.record

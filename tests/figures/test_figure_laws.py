@@ -11,12 +11,22 @@ from matplotlib.text import Text
 import clva_lens
 from clva_lens.experiments.archive import Archive
 from clva_lens.experiments.draft import Draft
-from clva_lens.figures.base import FIGURES, STORED, Example, drawing_of_record, figure, look, save
+from clva_lens.figures.base import (
+    COLUMN,
+    FIGURES,
+    PAGE,
+    SMALL,
+    STORED,
+    Example,
+    drawing_of_record,
+    figure,
+    look,
+    save,
+)
 from clva_lens.ground.errors import FigureError, UnknownName
 from clva_lens.lens.load import LensModel
 
 ARCHIVE = Archive(Path(clva_lens.__file__).parents[1])
-SMALLEST = 5.0  # points
 # Pixels at 100 a inch: boxes are a little larger than the ink in them.
 TOLERANCE = 1.0
 
@@ -52,9 +62,12 @@ def texts(drawing):
 
 
 def flaws(drawing):
-    """Texts that are too small, leave the canvas, or lie on each other, in words."""
+    """What is illegible in print: a width between a column and a page, which would be scaled, and
+    texts that are too small, leave the canvas, or lie on each other, in words."""
     boxes, canvas = texts(drawing), drawing.bbox
-    found = [f"'{t.get_text()}' is small" for t, _ in boxes if t.get_fontsize() < SMALLEST]
+    wide = drawing.get_figwidth()
+    found = [] if wide in (COLUMN, PAGE) else [f"{wide} inches are no column and no page"]
+    found += [f"'{t.get_text()}' is small" for t, _ in boxes if t.get_fontsize() < SMALL]
     found += [
         f"'{text.get_text()}' leaves the canvas"
         for text, box in boxes
@@ -118,12 +131,13 @@ def test_figures_of_records_are_legible_too(record, drawn):
 def test_flaws_are_found():
     drawing = example("costs")
     with look():
-        drawing.text(0.5, 0.5, "tiny", fontsize=4)
+        drawing.set_figwidth(5.0)
+        drawing.text(0.5, 0.5, "tiny", fontsize=6.9)
         drawing.text(0.99, 0.02, "too far to the right")
         for word in ("one", "other"):
             drawing.text(0.02, 0.02, word)
     found = flaws(drawing)
-    assert "'tiny' is small" in found
+    assert "'tiny' is small" in found and "5.0 inches are no column and no page" in found
     assert "'too far to the right' leaves the canvas" in found
     assert "'one' lies on 'other'" in found
 

@@ -8,13 +8,21 @@ import pytest
 import tiny_families as tiny
 import torch
 from survey_table import PROVEN
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 import clva_lens as cl
+from clva_lens.models.beginning import read_beginning
 from clva_lens.models.family import find_family
 from clva_lens.models.kv_cache import CACHE, cache_of
 from clva_lens.models.positions import positions_of
 
 WHOLE_ONLY = {"paligemma"}  # its image tokens see the question
+
+
+def keeps_every_key(model):
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)
 
 
 def logits(model, method, *passes):
@@ -45,6 +53,16 @@ def test_cut_at_the_end_of_the_picture(kind):
         whole = logits(model, method, tiny.sample(kind, 0))  # with positions of its own
         found[name] = (whole, (logits(model, method, first, rest) - whole).abs().max())
     effect = (found["CLVA"][0] - found["plain"][0]).abs().max()
+    if kind not in WHOLE_ONLY and keeps_every_key(model):
+        whole = logits(model, cl.VisFlow(), tiny.sample(kind, 0))
+        spans = find_family(model).spans(model, "decoder", first)
+        onto = {CACHE: read_beginning(model, first, spans).fork(model, torch.tensor([0]))}
+        found["VisFlow"] = (
+            whole,
+            (logits(model, cl.VisFlow(), {**rest, **onto}) - whole).abs().max(),
+        )
+        looked = (whole - found["plain"][0]).abs().max()
+        assert found["VisFlow"][1] < looked / 200
     print(f"{kind}: {[f'{error:.1e}' for _, error in found.values()]}, effect {effect:.2g}")
     if kind in WHOLE_ONLY:
         assert found["plain"][1] > 1e-3

@@ -13,6 +13,7 @@ from qwen_models import official_config, picture, publish
 import clva_lens as cl
 from clva_lens.ground.errors import ModelCheckError, ModelLoadError, PromptError
 from clva_lens.lens.check import check_family
+from clva_lens.lens.prefix import read
 from clva_lens.methods.base import METHODS
 
 QUESTIONS = ["is there a cup ?", "what is it ?", "is there a red car in the image ?"]
@@ -325,3 +326,38 @@ def test_only_goes_its_own_way_here(lens, exact):
     print(f"error {error:.1e}, effect {effect:.3f}, LLaVA's way {other:.3f} away")
     assert error < 1e-4
     assert min(effect, other) > 100 * error
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        cl.VCD(noise_step=400),
+        cl.ICD(instruction="is it red ?"),
+        cl.IMCCD(alpha=1.0),
+        cl.PAI(alpha=0.5, guidance=1.7),
+        cl.VisFlow(),
+    ],
+    ids=lambda method: method.name,
+)
+def test_a_second_input_goes_on_from_a_picture_that_was_read(one, method):
+    """The instruction stands before the picture, so it makes a beginning of another length."""
+    pictures, owners = [picture(0), picture(1)], [0, 1, 1, 0]
+    asked = [*QUESTIONS[:2], *reversed(QUESTIONS[:2])]
+    whole = one.prompt([pictures[owner] for owner in owners], asked)
+    given = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 3}
+    found = []
+    for inputs, methods in (
+        (whole, []),
+        (whole, [method]),
+        (read(one, pictures).ask(asked, owners), [method]),
+    ):
+        with torch.inference_mode(), cl.intervening(one, *methods):
+            out = one.hf_model.generate(**inputs, do_sample=False, **given)
+        found.append((out.sequences[:, -3:], torch.stack(out.logits)))
+    (_, plain), (ids, wanted), (ours, logits) = found
+    known = wanted.isfinite()
+    assert torch.equal(ours, ids) and torch.equal(logits.isfinite(), known)
+    error = (logits - wanted)[known].abs().max()
+    effect = (wanted - plain)[0][known[0]].abs().max()
+    print(f"error {error:.1e}, effect {effect:.2g}")
+    assert error < effect / 200

@@ -128,6 +128,24 @@ def test_correlation_broadcasts():
     assert correlation(layers.bfloat16(), anchor).dtype == torch.float32
 
 
+@few
+@given(seed=seeds, visual=st.integers(4, 40))
+def test_correlation_among_some_tokens_is_that_of_these_alone(seed, visual):
+    rng = np.random.default_rng(seed)
+    a, b = torch.tensor(rng.random((2, 3, visual)))
+    among = torch.tensor(rng.random((3, visual)) > 0.4)
+    among[:, :2] = True
+    found = correlation(a, b, among)
+    for row in range(3):
+        chosen = among[row]
+        expected = correlation(a[row, chosen], b[row, chosen])
+        torch.testing.assert_close(found[row], expected)
+    # What is left out may be anything.
+    torch.testing.assert_close(correlation(a + 9.0 * ~among, b, among), found)
+    assert correlation(a, b, torch.zeros_like(among)).isnan().all()
+    assert correlation(torch.ones_like(a), b, among).isnan().all()
+
+
 # ── curves ──
 
 
@@ -154,6 +172,7 @@ def random_trace(layers, num_layers, *batch):
 
 def test_anchors_are_read_at_their_layers():
     trace = random_trace(tuple(range(12)), 12)
+    trace.maps["sensitive"][4, 3] = 2.0  # one token stands out, so that a mask has one
     drift = attention_drift(trace)
     assert (drift.positive_layer, drift.negative_layer) == (4, 0)  # 12//2 − 2
     assert drift.layers == tuple(range(12))
@@ -164,6 +183,13 @@ def test_anchors_are_read_at_their_layers():
         r_negative = np.corrcoef(row, maps["insensitive"][0])[0, 1]
         assert float(drift.toward_positive[layer]) == pytest.approx(r_positive)
         assert float(drift.toward_negative[layer]) == pytest.approx(r_negative)
+        kept = np.ones(9, dtype=bool)
+        for anchor in (maps["sensitive"][4], maps["insensitive"][0]):
+            kept &= (anchor - anchor.mean()) / (anchor.std() + 1e-6) <= 2
+        outside = np.corrcoef(row[kept], maps["sensitive"][4][kept])[0, 1]
+        assert float(drift.unmasked_positive[layer]) == pytest.approx(outside)
+        outside = np.corrcoef(row[kept], maps["insensitive"][0][kept])[0, 1]
+        assert float(drift.unmasked_negative[layer]) == pytest.approx(outside)
         m = maps["sensitive"][layer]
         printed = -sum(x * math.log(x) for x in m if x > 0)
         dispersion = -sum(x * math.log(x) for x in m / m.sum() if x > 0)

@@ -14,6 +14,7 @@ from clva_lens.engine.bias import BiasForm
 from clva_lens.experiments.speed.models import random_prompt
 from clva_lens.experiments.speed.questions import ways_to_ask
 from clva_lens.experiments.speed.rewriting import NAME, rewriting
+from clva_lens.experiments.speed.sharing import other_ways_to_ask
 from clva_lens.ground.errors import ParameterError
 from clva_lens.lens.intervene import intervene, intervening
 from clva_lens.lens.load import LensModel
@@ -48,7 +49,8 @@ def cases_of(
     handle = _handle(model)
     cases = generation_cases(model, handle, new_tokens, batch)
     cases += forward_cases(model, handle, batch)
-    cases += [Case(one.name, one.over, "sdpa", one.call) for one in ways_to_ask(handle)]
+    asking = [*ways_to_ask(handle), *other_ways_to_ask(handle)]
+    cases += [Case(one.name, one.over, "sdpa", one.call) for one in asking]
     if only is None:
         return cases
     unknown = sorted(set(only) - {case.name for case in cases})
@@ -165,6 +167,14 @@ def forward_cases(model: PreTrainedModel, handle: LensModel, batch: int) -> list
         Case("trace_attention", "forward", "sdpa", lambda: trace_attention(model, prompt)),
         Case("output_attentions", "forward", "eager", lambda: model(**every)),
     ]
+    if isinstance(model, LlavaForConditionalGeneration) and importlib.util.find_spec("vl_saliency"):
+        from vl_saliency import SaliencyExtractor  # type: ignore[import-not-found]
+
+        theirs = SaliencyExtractor(model, handle.processor, store_grads=False)
+        given = {**prompt.inputs}
+        cases.append(
+            Case("vl-saliency's capture", "forward", "eager", lambda: theirs.capture(None, **given))
+        )
     # There is no bridge of theirs for other families.
     if isinstance(model, LlavaForConditionalGeneration) and importlib.util.find_spec(
         "transformer_lens"

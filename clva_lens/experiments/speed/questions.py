@@ -11,7 +11,9 @@ from clva_lens.lens.load import LensModel
 from clva_lens.lens.prefix import read_prefix
 from clva_lens.methods.base import Method
 from clva_lens.methods.clva import CLVA
+from clva_lens.methods.imccd import IMCCD
 from clva_lens.methods.knockout import KnockOut
+from clva_lens.methods.vcd import VCD
 
 QUESTIONS = 6
 
@@ -59,6 +61,8 @@ def ways_to_ask(handle: LensModel) -> list[Asking]:
         Asking(clva, clva, lambda: unshared(CLVA())),
         Asking(f"{first}, picture read once", first, lambda: shared([])),
         Asking(f"{clva}, picture read once", clva, lambda: shared([CLVA()])),
+        Asking(f"{first}, VCD, picture read once", first, lambda: shared([VCD()])),
+        Asking(f"{first}, IMCCD, picture read once", first, lambda: shared([IMCCD()])),
         Asking(
             f"{first}, greedy + CLVA + KnockOut, picture read once",
             first,

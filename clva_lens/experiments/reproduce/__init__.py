@@ -1,0 +1,1 @@
+"""The paper's tables and figures again, from one command: one file each, listed by ``ITEMS``."""
