@@ -114,7 +114,7 @@ def test_every_method_has_its_formulas():
     page = pages.text_of("docs/methods.md")
     for _, kind in METHODS.items():
         assert f".. automodule:: {kind.__module__}\n" in page
-        assert f"`cl.{kind.__name__}`" in page
+        assert f"{kind.__name__}`](../{kind.__module__.replace('.', '/')}.py)" in page
 
 
 def test_every_figure_is_in_the_gallery():

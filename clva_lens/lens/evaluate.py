@@ -89,9 +89,8 @@ def evaluate(
     ``1``, … of ``out``.
 
     ``limit`` takes that many samples only, drawn with ``seed``: the same ones for every method.
-    With ``share="picture"`` neighbours with the same picture are asked together, and it is read
-    once ("tower": by the vision tower alone), up to what another batch size makes; or the record
-    says why not.
+    With ``share="picture"`` neighbours with one picture are asked together, and it is read once
+    ("tower": by the vision tower), up to what another batch size makes; or the record has why not.
 
     With ``out`` every answer is written to that folder as it comes (see
     ``clva_lens.benchmarks.run_folder``), and ``resume`` continues a run that was stopped, however
