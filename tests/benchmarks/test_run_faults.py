@@ -24,14 +24,14 @@ def bench(tmp_path):
 
 def failing(patch, error, from_place=8):
     """Let the model raise an error from a place on."""
-    inner = generate._generate_batch
+    inner = generate.generate_batch
 
     def broken(model, prompt, place, asking):
         if place >= from_place:
             raise error
         return inner(model, prompt, place, asking)
 
-    patch.setattr(generate, "_generate_batch", broken)
+    patch.setattr(generate, "generate_batch", broken)
 
 
 def away(path):
@@ -68,7 +68,7 @@ def test_a_picture_that_was_there_and_is_gone_ends_the_run(one, tmp_path, bench,
     """After the second batch, before the third reads its pictures."""
     go(one, tmp_path / "whole", bench)
     with pytest.MonkeyPatch.context() as patch:
-        inner = generate._generate_batch
+        inner = generate.generate_batch
 
         def then_gone(model, prompt, place, asking):
             made = inner(model, prompt, place, asking)
@@ -76,7 +76,7 @@ def test_a_picture_that_was_there_and_is_gone_ends_the_run(one, tmp_path, bench,
                 GONE[how](patch, bench.images)
             return made
 
-        patch.setattr(generate, "_generate_batch", then_gone)
+        patch.setattr(generate, "generate_batch", then_gone)
         with pytest.raises(BenchmarkError, match=r"could not be read at sample 9 .* resume=True"):
             go(one, tmp_path / "run", bench)
     assert len(read_answers(tmp_path / "run" / "answers.jsonl")) == 8

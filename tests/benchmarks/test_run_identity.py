@@ -258,7 +258,7 @@ def test_what_failed_is_asked_again_as_if_it_had_not(one, tmp_path, monkeypatch,
     """Samples of the first and the last batch fail, and the run is cut before its last two."""
     from clva_lens.lens import generate
 
-    inner = generate._generate_batch
+    inner = generate.generate_batch
 
     def away(model, prompt, place, asking):
         if any(place + row in (1, 10) for row in range(len(prompt.questions))):
@@ -268,7 +268,7 @@ def test_what_failed_is_asked_again_as_if_it_had_not(one, tmp_path, monkeypatch,
     whole, run = tmp_path / "whole", tmp_path / "run"
     go(one, whole, decoding=decoding)
     with monkeypatch.context() as patched:
-        patched.setattr(generate, "_generate_batch", away)
+        patched.setattr(generate, "generate_batch", away)
         assert go(one, run, decoding=decoding).metrics["failed"] == 2
     failed = files(run)
     kept = go(one, run, decoding=decoding, resume=True, keep_failed=True)

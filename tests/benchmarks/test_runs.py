@@ -152,7 +152,7 @@ def test_wherever_the_answers_were_cut(one, tmp_path, decoding):
 
 def test_a_finished_run_is_scored_again_and_not_run_again(one, tmp_path, monkeypatch):
     first = go(one, tmp_path / "run")
-    monkeypatch.setattr(sys.modules["clva_lens.lens.generate"], "_generate_batch", None)
+    monkeypatch.setattr(sys.modules["clva_lens.lens.generate"], "generate_batch", None)
     again = go(one, tmp_path / "run", resume=True)
     assert (again.rows, again.metrics) == (first.rows, first.metrics)
     assert again.record["seconds"] == 0
@@ -287,7 +287,7 @@ def test_a_sample_that_fails_is_counted_and_never_dropped(one, tmp_path):
 
 def test_only_the_sample_that_breaks_the_model_fails(one, monkeypatch):
     generate = sys.modules["clva_lens.lens.generate"]
-    inner, sizes = generate._generate_batch, []
+    inner, sizes = generate.generate_batch, []
 
     def fragile(model, prompt, method, decoding):
         sizes.append(len(prompt.questions))
@@ -295,7 +295,7 @@ def test_only_the_sample_that_breaks_the_model_fails(one, monkeypatch):
             raise RuntimeError("no red,\n twice")
         return inner(model, prompt, method, decoding)
 
-    monkeypatch.setattr(generate, "_generate_batch", fragile)
+    monkeypatch.setattr(generate, "generate_batch", fragile)
     report = go(one, None)
     failed = {row["id"]: row["error"] for row in report.rows if row["error"]}
     assert failed == dict.fromkeys(["q2", "q5", "q8"], "RuntimeError: no red, twice")
@@ -312,7 +312,7 @@ def test_only_the_sample_that_breaks_the_model_fails(one, monkeypatch):
 )
 def test_too_little_memory_ends_the_run_and_keeps_the_answers(one, tmp_path, monkeypatch, error):
     generate = sys.modules["clva_lens.lens.generate"]
-    inner = generate._generate_batch
+    inner = generate.generate_batch
 
     def fragile(model, prompt, method, decoding):
         if any("red red" in text for text in prompt.questions[:1]):
@@ -320,7 +320,7 @@ def test_too_little_memory_ends_the_run_and_keeps_the_answers(one, tmp_path, mon
         return inner(model, prompt, method, decoding)
 
     with monkeypatch.context() as patched:
-        patched.setattr(generate, "_generate_batch", fragile)
+        patched.setattr(generate, "generate_batch", fragile)
         with pytest.raises(BenchmarkError, match="memory ran out at sample 9 with batch_size=4"):
             go(one, tmp_path / "run")
     assert len(read_answers(tmp_path / "run" / "answers.jsonl")) == 8
