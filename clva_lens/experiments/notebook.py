@@ -120,7 +120,12 @@ def execute(
         on_cell_executed=lambda **told: advance(1),
         on_cell_error=lambda **told: None,
     )
-    quiet = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1"}
+    quiet = {
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "JUPYTER_PLATFORM_DIRS": "1",
+        # tqdm's, where ipywidgets is not installed; it has the path of whoever ran it.
+        "PYTHONWARNINGS": "ignore:IProgress not found",
+    }
     try:
         client.execute(env={**os.environ, **quiet, **environment})
     except CellExecutionError as error:

@@ -36,6 +36,9 @@ MARKERS = ("o", "s", "^", "v", "P", "X", "*")
 # Widths in inches: one column and the full text width of a two-column page. A figure has one of
 # them, so that it is printed as large as it is drawn, and its type as large as it says.
 COLUMN, PAGE = 3.35, 6.9
+
+ON_SCREEN = 110
+"""Pixels an inch of what notebooks show; files have more."""
 # The smallest type, in points.
 SMALL = 7.0
 
@@ -85,7 +88,7 @@ class Drawing(Figure):
         """Return the picture, so that a notebook shows it."""
         picture = io.BytesIO()
         with look():
-            self.savefig(picture, format="png")
+            self.savefig(picture, format="png", dpi=ON_SCREEN)
         return picture.getvalue()
 
 

@@ -47,7 +47,7 @@ def surface(
         across: the parameter from left to right.
         down: the parameter from top to bottom.
         value: what is drawn.
-        label: what it is, with its unit, at the colour bar.
+        label: what it is, with its unit, above the grid.
         marked: a pair (across, down) whose cell is framed; None, or one that is not there, frames
             none.
         mark: what the frame says.
@@ -78,8 +78,9 @@ def surface(
         annot_kws={"fontsize": SMALL},
         xticklabels=[f"{one:g}" for one in columns],
         yticklabels=[f"{one:g}" for one in lines],
-        cbar_kws={"label": "\n".join(map(plain, (label or value).split("\n"))), "pad": 0.02},
+        cbar_kws={"pad": 0.02},
     )
+    ax.set_title("\n".join(map(plain, (label or value).split("\n"))))
     ax.set_xlabel(plain(across))
     ax.set_ylabel(plain(down))
     ax.tick_params(length=2, rotation=0)

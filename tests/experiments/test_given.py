@@ -15,7 +15,10 @@ from clva_lens.lens.asking import Asking
 from clva_lens.lens.load import LensModel
 
 SOURCES = {slug: ARCHIVE.source(slug).read_text() for slug in SMALL}
-ASKING = sorted(slug for slug, text in SOURCES.items() if "cl.load(" in text)
+LESSONS = {"00_tour"}
+ASKING = sorted(
+    slug for slug, text in SOURCES.items() if "cl.load(" in text and slug not in LESSONS
+)
 # One picture after the other is looked at there, so there is no batch.
 SINGLE = {"02_saliency"}
 # A picture a task there, so that there are always several.
