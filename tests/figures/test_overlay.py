@@ -30,9 +30,11 @@ def heat(drawing, panel=0):
     return drawn.get_array()[..., 3], drawn.get_extent(), base.get_array().shape
 
 
+@pytest.mark.parametrize("times", [1, 20])  # a large photo is drawn smaller
 @pytest.mark.parametrize("photo", ["seen", "whole"])
-def test_a_value_is_drawn_where_its_token_lies(photo):
-    prompt = asked()
+def test_a_value_is_drawn_where_its_token_lies(photo, times):
+    large = PHOTO.repeat(times, axis=0).repeat(times, axis=1)
+    prompt = lens_of("full", "sdpa").prompt(large, "what is it ?")
     piece = prompt.piece_at("decoder")
     tokens = (0, piece.columns - 1, len(piece.tokens) - 2)
     drawing = cl.overlay(prompt, hot(prompt, *tokens), photo=photo)
@@ -45,7 +47,7 @@ def test_a_value_is_drawn_where_its_token_lies(photo):
         cell = piece.cells[piece.tokens.tolist().index(token)].tolist()
         if photo == "seen":
             cell = [edge - piece.box[axis % 2] for axis, edge in enumerate(cell)]
-        scale = size[1] / (80 if photo == "whole" else piece.box[2] - piece.box[0])
+        scale = size[1] / (80 * times if photo == "whole" else piece.box[2] - piece.box[0])
         assert found == pytest.approx([edge * scale for edge in cell], abs=0.6)
     whole = heat(drawing)[1]
     assert (whole[0] > 0) == (photo == "whole")  # the processor crops the sides of a wide photo

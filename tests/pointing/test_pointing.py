@@ -93,9 +93,13 @@ def test_it_draws_itself():
     assert (game._repr_png_() or b"").startswith(b"\x89PNG")
     heads = cl.pointing_game(maps[:, :, None].expand(-1, -1, 4, -1), maps[:, 0] > 0.6)
     assert heads.hits.shape == (3, 4)
-    assert heads._repr_png_() is None
-    with pytest.raises(BenchmarkError, match="one, of layers, is drawn"):
-        heads.draw()
+    assert {(row["layer"], row["head"]) for row in heads.draw().rows} == {
+        (layer, head) for layer in range(3) for head in range(4)
+    }
+    whole = cl.pointing_game(maps[:, 0], maps[:, 0] > 0.6, layers=(0,))
+    assert whole.hits.ndim == 0 and whole._repr_png_() is None
+    with pytest.raises(BenchmarkError, match="layers, or layers and heads, are drawn"):
+        whole.draw()
 
 
 # ── masks ──
