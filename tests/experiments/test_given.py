@@ -15,6 +15,7 @@ from clva_lens.lens.asking import Asking
 from clva_lens.lens.load import LensModel
 
 SOURCES = {slug: ARCHIVE.source(slug).read_text() for slug in SMALL}
+# A lesson asks one question; what a benchmark is asked there is an example.
 LESSONS = {"00_tour"}
 ASKING = sorted(
     slug for slug, text in SOURCES.items() if "cl.load(" in text and slug not in LESSONS
