@@ -1,9 +1,7 @@
 """Where a model looks as it writes each word of an answer, and how sure it is of the word."""
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -176,13 +174,17 @@ def caption_attention(
     observer = Observer(layers, shape_of(model.hf_model, site or "decoder"))
     observer.follow(model.hf_model)
     told = TokenChances(observer)
-    made = generate_batch(model, asked, 0, asking, _watching(model, [observer, told]))
+    made = generate_batch(model, asked, 0, asking, running(model.hf_model, [observer, told]))
     assert made is not None  # a single prompt
     ids = made[0][0]
     maps, chances = observer.answers(ids[None])[0], told.of_answer(ids)
     words = words_of(model.words, ids.tolist())
     if reader is None:
-        reader = TOY_READER if model.name.startswith("toy-") else Reader(_coco(), "builtin")
+        reader = (
+            TOY_READER
+            if model.name.startswith("toy-")
+            else Reader(vocabulary("builtin"), "builtin")
+        )
     return CaptionAttention(
         asked,
         model.words.decode(ids, skip_special_tokens=True).strip(),
@@ -222,16 +224,6 @@ def unseen_objects(
         if both.length == 1:
             wrong[at] = wrong[at + 1] = bool(set(both.nodes) - there)
     return tuple(wrong)
-
-
-def _coco() -> Any:
-    return vocabulary("builtin")
-
-
-@contextmanager
-def _watching(model: LensModel, sessions: Sequence[Session]) -> Iterator[None]:
-    with running(model.hf_model, sessions):
-        yield
 
 
 class TokenChances(Session):
