@@ -24,6 +24,8 @@ def logits(model, inputs, *methods):
 class Deep(Target):
     """A decoder of some depth, and a Q-Former with a layer of the picture in every second one."""
 
+    model = None  # what VisFlow reads pictures again with
+
     def __init__(self, depth: int) -> None:
         self.depth = depth
 
