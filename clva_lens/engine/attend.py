@@ -88,8 +88,11 @@ def _asks(file: str) -> bool:
 def name_in_run(kernel: str, entry: nn.Module) -> str:
     """Return what a configuration names while a kernel is intercepted in the passes of a module.
 
-    A plain text, but for models that ask for the name: theirs costs calls of Python in each layer.
+    A plain text, but for models that ask for the name, and kernels whose name transformers asks
+    for: theirs costs calls of Python in each layer.
     """
+    if kernel in maskless.MASKLESS:
+        return KernelName(kernel)
     files = {kind.__module__ for kind in map(type, entry.modules())}
     own = any(_asks(file) for file in files if not file.startswith("torch."))
     return KernelName(kernel) if own else f"clva_{kernel}"

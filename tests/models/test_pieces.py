@@ -318,7 +318,7 @@ def test_lenses_and_overlays_draw_pieces(cut):
     trace = cl.trace_attention(cut, prompt)
     positive = torch.arange(prompt.spans.visual_count) % 3 == 0
     anchors = VisualAnchors(positive, ~positive, *trace.saliency("all")[:2], None, 1, 0)
-    picture = saliency_picture(cut, Look(prompt, trace, trace, anchors, None))
+    picture = saliency_picture(cut, Look(prompt, trace, trace, anchors, None, cl.CLVA()))
     mosaic = shapes["tiles"]
     assert picture.before.shape[-2:] == picture.positive.shape == (mosaic.rows, mosaic.columns)
     # Over the photo within the mosaic's box; where padding goes beyond it, there is black.
