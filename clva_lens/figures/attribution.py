@@ -18,7 +18,7 @@ from clva_lens.figures.base import (
     plain,
     printed_width,
 )
-from clva_lens.figures.heads import BESIDE, LARGEST, LEAST, SYMBOLS
+from clva_lens.figures.heads import BESIDE, LARGEST, LEAST, SYMBOLS, number_heads
 
 _PARTS = np.array([[-0.3, 0.1, 0.5], [-0.1, -0.2, 0.0]])
 
@@ -76,12 +76,7 @@ def head_attribution(
         ax.plot(at_head + 0.5, at_layer + 0.5, ms=cell * 72 * 0.3, mew=0.5, **shape)
         words = f"{name} ({int(chosen.sum())} of {chosen.size} heads)"
         handles.append(Line2D([], [], ms=5, label=words, **shape))
-    ax.set_xlabel("head (index, 0-based)")
-    ax.set_ylabel("layer (index, 0-based)")
-    for axis, names in ((ax.xaxis, list(range(heads))), (ax.yaxis, numbered)):
-        ticks = range(0, len(names), 1 if len(names) <= 16 else 4)
-        axis.set_ticks([tick + 0.5 for tick in ticks], [str(names[tick]) for tick in ticks])
-    ax.tick_params(length=2, rotation=0)
+    number_heads(ax, heads, numbered)
     if handles:
         fig.legend(handles=handles, loc="outside lower center", ncols=2)
     return fig

@@ -15,6 +15,7 @@ from clva_lens.figures.base import (
     numbers,
     printed_width,
 )
+from clva_lens.figures.heads import number_heads
 
 _EXAMPLE = {
     "sensitive": [[0.0, 0.5, 1.0], [0.0, 0.0, 1.0]],
@@ -51,10 +52,5 @@ def head_classes(
     label = "share of prompts\n← insensitive   sensitive →"
     bar = {"label": label, "shrink": 0.9, "pad": 0.02}
     sns.heatmap(more - less, ax=ax, cmap="vlag", vmin=-1, vmax=1, square=True, cbar_kws=bar)
-    ax.set_xlabel("head (index, 0-based)")
-    ax.set_ylabel("layer (index, 0-based)")
-    for axis, names in ((ax.xaxis, list(range(heads))), (ax.yaxis, numbered)):
-        ticks = range(0, len(names), 1 if len(names) <= 16 else 4)
-        axis.set_ticks([tick + 0.5 for tick in ticks], [str(names[tick]) for tick in ticks])
-    ax.tick_params(length=2, rotation=0)
+    number_heads(ax, heads, numbered)
     return fig

@@ -100,7 +100,7 @@ def head_intensity(
         },
     )
     _mark(ax, classes, cell * 72 * (0.22 if written else 0.5), 0.25 if written else 0.5)
-    _number(ax, heads, names)
+    number_heads(ax, heads, names)
     if written and numbers == "elsewhere":
         ax.set_title("numbers: attention to system and text", fontsize=8)
     if classes:
@@ -141,8 +141,8 @@ def _legend(fig: Drawing, classes: dict[str, np.ndarray]) -> None:
     fig.legend(handles=handles, loc="outside lower center", ncols=2)
 
 
-def _number(ax: Axes, heads: int, layers: list[int]) -> None:
-    """Name and number both axes."""
+def number_heads(ax: Axes, heads: int, layers: list[int]) -> None:
+    """Name and number the axes of a matrix of layers and heads."""
     ax.set_xlabel("head (index, 0-based)")
     ax.set_ylabel("layer (index, 0-based)")
     for axis, numbered in ((ax.xaxis, list(range(heads))), (ax.yaxis, layers)):

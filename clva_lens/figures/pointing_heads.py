@@ -7,6 +7,7 @@ import seaborn as sns
 from numpy.typing import ArrayLike
 
 from clva_lens.figures.base import PAGE, Drawing, Example, figure, layer_numbers, numbers
+from clva_lens.figures.heads import number_heads
 from clva_lens.ground.errors import FigureError
 
 _EXAMPLE = {"hits": [[0.0, 0.5], [1.0, 0.2]], "shares": [[0.1, 0.3], [0.8, 0.2]], "chance": 0.1}
@@ -48,19 +49,13 @@ def pointing_heads(
     ]
     cell = min(0.28, (PAGE - 1.9) / 2 / heads)
     fig = Drawing(PAGE, max(1.4, count * cell) + 0.75, rows)
-    shown = range(0, count, 1 if count <= 16 else 4)
     for ax, (name, array) in zip(fig.subplots(1, 2), arrays.items(), strict=True):
         sns.heatmap(
             array, ax=ax, cmap="cividis", vmin=0, vmax=1, square=True, cbar_kws={"shrink": 0.9}
         )
         ax.collections[0].colorbar.ax.axhline(chance, color="white", lw=1.5)
         ax.set_title(name)
-        ax.set_xlabel("head (index, 0-based)")
-        ax.set_ylabel("layer (index, 0-based)")
-        ax.set_yticks([row + 0.5 for row in shown], [str(numbered[row]) for row in shown])
-        across = range(0, heads, 1 if heads <= 16 else 4)
-        ax.set_xticks([at + 0.5 for at in across], [str(at) for at in across])
-        ax.tick_params(length=2, rotation=0)
+        number_heads(ax, heads, numbered)
     how_many = "" if objects is None else f" of {objects} objects"
     fig.supxlabel(f"share{how_many}; white line: chance ({chance:.0%})", fontsize=7)
     return fig

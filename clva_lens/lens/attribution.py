@@ -14,6 +14,7 @@ from clva_lens.figures import Drawing, head_attribution, patch_maps
 from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.ambient import undisturbed
+from clva_lens.ground.drawn import SelfDrawn
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
 from clva_lens.lens.logit_parts import LogitParts
@@ -35,7 +36,7 @@ from clva_lens.science.heads import HeadClasses
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LogitAttribution:
+class LogitAttribution(SelfDrawn):
     """What each part of the model adds to a logit difference at the last position, in logits.
 
     The final norm's scale is that of the pass, frozen, so that parts add up, and so are those of
@@ -122,9 +123,10 @@ class LogitAttribution:
                 "this attribution is of a batch. Run the prompts one at a time to draw them."
             )
 
-    def _repr_png_(self) -> bytes | None:
-        """Return the picture that a notebook shows; a batch has none."""
-        return None if self.batched else self.draw()._repr_png_()
+    @property
+    def drawable(self) -> bool:
+        """Whether this is of a single prompt."""
+        return not self.batched
 
     def __repr__(self) -> str:
         """Return the sums of the kinds of parts, averaged over samples."""

@@ -118,11 +118,9 @@ class CaptionAttention(SelfDrawn):
     @property
     def drawable(self) -> bool:
         """Whether there is a word, and a photo whose place is known."""
-        return bool(self.words) and any(
-            not isinstance(tokens.pieces, str)
-            for tokens in self.prompt.sites.values()
-            if tokens.spans.visual_count == self.maps.shape[-1]
-        )
+        site = self.prompt.site_of(self.maps.shape[-1])
+        known = site is not None and not isinstance(self.prompt.sites[site].pieces, str)
+        return bool(self.words) and known
 
     def __repr__(self) -> str:
         """Return the words with their probabilities."""

@@ -17,6 +17,7 @@ from clva_lens.figures import logit_lens as draw_lens
 from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.ambient import undisturbed
+from clva_lens.ground.drawn import SelfDrawn
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
 from clva_lens.lens.layer_reading import LayerReading, Span
@@ -37,7 +38,7 @@ _MOST_POSITIONS = 24
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LogitLens:
+class LogitLens(SelfDrawn):
     """What the residual stream after each layer says at a span, through the model's final norm.
 
     ``top`` are the ids of the likeliest tokens and ``probabilities`` theirs, in [0, 1], the
@@ -145,9 +146,10 @@ class LogitLens:
         one = {name: None if value is None else value[item] for name, value in one.items()}
         return replace(self, **one, batched=False, ids=self.ids[item : item + 1])
 
-    def _repr_png_(self) -> bytes | None:
-        """Return the picture that a notebook shows; a batch has none."""
-        return None if self.batched else self.draw()._repr_png_()
+    @property
+    def drawable(self) -> bool:
+        """Whether this is of a single prompt."""
+        return not self.batched
 
     def __repr__(self) -> str:
         """Return the sizes, and the last layer's answer at the last position."""

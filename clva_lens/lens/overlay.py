@@ -115,10 +115,10 @@ def _piece(
     prompt: Prompt, values: Float[Tensor, "panel visual"], part: str, picture: int | None
 ) -> Piece:
     """Return where the tokens lie that the maps are of."""
-    counts = {name: tokens.spans.visual_count for name, tokens in prompt.sites.items()}
-    site = next((name for name, count in counts.items() if values.shape[-1] == count), None)
+    site = prompt.site_of(values.shape[-1])
     if values.ndim != 2 or site is None:
-        known = ", ".join(f"{count} at the {name}" for name, count in counts.items())
+        sites = prompt.sites.items()
+        known = ", ".join(f"{one.spans.visual_count} at the {name}" for name, one in sites)
         raise ParameterError(
             f"maps have shape {tuple(values.shape)}, but [panel, visual] is needed, over the "
             f"prompt's image tokens: {known}. Select or average the other axes."

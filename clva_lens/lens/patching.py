@@ -15,6 +15,7 @@ from clva_lens.figures import patching as draw_patching
 from clva_lens.figures.base import evenly
 from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.ambient import undisturbed
+from clva_lens.ground.drawn import SelfDrawn
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.cache import run_with_cache
@@ -42,7 +43,7 @@ Each = Literal["position", "head"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PatchingResult:
+class PatchingResult(SelfDrawn):
     """A metric under patches, by layer and by ``columns``: spans, positions or heads.
 
     ``values`` are in the metric's own unit (logits, for the margin), ``target`` and ``source`` what
@@ -152,11 +153,10 @@ class PatchingResult:
             label=label,
         )
 
-    def _repr_png_(self) -> bytes | None:
-        """Return the picture that a notebook shows; none for a batch."""
-        if self.values.ndim > 2:
-            return None
-        return self.draw()._repr_png_()
+    @property
+    def drawable(self) -> bool:
+        """Whether this is of a single prompt."""
+        return self.values.ndim <= 2
 
     def __repr__(self) -> str:
         """Return the metric of both prompts, and the patches with the largest effect."""

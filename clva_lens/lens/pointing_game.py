@@ -156,11 +156,11 @@ def pointing_game(
 
 def _patches(prompt: Prompt, count: int, part: str | None) -> Int[Tensor, " patch"]:
     """Return the places of those of ``count`` image tokens that are patches."""
-    for site, tokens in prompt.sites.items():
-        if tokens.spans.visual_count == count:
-            if part is not None:
-                return tokens.piece(part).tokens
-            return torch.cat([one.tokens for one in prompt.pieces_at(site)]).sort().values
+    site = prompt.site_of(count)
+    if site is not None:
+        if part is not None:
+            return prompt.sites[site].piece(part).tokens
+        return torch.cat([one.tokens for one in prompt.pieces_at(site)]).sort().values
     counts = ", ".join(str(tokens.spans.visual_count) for tokens in prompt.sites.values())
     raise BenchmarkError(
         f"the maps have {count} values, but the prompt has {counts} image tokens. Pass maps over "

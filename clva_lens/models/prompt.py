@@ -143,6 +143,11 @@ class Prompt(Mapping[str, Tensor]):
             )
         return self.sites[site]
 
+    def site_of(self, count: int) -> str | None:
+        """Return the site that has so many image tokens; None if none has."""
+        sites = self.sites.items()
+        return next((site for site, one in sites if one.spans.visual_count == count), None)
+
     def on_grid(
         self, values: Tensor, part: str | None = None, picture: int | None = None
     ) -> Tensor:

@@ -53,20 +53,24 @@ def measure_heads(model: LensModel, subject: Subject) -> dict[str, Any]:
     }
 
 
-def measure_drift(model: LensModel, subject: Subject) -> dict[str, Any]:
-    """Return entropy and Eq. 6's correlations by layer: the model, CLVA, and random weights."""
-    benchmark, samples = asked(subject)
-    groups = [sample.group for sample in samples]
-    rows: list[Row] = []
+def _conditions(model: LensModel, subject: Subject) -> dict[str, tuple[LensModel, CLVA | None]]:
+    """Return who is looked at under what: the model, and one with random weights."""
     twin = untrained(model, subject.seed)
-    conditions = {
+    return {
         "greedy": (model, None),
         "CLVA": (model, CLVA()),
         UNTRAINED: (twin, None),
         f"{UNTRAINED}, CLVA": (twin, CLVA()),
     }
+
+
+def measure_drift(model: LensModel, subject: Subject) -> dict[str, Any]:
+    """Return entropy and Eq. 6's correlations by layer: the model, CLVA, and random weights."""
+    benchmark, samples = asked(subject)
+    groups = [sample.group for sample in samples]
+    rows: list[Row] = []
     middle = None
-    for name, (who, method) in conditions.items():
+    for name, (who, method) in _conditions(model, subject).items():
         trace = trace_samples(
             who, samples, method, benchmark=benchmark, batch_size=BATCH, progress=False
         )
@@ -85,15 +89,8 @@ def measure_parts(model: LensModel, subject: Subject) -> dict[str, Any]:
     """Return the lengths of O_V and O_P and the visual share by layer (Eq. 12)."""
     benchmark, samples = asked(subject)
     groups = [sample.group for sample in samples]
-    twin = untrained(model, subject.seed)
-    conditions = {
-        "greedy": (model, None),
-        "CLVA": (model, CLVA()),
-        UNTRAINED: (twin, None),
-        f"{UNTRAINED}, CLVA": (twin, CLVA()),
-    }
     rows: list[Row] = []
-    for name, (who, method) in conditions.items():
+    for name, (who, method) in _conditions(model, subject).items():
         found: dict[str, list[Tensor]] = {}
         layers: tuple[int, ...] = ()
         for start in range(0, len(samples), BATCH):
