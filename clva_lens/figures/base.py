@@ -20,7 +20,9 @@ from matplotlib import style as mpl_style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike
 
 from clva_lens.ground.errors import FigureError
@@ -65,6 +67,22 @@ _SETTINGS: dict[str, Any] = {
 P = ParamSpec("P")
 
 
+class Arranged(ConstrainedLayoutEngine):
+    """matplotlib's arrangement, with places rounded to 12 digits.
+
+    Its solver orders what it solves by addresses in memory, so that the last bit of a place is
+    another one in another run. A line that lies between two of the numbers that a PDF prints is
+    then printed as either.
+    """
+
+    def execute(self, fig: Figure) -> None:
+        """Arrange the axes of ``fig``."""
+        super().execute(fig)
+        for axes in fig.axes:
+            place = axes.get_position(original=True).get_points().round(12)
+            axes._set_position(Bbox(place), which="original")
+
+
 class Drawing(Figure):
     """A figure that keeps the rows it draws, so that the table saved beside it is the drawn one."""
 
@@ -80,7 +98,7 @@ class Drawing(Figure):
 
         ``arranged`` lets matplotlib arrange the axes; a figure that places them itself says False.
         """
-        super().__init__(figsize=(width, height), layout="constrained" if arranged else None)
+        super().__init__(figsize=(width, height), layout=Arranged() if arranged else None)
         FigureCanvasAgg(self)
         self.rows = list(rows)
 

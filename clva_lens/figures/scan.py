@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,6 +14,7 @@ from clva_lens.figures.base import (
     GREEN,
     PAGE,
     VERMILION,
+    Arranged,
     Drawing,
     Example,
     figure,
@@ -87,16 +87,16 @@ def scan(
     ]
     below = 0.15 * len(lines) + 0.15
     fig = Drawing(PAGE, 4.6 + below, rows)
-    parts: Any = fig.subfigures(2, 1, height_ratios=[4.6, below])
-    upper, lower = parts
-    grid = upper.subplots(2, 2)
+    text_top = below / (4.6 + below)
+    fig.set_layout_engine(Arranged(rect=(0, text_top, 1, 1 - text_top)))
+    grid = fig.subplots(2, 2)
     _heads(grid[0, 0], mass, numbered)
     _photo(grid[0, 1], photo, saliency, box, peak)
     curves = {"to the positive anchor": toward_positive, "to the negative anchor": toward_negative}
     _curves(grid[1, 0], numbered, mass, curves)
     lines_at = {"nothing hidden": probability, "as many random heads": drawn}
     _bars(grid[1, 1], knock_outs, lines_at, plain(answer, 16))
-    verbatim(lower.text(0.01, 0.98, "\n".join(lines), fontsize=7, va="top"))
+    verbatim(fig.text(0.01, text_top * 0.98, "\n".join(lines), fontsize=7, va="top"))
     return fig
 
 

@@ -5,8 +5,12 @@ from pathlib import Path
 from unittest import mock
 
 import matplotlib as mpl
+import numpy as np
 import pytest
+from matplotlib import layout_engine
+from matplotlib.layout_engine import do_constrained_layout
 from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 import clva_lens
 from clva_lens.experiments.archive import Archive
@@ -44,6 +48,15 @@ def drawn_once():
     for record in ARCHIVE.records():  # the newest version of each analysis comes last
         found |= {one["figure"]: (record, one["name"]) for one in record.figures}
     return list(found.values())
+
+
+def last_bit_moved(fig, *args, **kwargs):
+    """Arrange a figure, its places one bit off: what the solver's order of work does to them."""
+    arranged = do_constrained_layout(fig, *args, **kwargs)
+    for axes in fig.axes:
+        place = axes.get_position(original=True).get_points()
+        axes._set_position(Bbox(np.nextafter(place, 2.0)), which="original")
+    return arranged
 
 
 def texts(drawing):
@@ -92,7 +105,8 @@ def test_same_data_same_bytes_and_no_trace_in_matplotlib(tmp_path, name):
         before = dict(mpl.rcParams)
         first = save(example(name), tmp_path / "a", name, None, {"record": "demo/v1"})
         assert dict(mpl.rcParams) == before
-    second = save(example(name), tmp_path / "b", name, None, {"record": "demo/v1"})
+    with mock.patch.object(layout_engine, "do_constrained_layout", last_bit_moved):
+        second = save(example(name), tmp_path / "b", name, None, {"record": "demo/v1"})
     assert [path.name for path in first] == [f"{name}.{e}" for e in ("pdf", "png", "csv")]
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.suffix
