@@ -6,6 +6,7 @@ True
 """
 
 import importlib
+from importlib.metadata import version
 from typing import Any
 
 import lazy_loader
@@ -39,7 +40,9 @@ moved.forward(__name__)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, or a room, when it is first used."""
+    """Import a public name, or a room, when it is first used; the version is the installed one."""
+    if name == "__version__":
+        return version("clva-lens")
     if name in ROOMS or name in moved.MOVED:
         return importlib.import_module(f"{__name__}.{name}")
     return _public(name)

@@ -13,6 +13,7 @@ from pages import COMMUNITY, DOCS, README, ROOT
 
 import clva_lens as cl
 from clva_lens.figures.base import FIGURES
+from clva_lens.lens.maps import MAPS
 from clva_lens.methods.base import METHODS
 
 RUNNING = tuple(page for page in DOCS if pages.blocks(page, "python"))
@@ -115,6 +116,13 @@ def test_every_method_has_its_formulas():
     for _, kind in METHODS.items():
         assert f".. automodule:: {kind.__module__}\n" in page
         assert f"{kind.__name__}`](../{kind.__module__.replace('.', '/')}.py)" in page
+
+
+def test_every_map_has_its_formula():
+    page = pages.text_of("docs/maps.md")
+    for name, kind in MAPS.items():
+        assert f".. automodule:: {kind.__module__}\n" in page
+        assert f"[`{name}`](../{kind.__module__.replace('.', '/')}.py)" in page
 
 
 def test_every_figure_is_in_the_gallery():

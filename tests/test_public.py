@@ -1,5 +1,6 @@
 """The public surface: a change here is a change for users."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def test_public_names():
         "figures",
         "generate",
         "head_means",
+        "image_map",
         "intervene",
         "intervening",
         "load",
@@ -83,6 +85,32 @@ REGISTERED = {
     "methods": METHODS,
     "models": FAMILIES,
 }
+
+
+def undocumented(thing):
+    """The parameters that a docstring neither lists under Args nor names in its prose."""
+    prose = re.split(r"\n(?:>>> |Example::)", inspect.getdoc(thing) or "")[0]
+    wanted = [one for one in inspect.signature(thing).parameters if one != "self"]
+    said = r"``{0}(=[^`]*)?``|^\s+\*{{0,2}}{0}: \S"
+    return [one for one in wanted if not re.search(said.format(one), prose, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("name", [name for name in cl.__all__ if name not in REGISTERED])
+def test_every_public_name_lists_its_parameters(name):
+    thing = getattr(cl, name)
+    raised = isinstance(thing, type) and issubclass(thing, Exception)
+    assert raised or undocumented(thing) == []
+
+
+def test_a_parameter_without_a_word_is_seen():
+    def silent(first, second, **third):
+        """Return nothing of the ``first``.
+
+        Args:
+            second: said.
+        """
+
+    assert undocumented(silent) == ["third"]
 
 
 @pytest.mark.parametrize("room", REGISTERED)

@@ -156,6 +156,13 @@ def compare(
 
     Rows without a group are groups of their own.
 
+    Args:
+        score_a: of what is compared with.
+        score_b: of what is judged.
+        resamples: how many draws an interval is of.
+        confidence: of the intervals, between 0 and 1.
+        seed: of the draws.
+
     Raises:
         BenchmarkError: if the ids, the labels or the parsers of the two scores differ, their rows
             are of two kinds, or there are fewer than two groups.

@@ -11,7 +11,7 @@ from typing import Any
 
 from clva_lens.benchmarks.lines import as_lines
 from clva_lens.ground.errors import BenchmarkError
-from clva_lens.ground.files import sha256
+from clva_lens.ground.files import sha256, taking_place
 
 _CONTINUE = "then continue with resume=True (--resume)"
 # What a disk says, and what helps; EDQUOT and ESTALE are not on every system.
@@ -85,12 +85,9 @@ class RunFiles:
 
     def replace(self, name: str, content: bytes) -> None:
         """Write a file so that it is never half there."""
-        with in_words(self.folder):
-            path = self.folder / name
-            part = path.with_name(f"{name}.part")
-            with part.open("wb") as file:
-                _write(file, content)
-            part.replace(path)
+        whole = taking_place(self.folder / name)
+        with in_words(self.folder), whole as part, part.open("wb") as file:
+            _write(file, content)
         self._hold(name, content)
 
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:

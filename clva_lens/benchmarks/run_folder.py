@@ -121,6 +121,8 @@ def score(folder: str | Path, **settings: Any) -> Report:
 
     ``settings`` change the benchmark's, for example ``parser="strict"``. Nothing is written.
 
+    ``folder``: that of the run.
+
     Raises:
         BenchmarkError: if there is no finished run, its files are damaged or edited, or its
             benchmark is unknown here or of another version.

@@ -63,6 +63,21 @@ def _means(step: Step) -> tuple[Float[Tensor, "batch 1 2 row"], Float[Tensor, "b
     return weights, torch.stack([spans.image, spans.system, spans.text], dim=2).float()
 
 
+def read_text_rows(call: AttentionCall) -> Float[Tensor, "batch head row visual"]:
+    """Return each row's attention to each image token, from the first text row of any sample on.
+
+    The pass must hold all text rows of the prompt.
+    """
+    step = call.step
+    maps = [
+        step.on_image(call.rows(start, stop))
+        for start, stop in call.row_pieces(
+            max(0, step.first_text - step.offset), step.prompt_rows - step.offset
+        )
+    ]
+    return torch.cat(maps, dim=2)
+
+
 def read_query_rows(call: AttentionCall) -> Float[Tensor, "batch query visual"]:
     """Return each prompt row's attention to each image token, averaged over the heads."""
     maps = [

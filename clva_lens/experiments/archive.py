@@ -23,7 +23,7 @@ from clva_lens.experiments.record import (
 )
 from clva_lens.ground.checkout import HOUSE, code_digest, origin, packages
 from clva_lens.ground.errors import RecordError
-from clva_lens.ground.files import sha256
+from clva_lens.ground.files import sha256, taking_place
 from clva_lens.ground.progress import progress_bar
 
 
@@ -111,9 +111,8 @@ class Archive:
             return
         place = self.notebook(slug)
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(f".{place.name}.part")
-        shutil.copyfile(shown, part)
-        part.replace(place)
+        with taking_place(place, hidden=True) as part:
+            shutil.copyfile(shown, part)
         for one in older:
             with suppress(RecordError):  # a damaged one is left for verify to report
                 one.thin()
@@ -121,6 +120,11 @@ class Archive:
 
 def open_record(slug: str, version: int | str | None = None, root: Path | None = None) -> Record:
     """Return a record: the newest version unless one is named.
+
+    Args:
+        slug: the analysis, such as "03_drift".
+        version: such as 2 or "v2"; None is the newest.
+        root: the folder with ``analyses/``; None is the current one, or the checkout.
 
     Raises:
         RecordError: if there is none.

@@ -1,7 +1,6 @@
 """``clva-lens demo``: what the toolkit is for, on a trained toy or on one's own picture."""
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +36,7 @@ from clva_lens.figures import (
     save,
 )
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.files import taking_place
 from clva_lens.lens.evaluate import evaluate
 from clva_lens.lens.load import LensModel, load
 from clva_lens.lens.provenance import describe
@@ -65,15 +65,9 @@ def output_folder(out: Path) -> Iterator[Path]:
             f"'{out}' is there and was not written by a demo, so it is left alone. Pass another "
             "folder with --out."
         )
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with taking_place(out) as part:
+        part.mkdir(parents=True)
         yield part
-        shutil.rmtree(out, ignore_errors=True)
-        part.replace(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def demo_toy(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clva_lens.experiments.record import DRAWN, Record, dump_json, fits, read_json
 from clva_lens.ground.errors import RecordError
-from clva_lens.ground.files import sha256
+from clva_lens.ground.files import sha256, taking_place
 
 LIST = "records.json"
 Entry = Mapping[str, str | None]
@@ -44,9 +44,9 @@ def enlist(folder: Path, record: Record) -> None:
     with FileLock(folder / f".{LIST}.lock"):
         entries, entry = read_list(folder), entry_of(record)
         if entries.get(record.id) != entry:
-            part = folder / f".{LIST}.part"
-            part.write_text(dump_json({**entries, record.id: entry}), encoding="utf-8")
-            part.replace(folder / LIST)
+            listed = dump_json({**entries, record.id: entry})
+            with taking_place(folder / LIST, hidden=True) as part:
+                part.write_text(listed, encoding="utf-8")
 
 
 def problems(folder: Path, records: Sequence[Record]) -> dict[str, list[str]]:

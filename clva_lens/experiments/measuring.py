@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,7 @@ from clva_lens.lens.evaluate import run_benchmark
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.trace import trace_attention
 from clva_lens.methods.base import MethodLike
-from clva_lens.toy.toys import TOYS
-from clva_lens.toy.train import RECIPE
+from clva_lens.toy.toys import of_toy_world
 
 OFFICIAL = {
     "pope": tuple(f"pope/coco/{split}" for split in SPLITS),
@@ -45,7 +43,7 @@ TOY = {
 
 def is_toy(model: LensModel) -> bool:
     """Return whether a model was trained on the toy world: by its name, or its folder's recipe."""
-    return model.name in TOYS.names() or (Path(model.name) / RECIPE).is_file()
+    return of_toy_world(model.name)
 
 
 def benchmarks_for(model: LensModel, kind: str, named: Sequence[str] = ()) -> tuple[str, ...]:

@@ -1,6 +1,9 @@
 """Files and tables, as all rooms mean them: the digest of a file, and a row of a table."""
 
 import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,3 +15,24 @@ def sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def taking_place(path: Path, *, hidden: bool = False) -> Iterator[Path]:
+    """Yield what to write, a file or a folder, which takes the place of ``path`` when all is well.
+
+    So ``path`` is never half there. What is written is named as ``path`` with ".part" after it, and
+    a dot before it if it is ``hidden``. After an exception it is removed; ``path`` is as it was.
+    """
+    part = path.with_name(f"{'.' * hidden}{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        yield part
+        if part.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        part.replace(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise

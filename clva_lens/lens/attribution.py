@@ -241,7 +241,7 @@ class _Reading:
                 )
         readout = find_family(model).activations(model).readout
         standing = CacheModel(readout, words, model.config.get_text_config(), "")
-        groups, self.label = _chosen(standing, words, tokens)
+        groups, self.label = chosen_tokens(standing, words, tokens)
         self.model = model
         self.parts = LogitParts(standing, readout, groups)
         self.observer = Observer("all", shape_of(model, "decoder"))
@@ -262,8 +262,12 @@ class _Reading:
         )
 
 
-def _chosen(standing: CacheModel, words: Any, tokens: Any) -> tuple[list[list[int]], str]:
-    """Return the ids of one or two tokens, in each of their spellings, and what is made of them."""
+def chosen_tokens(standing: CacheModel, words: Any, tokens: Any) -> tuple[list[list[int]], str]:
+    """Return the ids of one or two tokens, in each of their spellings, and what is made of them.
+
+    Raises:
+        ParameterError: if there are not one or two tokens, or one of them is none.
+    """
     wanted = [tokens] if isinstance(tokens, str | int) else list(tokens)
     if len(wanted) not in (1, 2):
         raise ParameterError(f"tokens are {wanted}, but 1 or 2 are needed. Pass ('yes', 'no').")

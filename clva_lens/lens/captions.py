@@ -31,6 +31,7 @@ from clva_lens.models.prompt import Asked, Prompt, as_prompt
 from clva_lens.models.step import Step
 from clva_lens.science.anchors import default_anchor_layers, saliency_map
 from clva_lens.science.heads import SomeHeads, head_mask
+from clva_lens.toy.toys import of_toy_world
 
 _MOST = 24
 _COLUMNS = 6
@@ -153,6 +154,9 @@ def caption_attention(
     toys with their own). In a model with a Q-Former the decoder's maps lie on no photo; they are
     read at ``site="decoder"``, and are not drawn.
 
+    ``model``: what ``cl.load`` returned; ``prompt``: a single one; ``method``: what acts meanwhile;
+    ``layers``: those that are read, 0-based, or "all".
+
     Raises:
         PromptError: if the prompt is a batch.
         ParameterError: if the method or the decoding does not fit, or there is no such layer.
@@ -175,14 +179,11 @@ def caption_attention(
     made = generate_batch(model, asked, 0, asking, running(model.hf_model, [observer, told]))
     assert made is not None  # a single prompt
     ids = made[0][0]
-    maps, chances = observer.answers(ids[None])[0], told.of_answer(ids)
+    maps, chances = observer.answers(ids[None])[0].maps, told.of_answer(ids)
     words = words_of(model.words, ids.tolist())
     if reader is None:
-        reader = (
-            TOY_READER
-            if model.name.startswith("toy-")
-            else Reader(vocabulary("builtin"), "builtin")
-        )
+        toy = of_toy_world(model.name)
+        reader = TOY_READER if toy else Reader(vocabulary("builtin"), "builtin")
     return CaptionAttention(
         asked,
         model.words.decode(ids, skip_special_tokens=True).strip(),

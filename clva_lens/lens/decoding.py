@@ -65,6 +65,9 @@ class Decoding(Parameters, ABC):
 class Greedy(Decoding):
     """The likeliest token at each step.
 
+    Args:
+        max_new_tokens: the most tokens of an answer.
+
     >>> cl.generate(model, prompt, decoding=cl.Greedy(max_new_tokens=4)).texts
     ['no']
     """
@@ -83,6 +86,10 @@ class Greedy(Decoding):
 @dataclass(frozen=True, kw_only=True)
 class Beam(Decoding):
     """Beam search; the paper's has 5 beams.
+
+    Args:
+        num_beams: how many beams are kept.
+        max_new_tokens: the most tokens of an answer.
 
     >>> cl.generate(model, prompt, decoding=cl.Beam(num_beams=2, max_new_tokens=4)).texts
     ['no']
@@ -112,6 +119,12 @@ class Sampling(Decoding):
 
     Each prompt has random numbers of its own, one a step, so batches, resuming and threads change
     nothing (but for ties that rounding decides).
+
+    Args:
+        temperature: what the logits are divided by, above 0.
+        top_p: the likeliest tokens that hold this much probability may be drawn; 1 is all.
+        seed: of the random numbers.
+        max_new_tokens: the most tokens of an answer.
 
     >>> dice = cl.Sampling(seed=0, max_new_tokens=4)
     >>> one, two = (cl.generate(model, prompt, decoding=dice).texts for _ in range(2))
@@ -156,6 +169,10 @@ class FromCheckpoint(Decoding):
     """What the checkpoint's own ``generation_config`` asks for, but for the length.
 
     A record has its settings written out. If it samples, it draws as ``Sampling`` does.
+
+    Args:
+        seed: of what is drawn, where the checkpoint samples.
+        max_new_tokens: the most tokens of an answer.
 
     >>> cl.generate(model, prompt, decoding=cl.FromCheckpoint(max_new_tokens=4)).texts
     ['no']

@@ -82,15 +82,15 @@ def evaluate(
     keep_failed: bool = False,
     max_failed: float = MAX_FAILED,
 ) -> Report | list[Report]:
-    """Return the report of ``model`` on a benchmark, under ``method`` if one is given.
+    """Return the report of ``model`` on a ``benchmark``, by name too, under ``method`` if given.
 
     ``methods`` in its place asks every batch under each of them (None is the model alone), so that
-    a picture is read once for all, and returns a report for each; their runs are the folders ``0``,
-    ``1``, … of ``out``.
-
-    ``limit`` takes that many samples only, drawn with ``seed``: the same ones for every method.
-    With ``share="picture"`` neighbours with one picture are asked together, and it is read once
-    ("tower": by the vision tower), up to what another batch size makes; or the record has why not.
+    a picture is read once for all; it returns reports, whose runs are ``0``, ``1``, … of ``out``.
+    ``decoding`` None is greedy, as long as the benchmark asks for; ``progress`` shows a bar.
+    ``limit`` takes that many samples only, drawn with ``seed``: the same ones for every method;
+    ``batch_size`` are asked at once. With ``share="picture"`` neighbours with one picture are asked
+    together, and it is read once ("tower": by the vision tower), up to what another batch size
+    makes; or the record has why not.
 
     With ``out`` every answer is written to that folder as it comes (see
     ``clva_lens.benchmarks.run_folder``), and ``resume`` continues a run that was stopped, however

@@ -93,6 +93,9 @@ def generate(
     ``compiled`` a decoding step is one graph: greedy only, and methods that are a bias on
     attention. Runs of several batches show a progress bar.
 
+    ``model``: what ``cl.load`` returned; ``decoding``: None is greedy, 32 tokens; ``progress``:
+    whether a bar may be shown.
+
     Raises:
         PromptError: if there are no prompts, or one is malformed.
         ParameterError: if the method, with this decoding too, or the batch size does not fit, or

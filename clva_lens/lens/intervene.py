@@ -85,7 +85,7 @@ class Observation:
         Raises:
             InterventionError: if the model has not read these tokens.
         """
-        return self._observer.answers(ids, prompts)
+        return [one.maps for one in self._observer.answers(ids, prompts)]
 
     def words(
         self, ids: Int[Tensor, "answer position"], prompts: int = 1
@@ -104,8 +104,7 @@ class Observation:
                 "cl.load() returned."
             )
         found = []
-        written = zip(self._observer.written(ids, prompts), self.answers(ids, prompts), strict=True)
-        for tokens, maps in written:
+        for tokens, maps in self._observer.answers(ids, prompts):
             words = words_of(self._tokenizer, tokens)
             looks = by_word(maps, words).unbind(dim=2)
             found.append([(word.text, look) for word, look in zip(words, looks, strict=True)])
@@ -125,6 +124,8 @@ def intervening(model: Any, *methods: MethodLike | None) -> Iterator[Interventio
     registered name, with its default parameters. Everything is undone when the block ends, also by
     an exception. The methods are for the thread and the asyncio task that opened the block; in
     others the model is plain, so what runs in a thread of its own opens the block itself.
+
+    ``methods``: applied left to right.
 
     Raises:
         ModelLoadError: if no family knows the model.
@@ -171,6 +172,9 @@ def intervene(*methods: MethodLike | None) -> Intervention:
 
     Call it before any value is read in the block: reading waits until the model has computed the
     value, and a method cannot start then. Reads may follow in any order that nnsight allows.
+
+    Args:
+        *methods: applied left to right; a name stands for a method as it is by default.
 
     Raises:
         InterventionError: outside a trace, after the model started, or if the traced model

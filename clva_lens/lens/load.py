@@ -210,8 +210,8 @@ def load(
     runs short forward passes that prove that attention can be read and edited (``check_family``),
     that question and picture reach the model (``check_asked``), and that no weight is NaN.
     ``revision``, ``cache_dir``, ``token`` and ``subfolder`` hold for weights, configuration and
-    processor alike. ``hf_model`` may be a PEFT
-    model; its adapters stay active.
+    processor alike. ``model`` may hold a PEFT model; its adapters stay active.
+    ``trust_remote_code`` must stay False: code of a model repository is never run.
 
     Raises:
         ModelLoadError: if there is no such model, it has no safetensors weights or no processor,

@@ -234,7 +234,8 @@ def logit_lens(
     ``span`` is "last" (the prompt's last position), "image", "text" (after the image), "system",
     "all", a mask, or positions. ``tokens`` are texts that are one token, or ids, whose logits are
     kept; beside them the ``k`` likeliest tokens and the yes−no margin are. Logits are formed layer
-    by layer. Interventions that are open hold, and ``method`` beside them.
+    by layer, for ``layers`` (0-based, or "all"). Interventions that are open hold, and ``method``
+    beside them.
 
     In an nnsight trace, leave ``model`` and ``prompt`` out: the trace's own run is read, under the
     methods opened before, and what is returned has the lens as ``lens`` after the block. Of a

@@ -101,6 +101,9 @@ def modality_parts(
     a layer's pattern is formed. ``site`` is "decoder" or, in a model with a Q-Former, "qformer";
     None is the family's own.
 
+    ``model``: what ``cl.load`` returned, or a transformers model; ``prompt``: what is asked;
+    ``layers``: 0-based, or "all".
+
     Raises:
         ModelLoadError: if no family knows the model.
         ParameterError: if the site or a layer does not exist, or the method does not fit.

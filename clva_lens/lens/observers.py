@@ -1,6 +1,7 @@
 """What every head of every layer looks at, from one forward pass, with no pattern ever kept."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,7 @@ from clva_lens.engine.row_reading import (
     read_generated_rows,
     read_prompt_rows,
     read_query_rows,
+    read_text_rows,
     stack_layers,
 )
 from clva_lens.engine.session import AttentionCall, Session
@@ -38,25 +40,43 @@ def chosen_layers(layers: Sequence[int] | str, shape: Shape) -> tuple[int, ...]:
     return check_layers("layers", tuple(layers), shape)
 
 
+class Written(NamedTuple):
+    """The tokens of an answer that were read on, and where each head looked as each was written."""
+
+    tokens: list[int]
+    maps: Float[Tensor, "layer head token visual"]
+
+
 class Observer(Session):
     """A session that edits nothing and keeps what ``row_reading.py`` reads at the chosen layers.
 
-    ``differentiable``: where gradients are recorded, they flow through what is read.
+    ``differentiable``: where gradients are recorded, they flow through what is read. ``each_row``:
+    the maps of all text rows are kept too.
     """
 
     leaves_prefix = True
 
     def __init__(
-        self, layers: Sequence[int] | str, shape: Shape, *, differentiable: bool = False
+        self,
+        layers: Sequence[int] | str,
+        shape: Shape,
+        *,
+        differentiable: bool = False,
+        each_row: bool = False,
     ) -> None:
         """Choose the layers: "all", or 0-based indices.
 
         Raises:
-            ParameterError: if a layer does not exist.
+            ParameterError: if a layer does not exist, or rows have no order and each is wanted.
         """
+        if each_row and not shape.ordered:
+            raise ParameterError(
+                f"the rows of the site '{shape.site}' are queries, not words. Pass site='decoder'."
+            )
         self.layers = chosen_layers(layers, shape)
         self.shape, self.site = shape, shape.site
-        self.differentiable = differentiable
+        self.differentiable, self.each_row = differentiable, each_row
+        self._rows: dict[int, Float[Tensor, "batch head row visual"]] = {}
         self._prompt: dict[int, PromptRows] = {}
         self._generated: list[dict[int, Float[Tensor, "batch head row visual"]]] = []
         self._guessed: dict[int, Float[Tensor, "batch head row visual"]] = {}
@@ -93,6 +113,8 @@ class Observer(Session):
             if call.layer == self.layers[0]:
                 self._prompt, self._generated, self._guessed = {}, [], {}
             self._prompt[call.layer] = read_prompt_rows(call)
+            if self.each_row:
+                self._rows[call.layer] = read_text_rows(call)
             if call.new_rows:
                 self._guessed[call.layer] = read_generated_rows(call)
         elif call.new_rows:
@@ -113,6 +135,10 @@ class Observer(Session):
         ]
         if batched is None:
             batched = len(stacked[0]) > 1
+        rows = None
+        if self.each_row:
+            rows = stack_layers([self._rows[layer] for layer in self.layers], dim=1)
+            rows = rows if batched else rows[0]
         if not batched:
             stacked = [one[0] for one in stacked]
             logits = None if logits is None else logits[0]
@@ -127,6 +153,7 @@ class Observer(Session):
             logits=logits,
             site_layers=shape.layers,
             sinks=self._sinks,
+            rows=rows,
         )
 
     def steps(self) -> list[Float[Tensor, "layer batch head row visual"]]:
@@ -137,10 +164,8 @@ class Observer(Session):
             if step
         ]
 
-    def answers(
-        self, ids: Int[Tensor, "answer position"], prompts: int = 1
-    ) -> list[Float[Tensor, "layer head token visual"]]:
-        """Return, for each answer, the map of the row that wrote each of its tokens.
+    def answers(self, ids: Int[Tensor, "answer position"], prompts: int = 1) -> list[Written]:
+        """Return, for each answer, its tokens, and the map of the row that wrote each of them.
 
         The first token was written by the prompt's last row, each later one by the row that read
         the token before, in whichever beam it stood. ``ids`` are what ``generate`` returned for
@@ -157,9 +182,13 @@ class Observer(Session):
             for number, row in self._beams.places
         ]
         maps = [stack_layers(one, dim=0) for one in passes]  # each: layer batch head visual
+        found = zip(self._beams.new(ids, prompts), self._beams.rows_of(ids, prompts), strict=True)
         return [
-            torch.stack([maps[number][:, row] for number, row in enumerate(rows)], dim=2)
-            for rows in self._beams.rows_of(ids, prompts)
+            Written(
+                tokens[: len(rows)],
+                torch.stack([maps[number][:, row] for number, row in enumerate(rows)], dim=2),
+            )
+            for tokens, rows in found
         ]
 
     def rows_of(
@@ -175,13 +204,6 @@ class Observer(Session):
         self._require_prompt()
         passes = [0, *(number for number, _ in self._beams.places)]
         return [list(zip(passes, rows, strict=False)) for rows in self._beams.rows_of(ids, prompts)]
-
-    def written(self, ids: Int[Tensor, "answer position"], prompts: int = 1) -> list[list[int]]:
-        """Return the tokens that ``answers`` has maps of, for each answer."""
-        self._require_prompt()
-        rows = self._beams.rows_of(ids, prompts)
-        new = self._beams.new(ids, prompts)
-        return [tokens[: len(row)] for tokens, row in zip(new, rows, strict=True)]
 
     @property
     def seen(self) -> str:

@@ -186,6 +186,8 @@ def patch_mask(
     marked alike, those that end rows never. What the processor crops away is on no patch; what it
     pads, in whatever colour, is no object.
 
+    ``model``: what ``cl.load`` returned.
+
     Raises:
         PromptError: if it is unknown where the site's image tokens lie.
         ParameterError: if the prompt has several pictures, and none is named.

@@ -113,6 +113,9 @@ def pointing_game(
     With a ``prompt`` whose image tokens lie as those of all samples do, only those that are patches
     play, not those that end rows; ``part`` plays on the "tiles" or on the "thumbnail" alone.
 
+    ``mask``: the patches of the objects; ``resamples``: how many draws an interval is of;
+    ``confidence``: of the intervals, between 0 and 1; ``seed``: of the draws.
+
     Raises:
         PromptError: if it is unknown where the prompt's image tokens lie.
         ParameterError: if ``part`` is neither, or there is no prompt to know it from.

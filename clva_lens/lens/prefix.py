@@ -243,6 +243,9 @@ def read(
 
     ``prepared`` knows what it has prepared of pictures before.
 
+    ``image``: a picture, or a list of them for a batch; ``system``: the message before it, where
+    the template has a place for one.
+
     Raises:
         PromptError: if a picture cannot be read, or nothing can be read ahead of the question.
 

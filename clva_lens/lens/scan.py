@@ -116,6 +116,9 @@ def scan(
     (``cl.patch_mask``). About twenty passes. A finding on one prompt is about that prompt: many of
     them, with intervals, are ``cl.pointing_game``, ``cl.trace_statistics`` and ``cl.evaluate``.
 
+    ``model``: what ``cl.load`` returned; ``prompt``: a single one, with its pixels; ``seed``: of
+    what is shuffled or drawn; ``progress``: whether a bar may be shown.
+
     Raises:
         PromptError: if the prompt is a batch or has no pixels.
         ModelLoadError: if it is a bare model, without its tokenizer.

@@ -66,6 +66,13 @@ def trace_statistics(
 
     Memory does not grow with the number of prompts: layers × (image tokens)² numbers are kept.
 
+    Args:
+        model: what ``cl.load`` returned, or a transformers model.
+        prompts: what is read.
+        method: what acts meanwhile.
+        site: where; None is the family's own.
+        progress: whether a bar may be shown.
+
     Raises:
         ModelLoadError: if no family knows the model.
         ParameterError: if there are no prompts, their numbers of image tokens differ, or the site

@@ -1,6 +1,7 @@
 """What heads look at, and what they put out, read in passes of its own: no trace is needed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float
@@ -29,18 +30,28 @@ def trace_attention(
     *,
     layers: Sequence[int] | str = "all",
     site: str | None = None,
+    each_row: bool = False,
 ) -> AttentionTrace:
     """Return what each head's text rows look at, from one forward pass under ``method``.
-
-    ``site`` is "decoder" or, in a model with a Q-Former, "qformer"; None is the family's own.
 
     Rows of the pattern are formed for the text rows only, one layer at a time, and reduced at
     once. The trace has a batch axis if the prompt was made from lists; its ``logits`` are those of
     the last position.
 
+    Args:
+        model: what ``cl.load`` returned, or a transformers model.
+        prompt: what is asked.
+        method: what acts meanwhile.
+        layers: 0-based, or "all".
+        site: "decoder" or, in a model with a Q-Former, "qformer"; None is the family's own.
+        each_row: keep the map of each text row too, in ``trace.rows``, for
+            ``trace.draw_image(prompt, tokens=...)``. With 32 × 32 heads and 576 image tokens that
+            is 2.25 MiB a row.
+
     Raises:
         ModelLoadError: if no family knows the model.
-        ParameterError: if the site or a layer does not exist, or the method does not fit.
+        ParameterError: if the site or a layer does not exist, the method does not fit, or each row
+            is wanted of a site whose rows are no words.
         InterventionError: inside a trace; use ``observe`` there.
 
     >>> attn = cl.trace_attention(model, prompt)
@@ -49,10 +60,15 @@ def trace_attention(
     """
     refuse_in_trace("trace_attention", ", or cl.observe() in it")
     found, prompt = transformers_model(model), as_prompt(model, prompt, continued=True)
-    observer = Observer(layers, shape_of(found, site))
+    observer = Observer(layers, shape_of(found, site), each_row=each_row)
     with intervening(model, method), running(found, [observer]):
         logits = last_logits(found, prompt)
-    return observer.trace(prompt.batched, logits)
+    trace = observer.trace(prompt.batched, logits)
+    words = getattr(model, "words", None)
+    if trace.rows is None or words is None:
+        return trace
+    ids = prompt["input_ids"][:, -trace.rows.shape[-2] :].tolist()
+    return replace(trace, words=tuple(tuple(words.decode([one]) for one in row) for row in ids))
 
 
 @undisturbed()
@@ -72,6 +88,9 @@ def composed_saliency(
     their queries look at, averaged over the heads and over ``qformer_layers``. What mixes the
     queries otherwise (self-attention, residual stream) is left out. In other models it is the
     decoder's saliency map itself. Fractions of attention mass, in [0, 1].
+
+    ``model``: what ``cl.load`` returned, or a transformers model; ``prompt``: what is asked;
+    ``method``: what acts meanwhile; ``layers``: of the decoder, 0-based, or "all".
 
     Raises:
         ModelLoadError: if no family knows the model.
@@ -114,6 +133,9 @@ def head_means(
     Each prompt (which may be a batch) is read once, under ``method``; only sums are kept. ``rows``
     are those of the prompt: all text after the image, the "last", or "all". In the units of the
     values, before the output projection.
+
+    ``model``: what ``cl.load`` returned, or a transformers model; ``prompts``: what is read;
+    ``site``: where; None is the family's own.
 
     Raises:
         ModelLoadError: if no family knows the model.

@@ -200,6 +200,9 @@ def register_method(method: SomeMethod) -> SomeMethod:
     A class of the same name and module takes the place of the one before, so that a notebook's
     cell can be run again.
 
+    Args:
+        method: the class.
+
     Raises:
         ParameterError: if it is no frozen dataclass with a name of its own and defaults for all
             parameters, what it says of itself is wrong, or another method has its name.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clva_lens.engine.bias import Bias, dense
 from clva_lens.engine.session import AttentionCall, Session
+from clva_lens.ground.errors import ParameterError
 from clva_lens.methods.base import (
     Kernel,
     Method,
@@ -48,9 +49,11 @@ class KnockOut(Method):
             "sensitive" or "insensitive", the class that each layer gives its heads on the prompt
             (Eqs. 2-3). None is all of them.
         site: where; None is where the model's family has CLVA act.
+        tokens: which image tokens are lost, by their places among them, 0-based; None is all.
 
     Raises:
-        ParameterError: if ``rows`` or ``heads`` is none of these.
+        ParameterError: if ``rows``, ``heads`` or ``tokens`` is none of these, or, in a run, there
+            is no such image token.
 
     >>> margins = [cl.generate(model, there, one).margins[0] for one in (None, cl.KnockOut())]
     >>> margins[0] > margins[1]
@@ -65,12 +68,19 @@ class KnockOut(Method):
     rows: Rows = "text"
     heads: SomeHeads | str | None = None
     site: str | None = None
+    tokens: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
         check_rows(self.rows)
         if self.heads is not None:
             object.__setattr__(self, "heads", chosen_heads(self.heads))
+        if self.tokens is not None:
+            if not all(isinstance(one, int) and one >= 0 for one in self.tokens):
+                raise ParameterError(
+                    f"tokens are {self.tokens!r}. Pass places among the image tokens, from 0 on."
+                )
+            object.__setattr__(self, "tokens", tuple(self.tokens))
 
     def sessions(self, target: Target) -> list[Session]:
         """Return one session for the layers of this model."""
@@ -78,12 +88,12 @@ class KnockOut(Method):
         check_order(self.rows, shape)
         if self.heads is not None:
             chosen = ChosenHeads(chosen_heads(self.heads), self.layers, shape)
-            return [_KnockOutSession(shape.site, chosen.layers, self.rows, chosen)]
+            return [_KnockOutSession(shape.site, chosen.layers, self.rows, chosen, self.tokens)]
         layers: Sequence[int] | None = self.layers
         if layers is None:
             layers = shape.after(shape.positive_layer)
         layers = check_layers("layers", layers, shape)
-        return [_KnockOutSession(shape.site, layers, self.rows, None)]
+        return [_KnockOutSession(shape.site, layers, self.rows, None, self.tokens)]
 
 
 class _KnockOutSession(Session):
@@ -91,13 +101,19 @@ class _KnockOutSession(Session):
     compiles = True
 
     def __init__(
-        self, site: str, layers: tuple[int, ...], rows: Rows, heads: ChosenHeads | None
+        self,
+        site: str,
+        layers: tuple[int, ...],
+        rows: Rows,
+        heads: ChosenHeads | None,
+        tokens: Sequence[int] | None,
     ) -> None:
         self.site = site
         self.layers = layers
         self.steady = layers if heads is None else ()
         self.rows: Rows = rows
         self.heads = heads
+        self.tokens = tokens
         self._bias: tuple[Step, Bias] | None = None
 
     def attention(self, call: AttentionCall) -> Bias | None:
@@ -118,7 +134,16 @@ class _KnockOutSession(Session):
 
     def _nothing(self, call: AttentionCall) -> Float[Tensor, "batch visual"]:
         size, device = call.step.visual.shape, call.query.device
-        return torch.full(size, -torch.inf, dtype=torch.float32, device=device)
+        if self.tokens is None:
+            return torch.full(size, -torch.inf, dtype=torch.float32, device=device)
+        if max(self.tokens, default=0) >= size[1]:
+            raise ParameterError(
+                f"tokens has {max(self.tokens)}, but the prompt has {size[1]} image tokens at the "
+                f"{self.site}. Pass places from 0 to {size[1] - 1}."
+            )
+        lost = torch.zeros(size, dtype=torch.float32, device=device)
+        lost[:, list(self.tokens)] = -torch.inf
+        return lost
 
     def _of_heads(self, call: AttentionCall, bias: Bias) -> Bias:
         if self.heads is None:

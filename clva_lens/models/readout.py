@@ -170,15 +170,22 @@ def read_out(
     Without the modules' hooks, so that it may be used in a trace. In the model's own type, as the
     model does it. A stream of several copies has them in the axis before the last.
     """
-    norm: Any = readout.norm
     unembed: Any = readout.unembed
-    weight, words = plain_weight(norm), plain_weight(unembed)
-    residual = residual.to(weight.device)
+    words = plain_weight(unembed)
+    normal = final_state(readout, residual).to(words.device)
+    return readout.final.of(functional.linear(normal, words, getattr(unembed, "bias", None)))
+
+
+def final_state(
+    readout: Readout, residual: Float[Tensor, "*stream d_model"]
+) -> Float[Tensor, "*places d_model"]:
+    """Return a residual stream through the model's own final norm, as its unembedding reads it."""
+    norm: Any = readout.norm
+    residual = residual.to(plain_weight(norm).device)
     if readout.copies is not None:
         flat = residual.flatten(0, -3)[None]
         residual = called(readout.copies, flat)[0].unflatten(0, residual.shape[:-2])
-    normal = called(norm, residual).to(words.device)
-    return readout.final.of(functional.linear(normal, words, getattr(unembed, "bias", None)))
+    return called(norm, residual)
 
 
 def single_token(tokenizer: Any, text: str) -> int:

@@ -32,6 +32,10 @@ class VisualAnchors:
     ``positive_map``, ``negative_map``: the saliency maps of Eq. 4 (fractions of attention mass);
     the layers are 0-based; ``heads`` is None where no head classes were needed.
 
+    Args:
+        positive_layer: where the positive anchor was read.
+        negative_layer: where the negative one was.
+
     >>> with cl.intervening(model, cl.CLVA()) as run:
     ...     _ = model.hf_model(**prompt)
     >>> run.anchors.positive.shape

@@ -7,15 +7,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clva_lens.ground.files import taking_place
+
 EVERY = 100
 _STATE = ("exp_avg", "exp_avg_sq")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors so that an interrupted write leaves the old file whole."""
-    part = path.with_suffix(".part")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part)
-    part.replace(path)
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with taking_place(path) as part:
+        save_file(whole, part)
 
 
 def save_training(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from clva_lens.ground.registry import Registry
 from clva_lens.toy.build import processor
 from clva_lens.toy.build_instructblip import save as save_instructblip
-from clva_lens.toy.train import CONTROL, NATURAL, Advance, Recipe
+from clva_lens.toy.train import CONTROL, NATURAL, RECIPE, Advance, Recipe
 from clva_lens.toy.train import train as train_llava
 from clva_lens.toy.train_instructblip import InstructBlipRecipe
 from clva_lens.toy.train_instructblip import train as train_instructblip
@@ -26,6 +26,15 @@ class Toy(NamedTuple):
     train: Callable[[Any, Path, Advance], Any]
     save: Callable[[Any, Path], None]
     steps: str
+
+
+def of_toy_world(name: str) -> bool:
+    """Return whether a model of this name was trained on the toy world.
+
+    It is a toy's name, with or without what is said of it after a comma ("toy-llava, untrained"),
+    or a folder that has the recipe which a training writes.
+    """
+    return name.partition(",")[0] in TOYS.names() or (Path(name) / RECIPE).is_file()
 
 
 def _save_llava(model: PreTrainedModel, folder: Path) -> None:

@@ -144,6 +144,36 @@ def test_results_draw_themselves():
         many.draw_image(prompt)
 
 
+def test_words_of_the_question_are_drawn(one):
+    """Each word's row by layer, against the pattern that eager attention puts out."""
+    prompt = one.prompt(PHOTO, "is there a cup ?")
+    trace = cl.trace_attention(one, prompt, each_row=True)
+    drawn = trace.draw_image(prompt, layers=[2, 5], heads={2: [0], 5: [1, 3]}, tokens=["cup", -1])
+    titles = [axes.get_title() for axes in drawn.axes[:2]]
+    assert titles == ["layer 2, 'cup'", "layer 2, 'assistant:'"]
+    ids = prompt["input_ids"][0].tolist()
+    row = len(ids) - 1 - ids[::-1].index(one.words.convert_tokens_to_ids("cup"))
+    eager = lens_of("full", "eager")
+    with torch.no_grad():
+        patterns = eager.hf_model(**prompt, output_attentions=True).attentions
+    image = prompt.spans.image[0]
+    wanted = [
+        patterns[layer][0, heads, at].mean(dim=0)[image]
+        for layer, heads in ((2, [0]), (5, [1, 3]))
+        for at in (row, -1)
+    ]
+    shown = torch.tensor([value["value"] for value in drawn.rows])
+    grids = prompt.on_grid(torch.stack(wanted)).flatten()
+    assert (shown - grids).abs().max() < 1e-5 and float(grids.std()) > 1e-3
+    assert len(trace.draw_image(prompt, tokens=["cup"]).axes) == 2
+    both = cl.trace_attention(one, one.prompt([PHOTO] * 2, ["what is it ?"] * 2), each_row=True)
+    assert torch.equal(both[1].rows[:, :, -1], both[1].maps) and len(both[1].words[0]) > 3
+    with pytest.raises(ParameterError, match="the text has no token 'dog'"):
+        trace.draw_image(prompt, tokens=["dog"])
+    with pytest.raises(ParameterError, match="each_row=True"):
+        cl.trace_attention(one, prompt).draw_image(prompt, tokens=[0])
+
+
 def test_a_model_says_what_it_is():
     lens = lens_of("full", "sdpa")
     assert "site 'decoder'" in repr(lens) and len(repr(lens)) < 1000

@@ -184,9 +184,8 @@ def _note_model(root: Path, subject: Subject, model: LensModel) -> None:
 def _write(path: Path, told: dict[str, Any]) -> None:
     """Write JSON so that it is never half there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    with taking_place(path) as part:
+        part.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def found_in(root: Path, planned: Sequence[Planned], subject: Subject) -> Found:

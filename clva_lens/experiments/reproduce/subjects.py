@@ -12,8 +12,7 @@ from clva_lens.benchmarks.base import BENCHMARKS, Benchmark
 from clva_lens.benchmarks.files import DATA
 from clva_lens.benchmarks.pope_sets import SOURCES
 from clva_lens.experiments.paper import paper_model
-from clva_lens.toy.toys import TOYS
-from clva_lens.toy.train import RECIPE
+from clva_lens.toy.toys import of_toy_world
 
 # How many samples of each kind a toy is asked, unless a limit is given: all tables in minutes.
 TOY_LIMITS = {"pope": 120, "chair": 40, "mme": 120, "grid": 48, "looks": 72, "cases": 6}
@@ -47,7 +46,7 @@ class Subject:
     @cached_property
     def toy(self) -> bool:
         """Whether it was trained on the toy world."""
-        return self.model in TOYS.names() or (Path(self.model) / RECIPE).is_file()
+        return of_toy_world(self.model)
 
     def pope(self, split: str, source: str | None = None) -> dict[str, Benchmark]:
         """Return the sets of a split by source: the three of the paper, or one; or the toy's."""
