@@ -2,7 +2,7 @@
 
 import os
 
-import shape_checks  # noqa: F401  It checks what is imported after it.
+import shape_checks  # It checks what is imported after it.
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # Here and in subprocesses; threads that wait burn time.
@@ -43,6 +43,12 @@ def one_blip() -> LensModel:
 def site(request: pytest.FixtureRequest) -> str:
     """Each attention site of an InstructBLIP."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def counted_anew() -> None:
+    """Each test has its own first calls, which are those whose shapes are checked."""
+    shape_checks.CALLS.clear()
 
 
 # ── fixtures for every family ──

@@ -166,7 +166,7 @@ class LogitParts(Session):
         self.step, self._scores = step, None
 
     @torch.no_grad()
-    def parts(self) -> dict[str, Float[Tensor, "batch *axes"]]:
+    def parts(self) -> dict[str, Float[Tensor, " batch *axes"]]:
         """Return the parts of the logits' difference, each token in its likeliest spelling.
 
         Under the names of ``LogitAttribution``'s fields, in float64.
@@ -185,7 +185,7 @@ class LogitParts(Session):
         taken, device = _signs(scores, self.groups), scores.device
         weighed = taken * capped.where(taken != 0, 0.0)
 
-        def pick(parts: Tensor) -> Float[Tensor, "batch *axes"]:
+        def pick(parts: Tensor) -> Float[Tensor, " batch *axes"]:
             return torch.einsum("b...t,bt->b...", parts.to(device), weighed)
 
         def by_layer(parts: list[Tensor]) -> Float[Tensor, "batch layer *axes"]:
@@ -240,7 +240,7 @@ class _Sums(NamedTuple):
 
 def _at(
     values: Float[Tensor, "batch row *axes"], rows: Int[Tensor, " batch"]
-) -> Float[Tensor, "batch *axes"]:
+) -> Float[Tensor, " batch *axes"]:
     """Return one row of each sample."""
     return values[torch.arange(len(rows), device=values.device), rows.to(values.device)]
 

@@ -16,6 +16,7 @@ from clva_lens.ground.errors import (
     ModelLoadError,
     ParameterError,
 )
+from clva_lens.ground.files import taking_place
 from clva_lens.lens.evaluate import check_images, run_side_by_side
 from clva_lens.lens.load import LensModel, load
 from clva_lens.lens.provenance import identity, machine
