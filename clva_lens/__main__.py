@@ -378,11 +378,8 @@ def drift(
     """Measure whether maps of trained toys go back to the first layer's, beside untrained ones."""
     from clva_lens.experiments.organism import measure_organisms
 
-    def say(text: str) -> None:
-        Console().print(text, markup=False, highlight=False, soft_wrap=True)
-
-    measure_organisms(folders, out, say, scenes=scenes, twins=twins, limit=limit)
-    say(f"Written to {out}")
+    measure_organisms(folders, out, typer.echo, scenes=scenes, twins=twins, limit=limit)
+    typer.echo(f"Written to {out}")
 
 
 for _command in (

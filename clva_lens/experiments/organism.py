@@ -3,8 +3,8 @@
 The paper's claim is that maps of late layers go back to the first layer's. A training of
 ``clva-lens toy train`` is asked: how far r with the first layer's map rises from the positive
 anchor's layer to the last three (as analyses 03 and 13 have it), beside two nulls: models of its
-shape with random weights, and the weights that its own training started from, which are biased
-towards looking at equal content. And whether it learned its task, and where it needs the picture:
+shape with random weights, and its own initial weights (all of them, tower and projector too), whose
+decoder is biased towards looking at equal content. And whether it learned its task, and where it needs the picture:
 an answer that does not change when a layer is blind tells nothing about that layer's map.
 """
 
@@ -174,7 +174,7 @@ def measure_organisms(
             say(f"{trained.name}: {row['what']}, {row['run']}: {value}{ends} (n = {row['n']})")
     part = out.with_name(f"{out.name}.part")
     with part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, (*COLUMNS, *TOLD), lineterminator="\n")
+        writer = csv.DictWriter(file, list(COLUMNS + TOLD), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     part.replace(out)
