@@ -3,9 +3,10 @@
 The paper's claim is that maps of late layers go back to the first layer's. A training of
 ``clva-lens toy train`` is asked: how far r with the first layer's map rises from the positive
 anchor's layer to the last three (as analyses 03 and 13 have it), beside two nulls: models of its
-shape with random weights, and its own initial weights (all of them, tower and projector too), whose
-decoder is biased towards looking at equal content. And whether it learned its task, and where it needs the picture:
-an answer that does not change when a layer is blind tells nothing about that layer's map.
+shape with random weights, and its own initial weights (all of them, tower and projector too),
+whose decoder is biased towards looking at equal content. And whether it learned its task, and
+where it needs the picture: an answer that does not change when a layer is blind tells nothing
+about that layer's map.
 """
 
 import csv
@@ -37,7 +38,7 @@ from clva_lens.toy.train import RECIPE, Recipe
 
 LAST = 3
 """Over how many last layers a map is averaged: analysis 13's number."""
-TWINS, START = "random weights", "the weights it started from"
+TWINS, START = "random weights", "its initial weights"
 COLUMNS = ("model", "layers", "captions", "early", "weight_decay", "steps")
 TOLD = ("what", "run", "value", "low", "high", "n")
 
