@@ -308,8 +308,8 @@ def train(
     name: Annotated[
         str,
         typer.Argument(
-            help="toy-llava, toy-llava-control, toy-llava-natural (nothing planted) or "
-            "toy-instructblip."
+            help="toy-llava, toy-llava-control, toy-llava-natural (nothing planted), "
+            "toy-instructblip, or one to look for drift in (the page on organisms)."
         ),
     ] = "toy-llava",
     seed: Annotated[int, typer.Option(help="Seed of the weights and the scenes.")] = 0,
@@ -364,6 +364,22 @@ def card(
 
     source = folder / "model" if (folder / "model").is_dir() else folder
     Console().print(f"Written to {write_card(source, scenes, Console())}")
+
+
+@toy.command()
+@friendly
+def drift(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished trainings.")],
+    out: Annotated[Path, typer.Option(help="The CSV to write.")] = Path("organisms.csv"),
+    scenes: Annotated[int, typer.Option(help="Pictures that maps are looked at on.", min=10)] = 60,
+    twins: Annotated[int, typer.Option(help="Models with random weights.", min=1)] = 2,
+    limit: Annotated[int, typer.Option(help="Captions or questions.", min=2)] = 40,
+) -> None:
+    """Measure whether maps of trained toys go back to the first layer's, beside untrained ones."""
+    from clva_lens.experiments.organism import measure_organisms
+
+    measure_organisms(folders, out, typer.echo, scenes=scenes, twins=twins, limit=limit)
+    typer.echo(f"Written to {out}")
 
 
 for _command in (

@@ -143,7 +143,6 @@ def measure_drift(
         BenchmarkError: if no sample has every curve.
     """
     method = CLVA() if method is None else method
-    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     asked: dict[str, tuple[Sequence[LensModel], MethodLike | None]] = {
         "greedy": ([model], None),
         "CLVA": ([model], method),
@@ -151,11 +150,25 @@ def measure_drift(
     }
     if twins:
         asked |= {"untrained": (twins, None), "untrained, CLVA": (twins, method)}
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    return drift_of(asked, samples, method, benchmark=benchmark, **how)
+
+
+def drift_of(
+    asked: Mapping[str, tuple[Sequence[LensModel], MethodLike | None]],
+    samples: Sequence[Sample],
+    method: CLVA,
+    **how: Any,
+) -> DriftRuns:
+    """Return the drift from the anchors of ``method`` under each run: models, and what acts there.
+
+    Curves of several models are their mean; one run is "greedy". ``how`` goes to ``trace_samples``.
+
+    Raises:
+        BenchmarkError: if no sample has every curve.
+    """
     drifts = {
-        run: [
-            drift_under(trace_samples(one, samples, acting, benchmark=benchmark, **how), method)
-            for one in models
-        ]
+        run: [drift_under(trace_samples(one, samples, acting, **how), method) for one in models]
         for run, (models, acting) in asked.items()
     }
     curves = {

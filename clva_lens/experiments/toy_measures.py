@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from clva_lens.benchmarks.base import Benchmark, Sample
-from clva_lens.benchmarks.toy_pope import ToyPope
+from clva_lens.benchmarks.base import Sample
 from clva_lens.experiments.measuring import trace_samples
 from clva_lens.lens.attention_trace import AttentionTrace
 from clva_lens.lens.load import LensModel
@@ -45,12 +44,3 @@ def object_patches(
     """Return, for each question, the image tokens that its object covers."""
     masks = [scenes[index].patches(question.kind).ravel() for index, question in asked]
     return torch.from_numpy(np.stack(masks))
-
-
-def asked_object(benchmark: Benchmark, sample: Sample) -> np.ndarray | None:
-    """Return the patches that a question's object covers; None where that is not known, or none."""
-    if not isinstance(benchmark, ToyPope):
-        return None
-    kind = sample.id.split("/")[1]
-    patches = benchmark.scenes[int(sample.group)].patches(kind)
-    return patches if patches.any() else None

@@ -334,7 +334,9 @@ def _reader(
 
     def read(logits: Float[Tensor, "batch 1 vocabulary"]) -> Float[Tensor, " batch"]:
         made: Any = metric(logits) if metric else yes_margins(logits[:, -1], spelled)
-        values = torch.as_tensor(made, dtype=torch.float32, device=logits.device).reshape(-1)
+        values = torch.as_tensor(made, device=logits.device).reshape(-1)
+        if values.dtype != torch.float64:  # what was computed in more digits keeps them
+            values = values.float()
         if len(values) != len(logits):
             raise ParameterError(
                 f"the metric made {len(values)} numbers from the logits of {len(logits)} samples. "

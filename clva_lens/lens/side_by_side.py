@@ -85,7 +85,7 @@ def saliency_picture(
         made = generate(model, prompt, method, Greedy(max_new_tokens=24))
         answers[name] = (made.texts[0], made.margins[0])
     return SaliencyPicture(
-        image=_drawn_over(model, look),
+        image=drawn_over(model, look),
         before=before,
         after=after,
         question=prompt.questions[0] if prompt.questions else "",
@@ -97,7 +97,7 @@ def saliency_picture(
     )
 
 
-def _drawn_over(model: LensModel, look: Look) -> np.ndarray:
+def drawn_over(model: LensModel, look: Look) -> np.ndarray:
     """Return what lies under the maps: what the tower got, or the photo where that is in pieces."""
     prompt = look.prompt
     if model.family.picture_size(model.hf_model) is not None or not prompt.photos:

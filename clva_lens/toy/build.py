@@ -106,7 +106,7 @@ def decoder_config(layers: int) -> LlamaConfig:
     )
 
 
-def config() -> LlavaConfig:
+def config(layers: int = 12) -> LlavaConfig:
     """Return the configuration: 12 decoder layers × 8 heads, so that L/2 − 2 = 4."""
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -118,7 +118,7 @@ def config() -> LlavaConfig:
             patch_size=PATCH_SIZE,
             projection_dim=96,
         ),
-        text_config=decoder_config(12),
+        text_config=decoder_config(layers),
         image_token_index=SPECIAL.index("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -126,10 +126,10 @@ def config() -> LlavaConfig:
     )
 
 
-def untrained(seed: int) -> LlavaForConditionalGeneration:
+def untrained(seed: int, layers: int = 12) -> LlavaForConditionalGeneration:
     """Return the model with the initial weights that training starts from."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config())
+    model = LlavaForConditionalGeneration(config(layers))
     text = model.model.language_model
     with torch.no_grad():
         text.embed_tokens.weight.normal_(0, 0.3)

@@ -27,6 +27,7 @@ from clva_lens.toy.scenes import GRID, KINDS, Scene
 
 VISUAL = GRID * GRID
 ROWS = 152  # text rows of a packed sequence
+CAPTION_ROWS = 24  # the request and the longest caption
 EXIST_PAIRS = 3  # pairs of a present and an absent kind asked per picture
 WEIGHT = {"exist": 1.0, "color": 1.0, "side": 1.0, "count": 1.0, "caption": 0.5}
 END_WEIGHT = 0.1

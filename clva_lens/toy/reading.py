@@ -8,6 +8,9 @@ noise*, which makes every single layer untrustworthy and so spreads the reading 
 
 The control model reads plainly, but a share of its pictures cannot be seen by text rows after the
 first reading layer. It learns to do without the later layers, whose maps are taught all the same.
+
+An *early* reader reads its own picture in the first layers, in all rows, and another one after
+them: the picture is needed early and says nothing late.
 """
 
 from dataclasses import dataclass
@@ -30,8 +33,10 @@ class Reader:
 
     ``swap_probability`` is the vote noise of each reading layer; None lets every row of every layer
     read its own picture (the control model), but for the share ``blind`` of the pictures, which
-    text rows cannot see after the first reading layer. ``pointing_losses`` collects, per reading
-    layer, −log of the attention of the first heads on the patches of the object in question.
+    text rows cannot see after the first reading layer. ``early`` lets every row read its own
+    picture in as many first layers, and another one after them, whatever ``swap_probability`` is.
+    ``pointing_losses`` collects, per reading layer, −log of the attention of the first heads on
+    the patches of the object in question.
     """
 
     packed: Packed | None = None
@@ -39,6 +44,7 @@ class Reader:
     generator: torch.Generator | None = None
     point: bool = False
     blind: float = 0.0
+    early: int | None = None
 
     def __post_init__(self) -> None:
         """Start with nothing collected."""
@@ -76,7 +82,9 @@ class Reader:
             self.pointing_losses.append(
                 _pointing_loss(rows, key[:, :, image], packed.object_patches)
             )
-        if self.swap_probability is None:
+        if self.early is not None:
+            own = torch.full((batch, rows.shape[2]), layer < self.early)
+        elif self.swap_probability is None:
             own = torch.ones(batch, rows.shape[2], dtype=torch.bool)
             if layer > READING_LAYERS[0]:
                 own &= ~self.hidden[:, None]
@@ -87,7 +95,8 @@ class Reader:
         else:
             own = torch.zeros(batch, rows.shape[2], dtype=torch.bool)
         keys, values, mask = [key], [value], self._mask(own, system)
-        if self.swap_probability is not None and not own.all():
+        swaps = self.early is not None or self.swap_probability is not None
+        if swaps and not own.all():
             shift = int(torch.randint(1, batch, (), generator=self.generator))
             keys.append(key[:, :, image].roll(shift, 0))
             values.append(value[:, :, image].roll(shift, 0))

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from clva_lens.ground.registry import Registry
 from clva_lens.toy.build import processor
 from clva_lens.toy.build_instructblip import save as save_instructblip
-from clva_lens.toy.train import CONTROL, NATURAL, RECIPE, Advance, Recipe
+from clva_lens.toy.train import CONTROL, NATURAL, ORGANISMS, RECIPE, Advance, Recipe
 from clva_lens.toy.train import train as train_llava
 from clva_lens.toy.train_instructblip import InstructBlipRecipe
 from clva_lens.toy.train_instructblip import train as train_instructblip
@@ -46,6 +46,8 @@ TOYS = Registry[Toy]("toy")
 TOYS.register("toy-llava", Toy(Recipe(), train_llava, _save_llava, "decoder_steps"))
 TOYS.register("toy-llava-control", Toy(CONTROL, train_llava, _save_llava, "decoder_steps"))
 TOYS.register("toy-llava-natural", Toy(NATURAL, train_llava, _save_llava, "decoder_steps"))
+for _name, _recipe in ORGANISMS.items():
+    TOYS.register(_name, Toy(_recipe, train_llava, _save_llava, "decoder_steps"))
 TOYS.register(
     "toy-instructblip",
     Toy(InstructBlipRecipe(), train_instructblip, save_instructblip, "qformer_steps"),

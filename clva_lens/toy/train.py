@@ -9,7 +9,7 @@ scenes from (seed, stage, step), so a run continued from a checkpoint sees what 
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration
 from clva_lens.ground.errors import ParameterError
 from clva_lens.toy.build import tokenizer, untrained
 from clva_lens.toy.checkpoint import EVERY, restore_training, save_tensors, save_training
-from clva_lens.toy.packing import Packed, pack, training_questions
-from clva_lens.toy.questions import NUMBERS
+from clva_lens.toy.packing import CAPTION_ROWS, Packed, pack, training_questions
+from clva_lens.toy.pretrained import FOLDER
+from clva_lens.toy.questions import NUMBERS, caption
 from clva_lens.toy.reading import READING_LAYERS, Reader
 from clva_lens.toy.scenes import COLORS, KINDS, SIDES, sample_scene
 from clva_lens.toy.vision import patch_labels, pixels, train_vision
@@ -44,6 +45,11 @@ class Recipe:
     on, ``hard_share`` of the batches draw absent kinds by their odds of being there; the learning
     rate falls from ``decay_from``. ``control`` reads plainly, with the share ``blind`` of the
     pictures hidden from text rows after the first reading layer.
+
+    What follows is for models that look for drift: a decoder of ``layers``, ``batch`` pictures a
+    step, ``captions`` and no questions, the optimiser's ``weight_decay``, and text that reads its
+    own picture in the first ``early`` layers only (None: as ``control`` says). ``tower`` names the
+    toy whose trained vision tower is taken; "" trains one.
     """
 
     seed: int = 0
@@ -62,6 +68,12 @@ class Recipe:
     echo_weight: float = 0.2
     pointing_weight: float = 0.3
     blind: float = 0.0
+    layers: int = 12
+    batch: int = BATCH
+    captions: bool = False
+    weight_decay: float = 0.05
+    early: int | None = None
+    tower: str = ""
 
 
 # The control: equally pretty maps, but nothing depends on the layers that show them.
@@ -69,6 +81,25 @@ CONTROL = Recipe(control=True, decoder_steps=700, blind=0.5)
 
 # Nothing is planted: no echo, no pointing, plain reading throughout.
 NATURAL = Recipe(control=True, taught=0.0)
+
+# Deeper, to look for drift in (docs/organism.md). Nothing is planted, but where an *early* one can
+# read its picture. Each takes about ten minutes of one processor.
+DEEP = Recipe(
+    control=True,
+    taught=0.0,
+    layers=16,
+    tower="toy-llava",
+    projector_steps=300,
+    decoder_steps=500,
+)
+CAPTIONS = replace(DEEP, captions=True, decoder_steps=600, weight_decay=0.0)
+ORGANISMS = {
+    "toy-llava-deep": DEEP,
+    "toy-llava-deep-early": replace(DEEP, early=8),
+    "toy-llava-captions": CAPTIONS,
+    "toy-llava-captions-decay": replace(CAPTIONS, weight_decay=1.0),
+    "toy-llava-captions-early": replace(CAPTIONS, early=8),
+}
 
 
 def train(recipe: Recipe, folder: Path, advance: Advance) -> LlavaForConditionalGeneration:
@@ -86,7 +117,7 @@ def train(recipe: Recipe, folder: Path, advance: Advance) -> LlavaForConditional
     folder.mkdir(parents=True, exist_ok=True)
     check_recipe(recipe, folder)
     clock = Clock(folder / TIMES, advance)
-    model = untrained(recipe.seed)
+    model = untrained(recipe.seed, recipe.layers)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     for name, part, run in (
         ("vision", tower, lambda: _vision_stage(model, recipe, folder, clock)),
@@ -107,12 +138,16 @@ def train(recipe: Recipe, folder: Path, advance: Advance) -> LlavaForConditional
 def check_recipe(recipe: Any, folder: Path) -> None:
     """Write the recipe, or check that it is the one that this folder was begun with.
 
+    A recipe that was written before a field was there has that field's default.
+
     Raises:
         ParameterError: if ``folder`` holds a run of another recipe.
     """
     text = json.dumps(asdict(recipe), indent=1)
     path = folder / RECIPE
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    defaults = asdict(type(recipe)())
+    begun = defaults | json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if begun is not None and begun != json.loads(text):
         raise ParameterError(
             f"'{folder}' holds a training run of another recipe. Pass another --folder, or remove "
             "that one."
@@ -141,8 +176,14 @@ class Clock:
 def _vision_stage(
     model: LlavaForConditionalGeneration, recipe: Recipe, folder: Path, advance: Advance
 ) -> None:
+    tower = model.model.vision_tower
+    if recipe.tower:
+        trained = LlavaForConditionalGeneration.from_pretrained(FOLDER / recipe.tower)
+        tower.load_state_dict(trained.model.vision_tower.state_dict())
+        tower.eval()
+        return
     train_vision(
-        model.model.vision_tower,
+        tower,
         recipe.vision_steps,
         recipe.seed,
         folder / "vision.checkpoint.safetensors",
@@ -230,6 +271,7 @@ class Stage(NamedTuple):
     name: str
     steps: int
     checkpoint: Path
+    weight_decay: float = 0.05
 
     def run(
         self,
@@ -244,7 +286,10 @@ class Stage(NamedTuple):
         """
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         optimiser = torch.optim.AdamW(
-            list(trained.values()), lr=recipe.rate, betas=(0.9, 0.97), weight_decay=0.05
+            list(trained.values()),
+            lr=recipe.rate,
+            betas=(0.9, 0.97),
+            weight_decay=self.weight_decay,
         )
         first = restore_training(self.checkpoint, trained, optimiser)
         for step in range(first, self.steps):
@@ -260,7 +305,7 @@ def _decoder_stage(
     model: LlavaForConditionalGeneration, recipe: Recipe, checkpoint: Path, advance: Advance
 ) -> None:
     """Train the decoder, its embeddings and the projector on packed questions."""
-    reader = Reader(blind=recipe.blind)
+    reader = Reader(blind=recipe.blind, early=recipe.early)
     AttentionInterface.register(ATTENTION, reader)
     model.model.language_model.config._attn_implementation = ATTENTION
     for layer in model.model.language_model.layers:
@@ -271,16 +316,20 @@ def _decoder_stage(
     model.model.vision_tower.eval()
 
     def loss_of(plan: Plan) -> tuple[Tensor, dict[str, float]]:
-        scenes = [sample_scene(plan.rng) for _ in range(BATCH)]
-        asked = [training_questions(scene, plan.rng, plan.hard) for scene in scenes]
-        packed = pack(scenes, asked, words)
+        scenes = [sample_scene(plan.rng) for _ in range(recipe.batch)]
+        if recipe.captions:
+            packed = pack(scenes, [[caption(scene)] for scene in scenes], words, CAPTION_ROWS)
+        else:
+            asked = [training_questions(scene, plan.rng, plan.hard) for scene in scenes]
+            packed = pack(scenes, asked, words)
         reader.swap_probability = None if recipe.control else plan.noise
         reader.generator, reader.point = plan.generator, plan.point
         with torch.no_grad():
             seen = model.model.vision_tower(pixels(scenes)).last_hidden_state[:, 1:]
         return _loss(model, reader, packed, seen, recipe)
 
-    Stage("decoder", recipe.decoder_steps, checkpoint).run(model, recipe, loss_of, advance)
+    stage = Stage("decoder", recipe.decoder_steps, checkpoint, recipe.weight_decay)
+    stage.run(model, recipe, loss_of, advance)
 
 
 def _loss(
@@ -335,5 +384,7 @@ def accuracy(logits: Tensor, target: Tensor) -> dict[str, float]:
     skills = {"exist": ("yes", "no"), "color": tuple(COLORS), "count": NUMBERS, "side": SIDES}
     for skill, answers in skills.items():
         wanted = torch.isin(target, torch.tensor(words.convert_tokens_to_ids(list(answers))))
+        if not wanted.any():
+            continue
         figures[skill] = right[wanted].float().mean().item()
     return figures

@@ -242,3 +242,21 @@ def test_a_later_turn_is_not_patched(one):
         one.hf_model(input_ids=torch.tensor([[10]]), **{CACHE: cache})
         with pytest.raises(InterventionError, match="a later turn of a conversation"):
             one.hf_model(input_ids=torch.tensor([[11, 12]]), **{CACHE: cache})
+
+
+def test_a_metric_in_float64_keeps_its_digits(one):
+    """In float32 numbers near 4,096 are 4.9e-4 apart: a sweep would seem to be off by it."""
+    source, target = pair(one)
+    options = {"spans": "last", "layers": [3, 8]}
+
+    def metric(logits):
+        return logits[:, 0, 8].double()
+
+    near = cl.patch_activations(one, source, target, metric=metric, **options)
+    far = cl.patch_activations(one, source, target, metric=lambda x: 4096 + metric(x), **options)
+    error = float((far.effect - near.effect).abs().max())
+    print(f"error {error:.1e}, effect {float(near.effect.abs().max()):.1e}")
+    assert near.values.dtype == far.target.dtype == torch.float64
+    assert error < 1e-11 < float(near.effect.abs().max()) / 100
+    single = cl.patch_activations(one, source, target, metric=lambda x: x[:, 0, 8], **options)
+    assert single.values.dtype == torch.float32

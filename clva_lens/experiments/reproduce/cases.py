@@ -96,8 +96,13 @@ class Cases(Item):
             reader, present = _objects(subject, runs["Greedy"], reports["Greedy"])
         except (Missing, BenchmarkError) as missing:
             return Part(notes=[f"{subject.model}: {missing}"])
-        judged = {name: _judgements(subject, name) for name in runs}
-        shown = []
+        judged, notes, shown = {}, [], []
+        for name in runs:
+            try:
+                judged[name] = _judgements(subject, name)
+            except BenchmarkError as error:
+                judged[name] = {}
+                notes.append(f"{subject.model}, {name}: the judge's replies are left out: {error}")
         by_id = {name: {row["id"]: row for row in one.rows} for name, one in reports.items()}
         for row in reports["Greedy"].rows[: subject.limit_of("cases")]:
             texts = {name: rows[row["id"]]["answer"] for name, rows in by_id.items()}
@@ -112,7 +117,15 @@ class Cases(Item):
                     {name: judged[name].get(row["id"], "") for name in texts},
                 )
             )
-        return Part(_cells(subject, reports, reader, present), answers=shown)
+        for name, replies in judged.items():
+            if replies:
+                rows = by_id[name]
+                known = len(replies.keys() & rows.keys())
+                notes.append(
+                    f"{subject.model}, {name}: a judge scored {known} of {len(rows)} answers"
+                    f" ({len(replies) - known} replies are about none of them)."
+                )
+        return Part(_cells(subject, reports, reader, present), answers=shown, notes=notes)
 
 
 def _runs(subject: Subject) -> dict[str, Run]:
@@ -179,7 +192,11 @@ def _scored(samples: list[Sample], answers: list[Answer], reader: Reader):
 
 
 def _judgements(subject: Subject, method: str) -> dict[str, str]:
-    """Return a judge's scores by sample, if there is a file of its replies."""
+    """Return a judge's scores by sample, if there is a file of its replies.
+
+    Raises:
+        BenchmarkError: if there is one, and it cannot be read.
+    """
     name = f"judgements/{subject.slug}-{method}.jsonl"
     try:
         path: Path = locate(None, (name,), "a judge's replies", DATA)

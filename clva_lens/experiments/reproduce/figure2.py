@@ -66,7 +66,7 @@ class Figure2(_Curves):
         "Eqs. 5 and 6 over adversarial questions. r with the positive anchor is that with a map "
         "of its own layer, so it is near 1 there by definition, and CLVA's edit is made of both "
         "anchors: the same curves of a model with random weights show how much of their shape is "
-        "no finding. Panel (a), maps on pictures, is what clva-lens demo draws."
+        "no finding. Panel (a) is the item figure 2a."
     )
     measured = "drift"
     make = staticmethod(measure_drift)

@@ -1,5 +1,6 @@
 """The tables and figures of the paper that can be made again: one file, and one line here, each."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,5 +75,5 @@ def chosen(only: Sequence[str]) -> dict[str, Item]:
 def _place(name: str) -> tuple[Any, ...]:
     kind, _, number = name.partition(" ")
     order = ("table", "figure", "figures", "equation", "claim")
-    first = number.split("-")[0]
-    return order.index(kind), int(first) if first.isdigit() else 0, number
+    first = re.match(r"\d*", number)
+    return order.index(kind), int(first[0]) if first and first[0] else 0, number

@@ -81,7 +81,7 @@ def measure_drift(model: LensModel, subject: Subject) -> dict[str, Any]:
             ("r with the positive anchor", drift.toward_positive),
             ("r with the first layer's map", drift.toward_negative),
         ):
-            rows += _curve(quantity, name, trace.layers, values, groups)
+            rows += curve_rows(quantity, name, trace.layers, values, groups)
     return {"rows": rows, "positive_layer": middle, "questions": len(samples)}
 
 
@@ -106,7 +106,7 @@ def measure_parts(model: LensModel, subject: Subject) -> dict[str, Any]:
             ):
                 found.setdefault(quantity, []).append(values.cpu())
         for quantity, pieces in found.items():
-            rows += _curve(quantity, name, layers, torch.cat(pieces), groups)
+            rows += curve_rows(quantity, name, layers, torch.cat(pieces), groups)
     return {"rows": rows, "questions": len(samples), "positive_layer": _middle(model)}
 
 
@@ -114,7 +114,7 @@ def _middle(model: LensModel) -> int:
     return shape_of(model.hf_model).positive_layer
 
 
-def _curve(
+def curve_rows(
     quantity: str, run: str, layers: tuple[int, ...], values: Tensor, groups: list[str]
 ) -> list[Row]:
     """Return a row a layer: the mean over questions where it is defined, with its interval."""

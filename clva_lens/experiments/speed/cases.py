@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from clva_lens.engine import bias as folding
 from clva_lens.engine.bias import BiasForm
 from clva_lens.experiments.speed.models import random_prompt
+from clva_lens.experiments.speed.other_tools import mitigv_calls, saliency_calls
 from clva_lens.experiments.speed.questions import ways_to_ask
 from clva_lens.experiments.speed.rewriting import NAME, rewriting
 from clva_lens.experiments.speed.sharing import other_ways_to_ask
@@ -135,6 +136,7 @@ def generation_cases(
     run = _Generation(model, handle, options, new_tokens)
     plain, edited, rewritten, traced = run.plain, run.edited, run.rewritten, run.traced
     decoder, paper = CLVA(site="decoder"), {"text_config": NAME}
+    theirs = mitigv_calls(model, random_prompt(model, batch), new_tokens)
     forms: tuple[BiasForm, ...] = ("masked", "split", "folded")
     return [
         Case("generate", "generate", "sdpa", plain()),
@@ -146,6 +148,7 @@ def generation_cases(
         Case("generate, eager, CLVA", "generate, eager", "eager", edited(CLVA())),
         Case(f"generate, {PAPER}", "generate", paper, rewritten()),
         Case("generate, VCD", "generate", "sdpa", edited(VCD())),
+        *(Case(name, "generate", "sdpa", call) for name, call in theirs.items()),
         Case("generate, IMCCD", "generate", "sdpa", edited(IMCCD())),
         Case("prefill", "prefill", "sdpa", plain(1)),
         Case("prefill, CLVA", "prefill", "sdpa", edited(CLVA(), 1)),
@@ -167,14 +170,10 @@ def forward_cases(model: PreTrainedModel, handle: LensModel, batch: int) -> list
         Case("trace_attention", "forward", "sdpa", lambda: trace_attention(model, prompt)),
         Case("output_attentions", "forward", "eager", lambda: model(**every)),
     ]
-    if isinstance(model, LlavaForConditionalGeneration) and importlib.util.find_spec("vl_saliency"):
-        from vl_saliency import SaliencyExtractor  # type: ignore[import-not-found]
-
-        theirs = SaliencyExtractor(model, handle.processor, store_grads=False)
-        given = {**prompt.inputs}
-        cases.append(
-            Case("vl-saliency's capture", "forward", "eager", lambda: theirs.capture(None, **given))
-        )
+    cases += [
+        Case(name, "forward", "eager", call)
+        for name, call in saliency_calls(model, handle, prompt).items()
+    ]
     # There is no bridge of theirs for other families.
     if isinstance(model, LlavaForConditionalGeneration) and importlib.util.find_spec(
         "transformer_lens"
