@@ -13,6 +13,7 @@ from .lens.decoding import Beam as Beam
 from .lens.decoding import FromCheckpoint as FromCheckpoint
 from .lens.decoding import Greedy as Greedy
 from .lens.decoding import Sampling as Sampling
+from .lens.edge_attribution import edge_attribution as edge_attribution
 from .lens.evaluate import evaluate as evaluate
 from .lens.generate import generate as generate
 from .lens.image_map import image_map as image_map
@@ -24,12 +25,16 @@ from .lens.load import load as load
 from .lens.logit_lens import logit_lens as logit_lens
 from .lens.modality_parts import modality_parts as modality_parts
 from .lens.overlay import overlay as overlay
+from .lens.patch_estimates import attribution_patching as attribution_patching
 from .lens.patch_masks import patch_mask as patch_mask
 from .lens.patching import patch_activations as patch_activations
 from .lens.pointing_game import pointing_game as pointing_game
 from .lens.prefix import read as read
+from .lens.probing import probe as probe
+from .lens.sae_reading import sae_features as sae_features
 from .lens.scan import scan as scan
 from .lens.statistics import trace_statistics as trace_statistics
+from .lens.steering import steering_vector as steering_vector
 from .lens.trace import composed_saliency as composed_saliency
 from .lens.trace import head_means as head_means
 from .lens.trace import trace_attention as trace_attention
@@ -48,6 +53,8 @@ from .methods.only import ONLY as ONLY
 from .methods.opera import OPERA as OPERA
 from .methods.pai import PAI as PAI
 from .methods.patching import PatchActivations as PatchActivations
+from .methods.steering import Steer as Steer
+from .methods.steering_vector import SteeringVector as SteeringVector
 from .methods.vcd import VCD as VCD
 from .methods.visflow import VisFlow as VisFlow
 from .science.anchors import VisualAnchors as VisualAnchors

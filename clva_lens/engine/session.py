@@ -162,7 +162,8 @@ class Session:
     they were, it has a twin of the model read them once more, and keeps what it wants to know with
     them (``step.read_before``). ``looks_ahead``: it is asked in the pass that reads them, too.
     ``compiles``: what it does in a pass of one generated row is ``compiled_step``, and nothing
-    else.
+    else. ``edits_tower``: it edits what the vision tower makes of a picture, so that this is of
+    no use to who asks about the same picture without it.
     """
 
     site: str
@@ -180,6 +181,7 @@ class Session:
     rereads: bool = False
     looks_ahead: bool = False
     compiles: bool = False
+    edits_tower: bool = False
 
     def begin(self) -> None:
         """Start watching what else is needed of the model; the session is in its run now."""

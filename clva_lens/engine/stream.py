@@ -51,8 +51,12 @@ def stream_hooks(
     site: str,
     wanted: Iterable[tuple[Part, int]],
     edit: Callable[[Part, int, Tensor], Tensor | None],
+    *,
+    first: bool = False,
 ) -> Iterator[tuple[tuple[Part, int], RemovableHandle]]:
     """Put a hook at each (part, layer); ``edit`` returns what replaces a value, or None.
+
+    ``first``: what a module puts out is edited before any other hook sees it.
 
     Raises:
         ModelLoadError: if nobody wrote down where these are in the model.
@@ -72,11 +76,11 @@ def stream_hooks(
                 f"there is no '{name}' to read or edit. The {site} has {', '.join(known)} of "
                 f"layers 0 to {depth - 1} (0-based). Name one of these."
             )
-        yield (part, layer), _hook(places[name], part, edit)
+        yield (part, layer), _hook(places[name], part, edit, first)
 
 
 def _hook(
-    place: Place, part: Part, edit: Callable[[Part, int, Tensor], Tensor | None]
+    place: Place, part: Part, edit: Callable[[Part, int, Tensor], Tensor | None], first: bool
 ) -> RemovableHandle:
     times = place.tap.times
 
@@ -96,4 +100,4 @@ def _hook(
 
     if place.tap.side == "input":
         return hook_before(place.module, before)
-    return hook_after(place.module, after)
+    return hook_after(place.module, after, first=first)

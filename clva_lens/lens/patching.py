@@ -20,7 +20,7 @@ from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.cache import run_with_cache
 from clva_lens.lens.intervene import refuse_in_trace
-from clva_lens.lens.margins import MARGIN, AnswerTokens, answer_tokens, yes_margins
+from clva_lens.lens.margins import MARGIN, AnswerTokens, answer_tokens, margins
 from clva_lens.lens.observers import chosen_layers
 from clva_lens.lens.patch_sweep import sweep
 from clva_lens.methods.base import MethodLike
@@ -221,8 +221,8 @@ def patch_activations(
     shape = shape_of(transformers_model(model), "decoder")
     numbers = chosen_layers(layers, shape)
     names = (spans,) if isinstance(spans, str) else tuple(spans)
-    columns = list(_columns(model, source, target, names, each, part, shape))
-    read = _reader(model, metric)
+    columns = list(columns_of(model, source, target, names, each, part, shape))
+    read = reader_of(model, metric)
     where = [where for _, where in columns]
     logits, patches = _patches(model, source, part, numbers, where, method)
     unpatched, values = _swept(sweep(model, target, patches, method), read, len(patches), progress)
@@ -241,7 +241,7 @@ def patch_activations(
     )
 
 
-def _columns(
+def columns_of(
     model: Any,
     source: Prompt,
     target: Prompt,
@@ -315,7 +315,7 @@ def _swept(
     return unpatched, torch.stack([found[number] for number in range(count)], dim=1)
 
 
-def _reader(
+def reader_of(
     model: Any, metric: LogitMetric | None
 ) -> Callable[[Float[Tensor, "batch 1 vocabulary"]], Float[Tensor, " batch"]]:
     """Return what makes a number for each sample of the last logits."""
@@ -333,7 +333,7 @@ def _reader(
         )
 
     def read(logits: Float[Tensor, "batch 1 vocabulary"]) -> Float[Tensor, " batch"]:
-        made: Any = metric(logits) if metric else yes_margins(logits[:, -1], spelled)
+        made: Any = metric(logits) if metric else margins(logits[:, -1], *spelled)
         values = torch.as_tensor(made, device=logits.device).reshape(-1)
         if values.dtype != torch.float64:  # what was computed in more digits keeps them
             values = values.float()

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clva_lens.engine.session import Session
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import InterventionError, PromptError, SpanError
 from clva_lens.lens.asking import Share
@@ -100,6 +101,8 @@ def shared(
     unshared = why_unshared(model, method) if share == "picture" else None
     if share == "picture" and unshared is None:
         return "picture", None
+    if method is not None and any(one.edits_tower for one in _sessions(model, method)):
+        return None, f"{method.name} edits what the vision tower makes of a picture"
     if model.family.seeing(model.hf_model):
         return "tower", unshared
     return None, unshared or f"the family '{model.family.name}' names no vision tower to share"
@@ -112,7 +115,7 @@ def why_unshared(model: LensModel, method: Method | None) -> str | None:
     prompts read whole. They may differ by what another batch size makes.
     """
     if method is not None:
-        sessions = method.sessions(Target(model.hf_model, model.processor))
+        sessions = _sessions(model, method)
         if not all(session.leaves_prefix for session in sessions):
             return f"{method.name} reads or edits rows before the question"
         if any(session.rereads for session in sessions):
@@ -127,6 +130,10 @@ def why_unshared(model: LensModel, method: Method | None) -> str | None:
     if model.hf_model not in _PROBED:
         _PROBED[model.hf_model] = _probe(model) or ""
     return _PROBED[model.hf_model] or None
+
+
+def _sessions(model: LensModel, method: Method) -> list[Session]:
+    return method.sessions(Target(model.hf_model, model.processor))
 
 
 @undisturbed()

@@ -68,13 +68,14 @@ def pictures_read_once(model: PreTrainedModel, prompt: Prompt) -> Iterator[None]
     """Have a picture of a ``TowerPrompt`` read once in the ``with`` block, other prompts as ever.
 
     It begins after the run's methods, which see the pictures of all rows. A module where one of
-    them acts is left alone.
+    them acts is left alone, and all are where one edits the tower.
     """
-    if not isinstance(prompt, TowerPrompt):
+    sessions = open_sessions(model)
+    if not isinstance(prompt, TowerPrompt) or any(one.edits_tower for one in sessions):
         yield
         return
     family = find_family(model)
-    acting = {session.site for session in open_sessions(model)}
+    acting = {session.site for session in sessions}
     taken = [site.passes().entry for site in family.sites(model) if site.name in acting]
     modules = [one for one in family.seeing(model) if not any(one is other for other in taken)]
     prompt.readings.keep(model, prompt.pictures)

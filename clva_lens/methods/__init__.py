@@ -18,6 +18,7 @@ from clva_lens.methods import only as only
 from clva_lens.methods import opera as opera
 from clva_lens.methods import pai as pai
 from clva_lens.methods import patching as patching
+from clva_lens.methods import steering as steering
 from clva_lens.methods import vcd as vcd
 from clva_lens.methods import visflow as visflow
 from clva_lens.methods.base import METHODS as METHODS

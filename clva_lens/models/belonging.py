@@ -132,8 +132,13 @@ def hook_before(
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def hook_after(module: nn.Module, call: Callable[..., Any]) -> RemovableHandle:
-    """Have ``call(module, args, kwargs, output)`` after a module; see ``hook_before``."""
+def hook_after(
+    module: nn.Module, call: Callable[..., Any], *, first: bool = False
+) -> RemovableHandle:
+    """Have ``call(module, args, kwargs, output)`` after a module; see ``hook_before``.
+
+    ``first``: before all hooks that are there.
+    """
     owned = _OPENING.get()
 
     def after(module: nn.Module, args: Any, *rest: Any) -> Any:
@@ -141,7 +146,7 @@ def hook_after(module: nn.Module, call: Callable[..., Any]) -> RemovableHandle:
             return None
         return call(module, args, *rest)
 
-    return module.register_forward_hook(after, with_kwargs=True)
+    return module.register_forward_hook(after, with_kwargs=True, prepend=first)
 
 
 def drawn_frame() -> FrameType | None:
