@@ -1,4 +1,4 @@
-"""ClearSight, PAI and VisFlow from their formulas alone, for the loops of reference.py.
+"""ClearSight, PAI, VisFlow and others from their formulas alone, for the loops of reference.py.
 
 Nothing of clva_lens is used. One sample at a time, the prompt and what was generated in one pass;
 ``result`` has the positions of image keys and text rows. ``rescore`` returns new scores before the
@@ -113,4 +113,91 @@ class VisFlow:
         return weights
 
 
-Rescore = ClearSight | Pai
+@dataclass(frozen=True)
+class HeadGuided:
+    """l_h + α · the mean over heads of |l| at image keys, for rows that predict a token."""
+
+    alpha: float = 0.5
+    layers: Sequence[int] = (2, 3, 4, 5, 6)
+
+    def rescore(
+        self, scores: Tensor, raw: Tensor, pattern: Tensor, index: int, result: Any, new: list[int]
+    ) -> Tensor:
+        if index not in self.layers:
+            return scores
+        scores = scores.clone()
+        for row in result.text[-1:] + new:
+            for key in result.image:
+                sizes = [abs(float(raw[head, row, key])) for head in range(len(raw))]
+                scores[:, row, key] += self.alpha * sum(sizes) / len(sizes)
+        return scores
+
+
+@dataclass(frozen=True)
+class Raised:
+    """ASCD's first pass: l + p·|l| at image keys in some heads, by layer."""
+
+    heads: dict[int, Sequence[int]]
+    positive: float = 0.625
+
+    def rescore(
+        self, scores: Tensor, raw: Tensor, pattern: Tensor, index: int, result: Any, new: list[int]
+    ) -> Tensor:
+        scores = scores.clone()
+        for head in self.heads.get(index, ()):
+            for row in result.text[-1:] + new:
+                for key in result.image:
+                    scores[head, row, key] += self.positive * raw[head, row, key].abs()
+        return scores
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """ASCD's second pass: l − n·|l| at a row's largest scores of the image, a tenth of them."""
+
+    negative: float = 1.0
+
+    def rescore(
+        self, scores: Tensor, raw: Tensor, pattern: Tensor, index: int, result: Any, new: list[int]
+    ) -> Tensor:
+        scores = scores.clone()
+        for head in range(len(raw)):
+            for row in result.text[-1:] + new:
+                ranked = sorted(result.image, key=lambda key: -float(raw[head, row, key]))
+                for key in ranked[: max(1, len(ranked) // 10)]:
+                    scores[head, row, key] -= self.negative * raw[head, row, key].abs()
+        return scores
+
+
+@dataclass
+class LeastSeen:
+    """SID's second pass: from a layer on, only the least attended image tokens are seen."""
+
+    kept: int
+    layer: int = 2
+    chosen: dict[int, list[int]] | None = None
+
+    def rescore(
+        self, scores: Tensor, raw: Tensor, pattern: Tensor, index: int, result: Any, new: list[int]
+    ) -> Tensor:
+        if index == self.layer - 1:
+            self.chosen = {}
+            last = result.text[-1]
+            for row in range(pattern.shape[1]):
+                source = row if row in new else last
+                mass = {key: float(pattern[:, source, key].mean()) for key in result.image}
+                ranked = sorted(mass.values())
+                gap = ranked[self.kept] - ranked[self.kept - 1]
+                result.margin = min(result.margin, gap)
+                self.chosen[row] = sorted(mass, key=lambda key: mass[key])[: self.kept]
+        if index < self.layer:
+            return scores
+        scores = scores.clone()
+        assert self.chosen is not None
+        for row, kept in self.chosen.items():
+            for key in set(result.image) - set(kept):
+                scores[:, row, key] = -torch.inf
+        return scores
+
+
+Rescore = ClearSight | Pai | HeadGuided | Raised | Lowered | LeastSeen

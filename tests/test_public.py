@@ -17,13 +17,21 @@ from clva_lens.models.family import FAMILIES
 
 def test_public_names():
     assert cl.__all__ == [
+        "AGLA",
+        "ASCD",
         "CLVA",
+        "DLC",
+        "ED",
         "ICD",
         "IMCCD",
+        "M3ID",
         "ONLY",
         "OPERA",
         "PAI",
+        "SID",
         "VCD",
+        "VDD",
+        "VISTA",
         "AblateHeads",
         "Beam",
         "ClearSight",
@@ -32,6 +40,7 @@ def test_public_names():
         "FromCheckpoint",
         "Greedy",
         "HeadClasses",
+        "HeadGuided",
         "KnockOut",
         "MemVR",
         "PatchActivations",
@@ -82,6 +91,7 @@ def test_public_names():
         "to_transformer_lens",
         "trace_attention",
         "trace_statistics",
+        "vti",
     ]
     assert all(hasattr(cl, name) for name in cl.__all__)
 

@@ -23,6 +23,7 @@ from clva_lens.experiments.drift_nulls import (
     measure_drift,
     untrained_twin,
 )
+from clva_lens.experiments.passes import methods_table
 from clva_lens.experiments.toy_measures import (
     object_patches,
     question_samples,
@@ -45,7 +46,7 @@ from clva_lens.methods.clva import CLVA
 from clva_lens.science.heads import classify_heads
 from clva_lens.science.pointing import pointing
 from clva_lens.toy.questions import SPLITS, exist_question
-from clva_lens.toy.scenes import render
+from clva_lens.toy.scenes import render, sample_scenes
 
 RESULTS = "results.json"
 TRACED = 120
@@ -114,6 +115,8 @@ def demo_toy(
         ]
         (folder / RESULTS).write_text(json.dumps(results, indent=1), encoding="utf-8")
     _print_reports(reports, comparisons, console)
+    scene = sample_scenes(1, seed=7)[0]
+    console.print(methods_table(model, (render(scene), exist_question(scene, scene.kinds[0]).text)))
     _print_heads(heads, console)
     _print_drift(drifting, console)
     _print_paths(out, console)

@@ -19,9 +19,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from clva_lens.ground.errors import LogitsError, ParameterError
 from clva_lens.ground.parameters import Parameters
 from clva_lens.ground.registry import Registry
+from clva_lens.lens.beam_length import Length, counting_prompt
 from clva_lens.methods.base import Method
 from clva_lens.models.belonging import Owned, hook_after, opening
 from clva_lens.models.family import find_site
+from clva_lens.models.prompt import Prompt
 
 # What no answer is read from, or what ``max_new_tokens`` and one answer a prompt take the place of.
 _NO_CHOICE = {
@@ -90,6 +92,10 @@ class Beam(Decoding):
     Args:
         num_beams: how many beams are kept.
         max_new_tokens: the most tokens of an answer.
+        length: what a finished beam's score is divided by: its "generated" length, as transformers
+            5 does, or that length "with prompt", as 4.29 and 4.31 did, on which the releases of
+            OPERA, DeCo, IMCCD and VCD stand. Answers that meet an end token are shorter by the
+            latter, so captions by beams are to be compared under one rule.
 
     >>> cl.generate(model, prompt, decoding=cl.Beam(num_beams=2, max_new_tokens=4)).texts
     ['no']
@@ -97,6 +103,7 @@ class Beam(Decoding):
 
     num_beams: int = 5
     max_new_tokens: int = 32
+    length: Length = "generated"
 
     def __post_init__(self) -> None:
         """Check the number of beams and the length."""
@@ -288,9 +295,18 @@ class _Settled(GenerationConfig):
         return super().update(defaults_only, allow_custom_entries, **kwargs)
 
 
-def settled(decoding: Decoding, model: PreTrainedModel, tokenizer: Any) -> GenerationConfig:
-    """Return what ``generate`` is to do: the decoding's options and the token ids, nothing else."""
-    return _Settled(**decoding.options(model), **token_ids(model, tokenizer))
+def settled(
+    decoding: Decoding, model: PreTrainedModel, tokenizer: Any, prompt: Prompt
+) -> GenerationConfig:
+    """Return what ``generate`` is to do: the decoding's options and the token ids, nothing else.
+
+    Raises:
+        ParameterError: if beams are to be divided by the length of a prompt that has none.
+    """
+    options = decoding.options(model)
+    if isinstance(decoding, Beam) and decoding.length == "with prompt":
+        options["length_penalty"] = counting_prompt(prompt)
+    return _Settled(**options, **token_ids(model, tokenizer))
 
 
 class _Draw(LogitsProcessor):

@@ -316,7 +316,7 @@ def generate_batch(
     ``watching`` is entered once the method acts, around what runs the model.
     """
     hf_model, decoding, count = model.hf_model, asking.how, len(prompt["input_ids"])
-    config = settled(decoding, hf_model, model.words)
+    config = settled(decoding, hf_model, model.words, prompt)
     with (
         intervening(model, asking.method) as run,
         watching or nullcontext(),

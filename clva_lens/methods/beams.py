@@ -2,19 +2,21 @@
 
 ``advance`` is one step of ``GenerationMixin`` of transformers 5.23: every beam's continuations
 compete, those that stop are kept aside with their score over length^penalty, and the search is over
-when no running beam can do better. A state never changes, so an earlier one is a point to go on
-from.
+when no running beam can do better. A length is that of what was generated, unless the decoding asks
+for another rule (``cl.Beam(length=...)``). A state never changes, so an earlier one is a point to
+go on from.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
 Ids = Int[Tensor, "beam position"]
 LOWEST = -1e9
@@ -109,3 +111,13 @@ class Beams:
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=padding)
         scores = torch.tensor([one for one, _ in chosen], dtype=torch.float32, device=padded.device)
         return padded, scores
+
+    def output(self, config: GenerationConfig) -> Any:
+        """Return the best sequences as ``generate`` returns them."""
+        ends = config.eos_token_id
+        end = ends[0] if isinstance(ends, list) else ends
+        padding = next((one for one in (config.pad_token_id, end) if one is not None), 0)
+        sequences, scores = self.answers(config.num_return_sequences or 1, padding)
+        if not config.return_dict_in_generate:
+            return sequences
+        return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)  # pyright: ignore

@@ -11,15 +11,16 @@ model's own pass only. Methods of the same run act on both inputs, where the sec
 at all; ``PatchActivations``, and what is done to activations by hand, in a trace or by hooks, acts
 on the first.
 
-Beams: the second cache is reordered with the model's. The releases define sampling (VCD, ICD) or
-greedy decoding; beams are an extension.
+Beams: the second cache is reordered with the model's. The releases of VCD and ICD define sampling,
+PAI's and IMCCD's greedy decoding and sampling (IMCCD's beams leave the second cache as it was).
 """
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from functools import partial
+from typing import Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,20 +29,20 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
 from clva_lens.engine.beams import Reordering
-from clva_lens.engine.run import add_sessions, open_sessions
+from clva_lens.engine.run import open_sessions
 from clva_lens.engine.session import Session, required_read_before
 from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.methods.branch import Branch
 from clva_lens.models.beginning import Beginning, read_beginning
 from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import Inputs, find_family, find_site
-from clva_lens.models.kv_cache import CACHE
 from clva_lens.models.norms import wide
 from clva_lens.models.positions import positions_of
 from clva_lens.models.step import Step
 from clva_lens.models.twin import twin
 
-Form = Literal["difference", "subtraction", "guidance"]
-"""(1 + a)·l − a·l′; l − a·l′; or lp′ + a·(lp − lp′) with lp = log softmax l."""
+Form = Literal["difference", "subtraction", "guidance", "sum"]
+"""(1 + a)·l − a·l′; l − a·l′; lp′ + a·(lp − lp′) with lp = log softmax l; or l + a·l′."""
 
 Logits = Float[Tensor, "batch vocabulary"]
 
@@ -85,12 +86,19 @@ class ContrastRule:
         """Whether the contrast is the prompt's own logits: it is left out then, cut-off and all."""
         return self.strength == (1 if self.form == "guidance" else 0)
 
-    def uncut(self, own: Logits, other: Logits) -> Logits:
-        """Return the contrast before the cut-off, in float32 or better."""
-        own, other = wide(own), wide(other)
+    def uncut(self, own: Logits, *others: Logits, token: int = 1) -> Logits:
+        """Return the contrast before the cut-off, in float32 or better.
+
+        Of several second inputs, l′ is the mean.
+        """
+        own, other = wide(own), wide(others[0])
+        if len(others) > 1:
+            other = torch.stack([wide(one) for one in others]).mean(dim=0)
         if self.form == "guidance":
             own, other = own.log_softmax(dim=-1), other.log_softmax(dim=-1)
             return other + self.strength * (own - other)
+        if self.form == "sum":
+            return own + self.strength * other
         weight = 1 + self.strength if self.form == "difference" else 1
         return weight * own - self.strength * other
 
@@ -100,6 +108,22 @@ class ContrastRule:
             return contrast
         floor = own.amax(dim=-1, keepdim=True) + math.log(self.beta)
         return contrast.masked_fill(own < floor, -torch.inf)
+
+
+class Rule(Protocol):
+    """What makes one row of logits of the prompt's and of those of its second inputs."""
+
+    def uncut(self, own: Logits, *others: Logits, token: int = 1) -> Logits:
+        """Return them for the ``token``-th new token (1 is the first), before any cut-off."""
+        ...
+
+    def cut(self, own: Logits, contrast: Logits) -> Logits:
+        """Return ``contrast`` with −∞ at tokens that become impossible."""
+        ...
+
+
+Second = Callable[[Inputs], Inputs]
+"""What makes a second input of the prompt's."""
 
 
 class Gate(Session):
@@ -124,7 +148,9 @@ class ContrastSession(Session):
     position], ``pixel_values``, and what else the family's ``watch`` keeps. Without
     ``pixel_values`` it is text only. Rows and their order stay; lengths may change, but no text
     after the picture does. ``impair`` makes sessions that act on the second input only. ``gate``
-    leaves the contrast out at steps.
+    leaves the contrast out at steps. Several ``second`` make as many second inputs, each read
+    beside the prompt. ``whole``: what they are depends on the question, or ``impair`` acts on rows
+    before it, so that nothing can be shared with other questions.
 
     Where the prompt goes on from a picture that was read before, so does the second input: from
     what ``second`` makes of the prompt's beginning, which is read once for all that are equal.
@@ -139,18 +165,21 @@ class ContrastSession(Session):
     def __init__(
         self,
         model: PreTrainedModel,
-        second: Callable[[Inputs], Inputs],
-        rule: ContrastRule,
+        second: Second | Sequence[Second],
+        rule: Rule,
         impair: Callable[[PreTrainedModel], list[Session]] = lambda _: [],
         gate: Gate | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         """Prepare; nothing is read before the first pass.
 
         Raises:
             InterventionError: if the language model is an encoder-decoder.
         """
-        self.model, self.second, self.rule, self.impair = model, second, rule, impair
-        self.gate = gate
+        self.model, self.rule, self.impair, self.gate = model, rule, impair, gate
+        self.seconds = tuple(second) if isinstance(second, Sequence) else (second,)
+        self.leaves_prefix = not whole
         passes = find_site(model, "decoder").passes()
         if not isinstance(passes, DecoderPasses):
             raise InterventionError(
@@ -161,9 +190,9 @@ class ContrastSession(Session):
         self._twin: PreTrainedModel | None = None
         self._seen: Inputs = {}
         self._handles: list[RemovableHandle] = []
-        self._branch: _Branch | None = None
+        self._branches: list[Branch] = []
         self._reordering = Reordering(passes.entry, self._reorder)
-        self._last: tuple[Step, Logits] | None = None
+        self._last: tuple[Step, list[Logits]] | None = None
 
     def begin(self) -> None:
         """Watch the pictures that come in, and the key-value cache."""
@@ -175,16 +204,23 @@ class ContrastSession(Session):
         for handle in self._handles:
             handle.remove()
         self._reordering.end()
-        if self._branch is not None:
-            self._branch.close()
-        self._branch = self._twin = self._last = None
+        self._close()
+        self._twin = self._last = None
         self._seen.clear()
+
+    def _close(self) -> None:
+        for branch in self._branches:
+            branch.close()
+        self._branches = []
 
     def logits(self, step: Step, logits: Logits) -> Logits:
         """Return the contrast of a pass's last position, cut off."""
         if self._last is None or self._last[0] is not step:
             self._last = (step, self._read(step))
-        contrast = self.rule.uncut(logits, self._last[1].to(logits.device))
+        assert step.ids is not None
+        token = step.offset + step.ids.shape[1] - step.prompt_rows + 1
+        others = [one.to(logits.device) for one in self._last[1]]
+        contrast = self.rule.uncut(logits, *others, token=token)
         if self.gate is not None:
             made = self.gate.opened().to(logits.device)
             contrast = contrast.where(made[:, None], logits.to(contrast.dtype))
@@ -192,70 +228,73 @@ class ContrastSession(Session):
             self.uncut = contrast
         return self.rule.cut(logits, contrast)
 
-    def _read(self, step: Step) -> Logits:
-        """Return the second input's logits after the tokens that this pass reads."""
+    def _read(self, step: Step) -> list[Logits]:
+        """Return the second inputs' logits after the tokens that this pass reads."""
         assert step.ids is not None
         if step.number == 0:
-            self._branch = self._begin_branch(step)
-            return self._branch.read(step.ids[:, step.prompt_rows :])
-        branch = self._branch
-        if branch is None:
+            self._begin_branches(step)
+            return [one.read(step.ids[:, step.prompt_rows :]) for one in self._branches]
+        if not self._branches:
             raise InterventionError(
                 "a contrastive method joined a run whose prompt had been read already, so its "
                 "second input is unknown. Start it before the prompt is read."
             )
         if step.offset == 0:
-            return branch.reread(step.ids[:, step.prompt_rows :])
-        if step.offset != step.prompt_rows + branch.generated:
+            return [one.reread(step.ids[:, step.prompt_rows :]) for one in self._branches]
+        known = self._branches[0].generated
+        if step.offset != step.prompt_rows + known:
             raise InterventionError(
                 f"a pass reads position {step.offset}, but the second input has been read with "
-                f"{branch.generated} generated tokens (the key-value cache was cut, or passes were "
+                f"{known} generated tokens (the key-value cache was cut, or passes were "
                 "left out). Generate under one method from the prompt on."
             )
-        return branch.read(step.ids)
+        return [one.read(step.ids) for one in self._branches]
 
-    def _begin_branch(self, step: Step) -> "_Branch":
-        if self._branch is not None:
-            self._branch.close()
-            self._branch = None
+    def _begin_branches(self, step: Step) -> None:
+        self._close()
         if self._twin is None:
             self._twin = twin(self.model)
         seen = dict(self._seen)
         self._seen.clear()
-        if step.offset > 0:
-            second, cache = self._continued(step)
-        else:
-            second, cache = self.second(_whole(step, seen)), None
-        sessions = []
-        if cache is not None or "pixel_values" in second:
-            others = [s for s in open_sessions(self.model) if not s.edits_logits]
-            sessions = [s.again(self._twin) for s in others if s.again is not None]
-        sessions += self.impair(self._twin)
-        return _Branch(self._twin, second, sessions, cache, counts=step.offset > 0)
+        whole = None if step.offset > 0 else whole_inputs(step, seen)
+        for number, make in enumerate(self.seconds):
+            # Sessions act on all passes of a model, so each second input has a twin of its own.
+            other = self._twin if number == 0 else twin(self.model)
+            if whole is None:
+                second, cache = self._continued(step, make)
+            else:
+                second, cache = make(whole), None
+            sessions = []
+            if cache is not None or "pixel_values" in second:
+                others = [s for s in open_sessions(self.model) if not s.edits_logits]
+                sessions = [s.again(other) for s in others if s.again is not None]
+            sessions += self.impair(other)
+            branch = Branch(other, second, sessions, cache, counts=step.offset > 0)
+            self._branches.append(branch)
 
-    def _continued(self, step: Step) -> tuple[Inputs, DynamicCache | None]:
-        """Return the second input's question, and a cache with all that is before it.
+    def _continued(self, step: Step, make: Second) -> tuple[Inputs, DynamicCache | None]:
+        """Return a second input's question, and a cache with all that is before it.
 
         The whole input, and no cache, where it is text only.
         """
         before, rows = required_read_before(step)
         assert step.ids is not None
-        if self.second is not same:
-            other = before.once(self.model, self.second, self._beginning)
+        if make is not same:
+            other = before.once(self.model, make, partial(self._beginning, make))
             if other is None:
                 ids = torch.cat([before.inputs["input_ids"][rows], step.ids], dim=1)
                 mask = step.spans.real.long()
-                return self.second({"input_ids": ids, "attention_mask": mask}), None
+                return make({"input_ids": ids, "attention_mask": mask}), None
             before = other
         question = step.spans.real[:, step.offset :]
         mask = torch.cat([before.spans.real[rows], question], dim=1).long()
         inputs = {"input_ids": step.ids, "attention_mask": mask}
         return inputs, before.fork(self.model, rows)
 
-    def _beginning(self, before: Beginning) -> Beginning | None:
-        """Return the second input's beginning, None where it is text only."""
+    def _beginning(self, make: Second, before: Beginning) -> Beginning | None:
+        """Return a second input's beginning, None where it is text only."""
         assert self._twin is not None
-        second = self.second({n: one for n, one in before.inputs.items() if n != "position_ids"})
+        second = make({n: one for n, one in before.inputs.items() if n != "position_ids"})
         if "pixel_values" not in second:
             return None
         places = positions_of(self._twin, second)
@@ -264,14 +303,14 @@ class ContrastSession(Session):
         return read_beginning(self._twin, second, spans)
 
     def _reorder(self, rows: Int[Tensor, " batch"]) -> None:
-        """Have the second cache reordered with the model's, as beam search does."""
-        if self._branch is not None:
-            self._branch.reorder(rows)
+        """Have the second caches reordered with the model's, as beam search does."""
+        for branch in self._branches:
+            branch.reorder(rows)
         if self.gate is not None:
             self.gate.reorder(rows)
 
 
-def _whole(step: Step, seen: Inputs) -> Inputs:
+def whole_inputs(step: Step, seen: Inputs) -> Inputs:
     """Return a prompt's inputs, with what was seen of them before it was read."""
     assert step.ids is not None
     rows = len(step.ids)
@@ -284,64 +323,6 @@ def _whole(step: Step, seen: Inputs) -> Inputs:
             "features were passed instead), so it has no second input. Pass pixel_values."
         )
     return inputs
-
-
-class _Branch:
-    """A second input, its key-value cache, and how many generated tokens it has read.
-
-    With a ``cache`` that is filled, its inputs are what goes on from there. ``counts``: positions
-    are counted from the mask, as there may be padding before the question.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        inputs: Inputs,
-        sessions: list[Session],
-        cache: DynamicCache | None = None,
-        *,
-        counts: bool = False,
-    ) -> None:
-        self.entry: Any = find_site(model, "decoder").passes().entry
-        self.reader: Any = model if "pixel_values" in inputs else self.entry
-        self.inputs = inputs
-        self.mask = inputs["attention_mask"]
-        self.cache = DynamicCache() if cache is None else cache
-        self.counts = counts
-        self.begun, self.generated = False, 0
-        self.close = add_sessions(model, sessions)
-
-    def read(self, ids: Int[Tensor, "batch new"]) -> Logits:
-        """Read more tokens, after the prompt if it was not read yet; return the last logits."""
-        how: dict[str, Any] = {CACHE: self.cache, "use_cache": True, "logits_to_keep": 1}
-        if not self.begun:
-            self.begun = True
-            read, given = self.reader, self.inputs
-        else:
-            self.generated += ids.shape[1]
-            self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
-            read, given = self.entry, {"input_ids": ids, "attention_mask": self.mask}
-        if self.counts:
-            given = given | self._positions(given["input_ids"].shape[1])
-        return read(**given, **how).logits[:, -1]
-
-    def _positions(self, count: int) -> Inputs:
-        """Return the positions of the last tokens."""
-        whole = {"input_ids": self.mask, "attention_mask": self.mask}
-        places = positions_of(self.entry, whole)
-        return {} if places is None else {"position_ids": places[..., -count:]}
-
-    def reread(self, ids: Int[Tensor, "batch generated"]) -> Logits:
-        """Read the prompt and everything generated at once, without a cache."""
-        both = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        whole = {name: torch.cat([self.inputs[name], both[name]], dim=1) for name in both}
-        out = self.reader(**(self.inputs | whole), use_cache=False, logits_to_keep=1)
-        return out.logits[:, -1]
-
-    def reorder(self, rows: Int[Tensor, " batch"]) -> None:
-        """Take these rows, each the continuation of a row before."""
-        self.cache.reorder_cache(cast(torch.LongTensor, rows))
-        self.mask = self.mask[rows.to(self.mask.device)]
 
 
 def same(inputs: Inputs) -> Inputs:

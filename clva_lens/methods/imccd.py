@@ -22,7 +22,10 @@ steps so far, this one included. Sampling takes the first 30 of these, greedy se
 ``gate`` = "first" or "last". g is of scores, not of probabilities, so it has no unit and any sign.
 
 **Departs from the release**: the mean is taken for each sample of a batch (the release has batches
-of one), and so is what ``gate`` decides; the second input is read from its first token, where the
+of one), and so is what ``gate`` decides; of beams, each has its own mean and its own second cache,
+where the release takes one mean over all beams, does not reorder the second cache with the first
+and never gates, so that its beam search is another (the same answers once both are mended in it);
+the second input is read from its first token, where the
 release copies what its system and image rows have in common with the first, with the same result
 (as is done here where the picture was read before its questions).
 α = 0 leaves the contrast out, ``compression`` = 1 leaves CDAR out. CDAR forms the scores of text to
@@ -85,6 +88,7 @@ class IMCCD(Method):
     kernel: ClassVar[Kernel] = "eager rows"
     forwards: ClassVar[float | int] = 2
     sites: ClassVar[tuple[str, ...]] = ()
+    extended: ClassVar[tuple[str, ...]] = ("beam",)
     zero: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0, "compression": 1}
     alpha: float | int | None = None
     beta: float | int | None = None
@@ -157,8 +161,10 @@ class _CompressedDistances(Session):
         start, rows = _text_rows(call)
         keys = _at_image(call, call.key)
         count = keys.shape[2]
-        turn = self.share * (count - torch.arange(count, dtype=torch.float32, device=keys.device))
-        angle = turn[:, None] * self.rotary.inv_freq.float().to(keys.device)
+        # In float64 where there is one: angles reach hundreds of radians.
+        kind = torch.float32 if keys.device.type == "mps" else torch.float64
+        turn = self.share * (count - torch.arange(count, dtype=kind, device=keys.device))
+        angle = turn[:, None] * self.rotary.inv_freq.to(keys.device, kind)
         # Scores are linear in the keys.
         if call.softcap is not None:
             raise InterventionError(
@@ -179,7 +185,7 @@ def _turned_by(
 ) -> Float[Tensor, "batch kv_head visual width"]:
     """Return rotary keys that are turned by these angles, less the keys."""
     first, second = keys.chunk(2, dim=-1)
-    cos, sin = angle.cos() - 1, angle.sin()
+    cos, sin = (angle.cos() - 1).float(), angle.sin().float()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 

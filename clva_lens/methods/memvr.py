@@ -70,6 +70,7 @@ class MemVR(Method):
     paper: ClassVar[str] = "MemVR, arXiv:2410.03577"
     kernel: ClassVar[Kernel] = "none"
     sites: ClassVar[tuple[str, ...]] = ()
+    extended: ClassVar[tuple[str, ...]] = ("beam",)
     zero: ClassVar[Mapping[str, Any] | None] = {"ratio": 0.0}
     ratio: float | int = 0.12
     gamma: float | int = 0.75

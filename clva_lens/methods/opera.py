@@ -14,13 +14,18 @@ than r steps so far in every beam, and s ≥ 10, the search goes back to where t
 what was chosen there is ruled out, and everything else competes with its own logits, without
 a penalty. A place is returned to N times at most, then the one before it.
 
-As released. **Departs from the release**: products are summed logarithms in float64 (there float16,
-which overflows at 65504 and vanishes below 6·10⁻⁸); other tokens are impossible (there their logit
-is −999, which wins over candidates with a larger penalty); what was ruled out after the place that
-is returned to is forgotten (there, of other places); the ten is a parameter; ``window`` bounds c
-(there it bounds how far back one can go, to the same effect up to 512 tokens). The release is for
-one prompt at a time, and so is this: ``generate`` asks a batch one by one. ``weight=0`` is
-transformers' own search, all tokens being left. The paper's text was not at hand.
+**As released**, c is the argmax of scores in float16, which is a floor on what counts: where no
+product reaches 0.3, all scores vanish (below 2⁻²⁵), c is 0, and the search does not go back.
+``variant="paper"`` takes the largest product, however small, and goes back more readily.
+
+**Departs from the release**: penalties are of summed logarithms in float64 (there float16, which
+overflows at 65504); other tokens are impossible (there their logit is −999, which wins over
+candidates with a larger penalty); what was ruled out after the place that is returned to is
+forgotten (there, of other places); the ten is a parameter; ``window`` bounds c (there it bounds how
+far back one can go, to the same effect up to 512 tokens). The release is for one prompt at a time,
+and so is this: ``generate`` asks a batch one by one. ``weight=0`` is transformers' own search, all
+tokens being left. The paper's text was not at hand. The release stands on transformers 4.29, which
+divides a finished beam's score by its length with the prompt: ``cl.Beam(length="with prompt")``.
 
 Rows of one layer are formed from queries and keys, one row a pass; no pattern is. What one token
 ahead wrote to the key-value cache is taken off again; to go back, the answer is read again.
@@ -36,11 +41,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, GenerationConfig
-from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
 from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.ground.errors import InterventionError, ParameterError
-from clva_lens.methods.base import Kernel, Method, MethodHooks, register_method
+from clva_lens.methods.base import (
+    Kernel,
+    Method,
+    MethodHooks,
+    Variant,
+    check_variant,
+    register_method,
+)
 from clva_lens.methods.beams import Beams
 from clva_lens.methods.target import Target
 from clva_lens.models.decoder_passes import DecoderPasses
@@ -67,6 +78,7 @@ class OPERA(Method):
         weight: of the penalty, finite and >= 0; 0 is transformers' own beam search.
         early: >= 1: as many first tokens are judged by their attention to the image.
         window: >= 1: how many tokens back c may lie.
+        variant: whether c has to reach what float16 can hold ("released"), or not ("paper").
 
     Raises:
         ParameterError: if a parameter is out of range.
@@ -88,9 +100,11 @@ class OPERA(Method):
     weight: float | int = 1.0
     early: int = 10
     window: int = 512
+    variant: Variant = "released"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        check_variant(self.variant)
         for name, usual in (("scale", 50.0), ("weight", 1.0)):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -259,7 +273,7 @@ class OperaSearch(Session):
                 columns = columns[parents]
         finally:
             self._searching, self._row = False, None
-        return _answer(beams, generation_config)
+        return beams.output(generation_config)
 
     def _lengthen(self, columns: Columns, beams: Beams) -> Float[Tensor, "beam longer"]:
         """Return the columns' sums with the row of the token that was read, if it is one."""
@@ -290,8 +304,9 @@ class OperaSearch(Session):
             leaning = functional.pad(columns, (0, 1))
             leaning = leaning + (method.scale * row[:, beams.prompt_rows :]).log()
             leaning[:, : -method.window] = -torch.inf
-            worst, token = leaning.max(dim=1)
-            where.append(token)
+            worst = leaning.amax(dim=1)
+            counted = (FLOOR * leaning.exp()).half() if method.variant == "released" else leaning
+            where.append(counted.argmax(dim=1))
             if beams.generated < method.early:
                 found.append(-row.gather(1, visual).sum(dim=1))
             else:
@@ -375,17 +390,6 @@ def _check(
             f"OPERA takes tokens off the key-value cache again, which a {type(cache).__name__} "
             "cannot do. Leave cache_implementation unset."
         )
-
-
-def _answer(beams: Beams, config: GenerationConfig) -> Any:
-    """Return the best sequences as ``generate`` returns them."""
-    ends = config.eos_token_id
-    end = ends[0] if isinstance(ends, list) else ends
-    padding = next((one for one in (config.pad_token_id, end) if one is not None), 0)
-    sequences, scores = beams.answers(config.num_return_sequences or 1, padding)
-    if not config.return_dict_in_generate:
-        return sequences
-    return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)  # pyright: ignore
 
 
 def most_frequent(values: Int[Tensor, "*rows one"]) -> Int[Tensor, "*rows"]:

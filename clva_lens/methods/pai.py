@@ -14,7 +14,9 @@ its code. Here the default is 1, which is the attention part alone: no second in
 the logits stay as they are. Which γ the paper's tables have was not checked.
 
 **As released**, where it differs from the paper: with guidance on, the prompt's last row is left
-unedited, since a flag on the modules is cleared only after the first step: ``prompt_row=False``.
+unedited, since a flag on the modules is cleared only after the first step. So the first token, and
+a one-word answer, is that of guidance alone. That is the default; ``prompt_row=True`` edits the row
+as the paper's formula does.
 
 **Departs from the paper:** in a Q-Former, where nobody has tried it and rows have no last one, all
 queries are edited.
@@ -56,7 +58,8 @@ class PAI(Method):
             costs a second pass for each token, though of a prompt without image.
         beta: β of the guidance's cut-off, in [0, 1]; 0 cuts nothing off.
         layers: the edited layers, 0-based; None is all from layer 2 on.
-        prompt_row: whether the prompt's last row is edited too (see above).
+        prompt_row: whether the prompt's last row is edited too. None: as released, yes without
+            guidance and no with it.
         site: where; the language model's "decoder" as in the paper, or a "qformer".
 
     Raises:
@@ -74,7 +77,7 @@ class PAI(Method):
     guidance: float | int = 1.0
     beta: float | int = 0.1
     layers: Sequence[int] | None = None
-    prompt_row: bool = True
+    prompt_row: bool | None = None
     site: str = "decoder"
 
     def __post_init__(self) -> None:
@@ -115,7 +118,8 @@ class PAI(Method):
         if self.alpha == 0:
             return None
         rows = edited_rows(call, "last" if call.step.ordered else "text")
-        if not self.prompt_row:
+        edited = self._rule().is_identity if self.prompt_row is None else self.prompt_row
+        if not edited:
             old = call.query.shape[2] - call.new_rows
             position = torch.arange(call.query.shape[2], device=rows.device)
             rows = rows & (position >= old)

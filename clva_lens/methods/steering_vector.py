@@ -67,7 +67,7 @@ class SteeringVector:
             raise ParameterError("a steering vector has values that are not finite. Make it anew.")
 
     @property
-    def norms(self) -> Float[Tensor, "layer *position"]:
+    def norms(self) -> Float[Tensor, " layer *position"]:
         """The length of each direction."""
         return self.values.norm(dim=-1)
 

@@ -61,7 +61,9 @@ def test_what_each_method_decodes_with():
     beam_only = [name for name, method in METHODS.items() if method.decodings == ("beam",)]
     assert beam_only == ["opera"]
     sampled = [name for name, method in METHODS.items() if method.extended == ("greedy", "beam")]
-    assert sampled == ["icd", "only", "vcd"]
+    assert sampled == ["agla", "ed", "icd", "m3id", "only", "sid", "vcd", "vdd"]
+    beams = [name for name, method in METHODS.items() if method.extended == ("beam",)]
+    assert beams == ["dlc", "imccd", "memvr"]
 
 
 def test_a_decoding_of_ones_own_is_let_through():

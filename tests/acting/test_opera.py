@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache, partial
 
 import nnsight
+import numpy as np
 import pytest
 import torch
 from test_identity import state
@@ -95,10 +96,12 @@ def judge(pattern, length, image, generated, method):
         for row in range(column, count):
             product *= method.scale * a[length + row][length + column]
         scores.append(product)
-    token = scores.index(max(scores))
+    counted = [float(np.float16(score)) for score in scores]  # the release's floor
+    counted = scores if method.variant == "paper" else counted
+    token = counted.index(max(counted))
     if generated < method.early:
         return -sum(a[-1][j] for j in image), token
-    return scores[token], token
+    return max(scores), token
 
 
 def reference(model, ids, pixels, method):
@@ -154,9 +157,13 @@ def reference(model, ids, pixels, method):
 
 CASES = {
     "ten tokens": (cl.OPERA(candidates=3), 0),
-    "going back": (cl.OPERA(candidates=3, early=1, threshold=2), 1),
-    "to a place before": (cl.OPERA(candidates=3, early=1, threshold=2, weight=2.0), 3),
-    "often": (cl.OPERA(candidates=4, early=1, threshold=2, scale=60.0), 5),
+    "going back": (cl.OPERA(candidates=3, early=1, threshold=2, variant="paper"), 1),
+    "to a place before": (
+        cl.OPERA(candidates=3, early=1, threshold=2, weight=2.0, variant="paper"),
+        3,
+    ),
+    "often": (cl.OPERA(candidates=4, early=1, threshold=2, scale=60.0, variant="paper"), 5),
+    "above the floor": (cl.OPERA(candidates=3, early=1, threshold=2, scale=100.0), 3),
 }
 
 
@@ -168,6 +175,7 @@ CASES = {
         ("full", "sdpa", "going back"),
         ("full", "eager", "to a place before"),
         ("grouped", "sdpa", "often"),
+        ("full", "sdpa", "above the floor"),
     ],
 )
 def test_search_is_the_reference(heads, kernel, name):
@@ -193,6 +201,29 @@ def test_search_is_the_reference(heads, kernel, name):
     assert missed < ERROR
     assert effect > max(1e-3, 100 * missed)
     assert out.sequences[0].tolist() != plain(lens, prompt).sequences[0].tolist()
+
+
+def test_the_floor_of_float16():
+    """As released, a token that is hardly leant on does not count, and the search stays."""
+    lens, (method, seed) = lens_of("full", "sdpa"), CASES["above the floor"]
+    prompt = lens.prompt(picture(seed), QUESTIONS[seed % 3])
+    released, paper = (
+        searched(lens, prompt, replace(method, variant=one))[1].returns
+        for one in ("released", "paper")
+    )
+    assert len(paper) > len(released) > 0
+
+
+def test_long_answers():
+    """104 tokens: it goes back within the last third, several times, and comes to the end."""
+    lens = lens_of("full", "sdpa")
+    prompt = lens.prompt(picture(3), QUESTIONS[0])
+    method = cl.OPERA(candidates=2, scale=100.0, threshold=5)
+    out, search = searched(lens, prompt, method, num_beams=2, max_new_tokens=104)
+    assert out.sequences.shape[1] - prompt.answer_start == 104
+    assert all(now > place >= method.early for now, place in search.returns)
+    assert len(search.returns) >= 2 and max(search.returns)[0] > 64
+    assert len(search.penalties) == 104 + sum(now - place for now, place in search.returns)
 
 
 # ── transformers' search ──

@@ -138,12 +138,12 @@ def test_beam_scores_are_the_references(family):
 
 def test_beams_need_the_second_cache_in_order(monkeypatch):
     """The comparison above is not blind: without the reordering, scores are others."""
-    from clva_lens.methods.contrast import _Branch
+    from clva_lens.methods.branch import Branch
 
     lens = lens_for("llava")
     inputs, method = lens_inputs(lens), cl.VCD(alpha=1.0, beta=0.05, noise_step=400)
     right = beam_search(lens, inputs, method).sequences_scores
-    monkeypatch.setattr(_Branch, "reorder", lambda *_: None)
+    monkeypatch.setattr(Branch, "reorder", lambda *_: None)
     wrong = beam_search(lens, inputs, method).sequences_scores
     assert float((right - wrong).abs().max()) > 100 * ATOL
 

@@ -4,6 +4,8 @@ The reference (contrasting.py, rewrites.py) is float64 and has no cache; errors 
 the size of the effect, of both halves together and of the guidance alone.
 """
 
+from dataclasses import replace
+
 import contrasting
 import pytest
 import rewrites
@@ -79,6 +81,22 @@ def test_guidance_alone(family):
         decode(lens, inputs, m)[1] for m in (cl.PAI(alpha=0, guidance=1.7), TextGuidance())
     )
     assert torch.equal(one, other)
+
+
+def test_the_prompts_last_row_is_the_releases():
+    """With guidance it is left alone, so the first token is that of guidance alone; else edited."""
+    lens = lens_for("llava")
+    inputs = lens_inputs(lens)
+    for guidance, row in ((1.0, True), (1.7, False)):
+        default = cl.PAI(alpha=0.5, guidance=guidance)
+        one, same, other = (
+            decode(lens, inputs, replace(default, prompt_row=given))[1]
+            for given in (None, row, not row)
+        )
+        assert torch.equal(one, same)
+        assert float((one - other)[:, 0].nan_to_num(0, 0, 0).abs().max()) > 0.05
+    first = decode(lens, inputs, cl.PAI(guidance=1.7))[1][:, 0]
+    assert torch.equal(first, decode(lens, inputs, TextGuidance())[1][:, 0])
 
 
 def test_no_cut_off():
