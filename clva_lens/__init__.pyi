@@ -15,6 +15,7 @@ from .lens.decoding import Greedy as Greedy
 from .lens.decoding import Sampling as Sampling
 from .lens.edge_attribution import edge_attribution as edge_attribution
 from .lens.evaluate import evaluate as evaluate
+from .lens.explorer.exploring import explore as explore
 from .lens.generate import generate as generate
 from .lens.image_map import image_map as image_map
 from .lens.intervene import intervene as intervene

@@ -15,6 +15,7 @@ from rich.padding import Padding
 
 from clva_lens.experiments import commands
 from clva_lens.experiments.commands import Device, Dtype
+from clva_lens.experiments.explore_command import explore
 from clva_lens.experiments.reproduce.command import reproduce
 from clva_lens.ground.errors import ClvaLensError, ParameterError
 
@@ -383,6 +384,7 @@ def drift(
 
 
 for _command in (
+    explore,
     commands.check_model,
     commands.analyse,
     commands.records,

@@ -1,13 +1,16 @@
-"""Draw the pictures of the README and of the gallery: python docs/draw.py.
+"""Draw the pictures of the README, of the gallery and of the explorer: python docs/draw.py.
 
 The gallery shows each registered figure's own example, the data that the laws of figures are held
 against; the README's two pictures are of toy-llava.
 """
 
 import io
+import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
 from PIL import Image
 
 import clva_lens as cl
@@ -50,8 +53,30 @@ def readme(folder: Path = PICTURES) -> None:
     save(cl.scan(model, asked, progress=False).draw(), folder / "scan.png", 90)
 
 
+def explorer(folder: Path = PICTURES) -> None:
+    """Take a picture of the explorer's page, with the browser that playwright finds."""
+    from playwright.sync_api import sync_playwright
+
+    model = cl.load("toy-llava")
+    scene, kind = scene_of_the_readme()
+    marked = torch.as_tensor(scene.patches(kind)).flatten().bool()
+    asked = model.prompt(render(scene), "describe the image.")
+    told = cl.explore(model, asked, cl.CLVA(), objects=marked)
+    with TemporaryDirectory() as place, sync_playwright() as driver:
+        path = told.to_html(Path(place) / "page.html")
+        browser = driver.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport={"width": 1280, "height": 750}, reduced_motion="reduce")
+        page.goto(path.as_uri())
+        page.get_by_role("button", name="bicycle").click()
+        shot = Image.open(io.BytesIO(page.screenshot()))
+        browser.close()
+    shot.convert("RGB").save(folder / "explorer.png", optimize=True)
+
+
 if __name__ == "__main__":
-    if "--readme" not in sys.argv:
-        gallery()
-    if "--gallery" not in sys.argv:
-        readme()
+    parts = {"--gallery": gallery, "--readme": readme, "--explorer": explorer}
+    for name, draw in parts.items():
+        if name in sys.argv or len(sys.argv) == 1:
+            draw()

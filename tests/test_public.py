@@ -62,6 +62,7 @@ def test_public_names():
         "direct_logit_attribution",
         "edge_attribution",
         "evaluate",
+        "explore",
         "figures",
         "generate",
         "head_means",

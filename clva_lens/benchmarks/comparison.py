@@ -205,6 +205,20 @@ def compare(
     )
 
 
+def changed_answers(score_a: Score, score_b: Score) -> tuple[list[str], list[str]]:
+    """Return the ids that B fixed, wrong under A and right under B, and those that it broke.
+
+    Raises:
+        BenchmarkError: if the scores cannot be compared (``compare``).
+    """
+    how = ROW_KINDS.get(_kind(score_a, score_b))
+    rows_a, rows_b = _paired_rows(score_a, score_b, how.same)
+    right_a, right_b = (how.columns(rows).correct > 0 for rows in (rows_a, rows_b))
+    ids = [row["id"] for row in rows_a]
+    fixed = [ids[place] for place in np.flatnonzero(~right_a & right_b)]
+    return fixed, [ids[place] for place in np.flatnonzero(right_a & ~right_b)]
+
+
 def metric_intervals(score: Score, confidence: float = 0.95) -> dict[str, Interval]:
     """Return the metrics that runs of this kind are compared by, each with its interval.
 

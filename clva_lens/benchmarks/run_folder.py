@@ -24,7 +24,7 @@ from clva_lens.benchmarks.comparison import metric_intervals
 from clva_lens.benchmarks.lines import each_line, sha256_of_lines
 from clva_lens.benchmarks.readouts import require_margins_for
 from clva_lens.benchmarks.sample_rows import as_samples
-from clva_lens.ground.drawn import SelfDrawn, drawing
+from clva_lens.ground.drawn import SelfDrawn, drawing, gallery
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.files import sha256
 from clva_lens.ground.settings import restore_settings
@@ -72,6 +72,21 @@ class Report(SelfDrawn):
             if math.isfinite(one.estimate)
         ]
         return drawing("scores")(rows, title=self.title)
+
+    def explore(self, model: Any, against: "Report", folder: str | Path, **options: Any) -> Path:
+        """Write a gallery of the questions that this run's method fixed and broke; return its page.
+
+        ``against`` is the run of the model alone, ``model`` that of both. Each question has its
+        photo, maps, margins, and a page to touch (``cl.explore``), all in ``folder``, which open
+        from disk. ``options``: ``most``, how many of each (12), those whose margins moved most;
+        ``method``, where it cannot be made again from the record; ``knock_outs`` and ``progress``
+        as in ``cl.explore``.
+
+        Raises:
+            BenchmarkError: if the runs cannot be compared, or the samples are not there.
+            ParameterError: if the method of the record cannot be made again.
+        """
+        return gallery()(self, model, against, folder, **options)
 
     def _repr_png_(self) -> bytes | None:
         """Return the picture that a notebook shows; none of what has no intervals."""

@@ -15,6 +15,11 @@ def on_photo() -> Callable[..., Any]:
     return import_module("clva_lens.lens.overlay").overlay
 
 
+def gallery() -> Callable[..., Any]:
+    """Return ``gallery_of``, which writes a page for each question that a method changed."""
+    return import_module("clva_lens.lens.explorer.gallery").gallery_of
+
+
 class SelfDrawn:
     """A result with ``draw()``, which a notebook shows as a picture."""
 

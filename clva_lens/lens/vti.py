@@ -131,7 +131,7 @@ def _vector(model: LensModel, values: Tensor, stack: Any, told: dict[str, Any]) 
     return SteeringVector(values.float(), layers, "resid_post", stack, told, sample)
 
 
-def with_component(differences: Float[Tensor, "demo *axes"]) -> Float[Tensor, "*axes"]:
+def with_component(differences: Float[Tensor, " demo *axes"]) -> Float[Tensor, "*axes"]:
     """Return the mean of differences and their first principal component, a unit vector, together.
 
     The component is of all axes together and points the way the mean does; of a single
