@@ -40,6 +40,7 @@ from .lens.trace import composed_saliency as composed_saliency
 from .lens.trace import head_means as head_means
 from .lens.trace import trace_attention as trace_attention
 from .lens.vti import vti as vti
+from .lens.workers import Ray as Ray
 from .methods.ablation import AblateHeads as AblateHeads
 from .methods.agla import AGLA as AGLA
 from .methods.ascd import ASCD as ASCD

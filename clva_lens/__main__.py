@@ -6,14 +6,15 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, cast
+from typing import Annotated, ParamSpec, cast
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
-from clva_lens.experiments import commands
+from clva_lens.experiments import commands, run_commands
+from clva_lens.experiments.arguments import Settings, benchmark_of
 from clva_lens.experiments.commands import Device, Dtype
 from clva_lens.experiments.explore_command import explore
 from clva_lens.experiments.reproduce.command import reproduce
@@ -30,43 +31,6 @@ app = typer.Typer(
 )
 toy = typer.Typer(help="The embedded toy models.", no_args_is_help=True)
 app.add_typer(toy, name="toy")
-
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="A setting of the benchmark, as parser=strict; repeatable."),
-]
-
-
-def _benchmark(name: str, settings: list[str] | None) -> Any:
-    """Return a registered benchmark with some of its settings changed."""
-    from clva_lens.benchmarks.base import BENCHMARKS
-    from clva_lens.ground.settings import parse_settings
-
-    found = BENCHMARKS.get(name)
-    return replace(found, **parse_settings(type(found), settings or []))
-
-
-def _method(name: str, parameters: list[str] | None) -> Any:
-    """Return a registered method with these parameters, or None for "none"."""
-    from clva_lens.ground.settings import parse_settings
-    from clva_lens.methods.base import METHODS
-
-    if name != "none":
-        kind = METHODS.get(name)
-        return kind(**parse_settings(kind, parameters or []))
-    if parameters:
-        raise ParameterError(f"-p {parameters[0]} was given without a method. Pass --method too.")
-    return None
-
-
-def _decoding(name: str, parameters: list[str] | None, max_new_tokens: int) -> Any:
-    """Return a decoding with these parameters."""
-    from clva_lens.ground.settings import parse_settings
-    from clva_lens.lens.decoding import DECODINGS
-
-    kind = DECODINGS.get(name)
-    given = parse_settings(kind, parameters or [])
-    return kind(**{"max_new_tokens": max_new_tokens, **given})
 
 
 def friendly(command: Callable[P, None]) -> Callable[P, None]:
@@ -120,69 +84,6 @@ def demo(
 
 @app.command()
 @friendly
-def run(
-    benchmark: Annotated[str, typer.Option(help="A name from clva-lens benchmarks.")],
-    out: Annotated[Path, typer.Option(help="The folder of the run.")],
-    model: Annotated[str, typer.Option(help="A toy name, a Hub id or a folder.")] = "toy-llava",
-    method: Annotated[str, typer.Option(help="A method, or none.")] = "none",
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option("--parameter", "-p", help="Of the method, as alpha=10; repeatable."),
-    ] = None,
-    settings: Settings = None,
-    decoding: Annotated[str, typer.Option(help="greedy, beam or sampling.")] = "greedy",
-    decoding_parameter: Annotated[
-        list[str] | None,
-        typer.Option("--decoding-parameter", "-d", help="As num_beams=3; repeatable."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="The benchmark's, if not given.", min=1)
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="So many samples only.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Which samples a limit takes.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Questions at a time.", min=1)] = 16,
-    share: Annotated[bool, typer.Option(help="Read a picture once for its questions.")] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in the folder, if there is one.")
-    ] = False,
-    keep_failed: Annotated[bool, typer.Option("--keep-failed", help="As they are.")] = False,
-    max_failed: Annotated[
-        float, typer.Option(help="End the run if more fail, as a share.", min=0, max=1)
-    ] = 0.1,
-    device: Device = None,
-    dtype: Dtype = None,
-) -> None:
-    """Run a benchmark and keep every answer; a run that was killed goes on with --resume."""
-    from clva_lens.benchmarks.run_writing import check_folder
-    from clva_lens.lens.asking import Asking
-    from clva_lens.lens.evaluate import check_images, run_benchmark
-    from clva_lens.lens.load import check_device, load
-
-    # Everything that can be wrong is looked at before the model is loaded.
-    chosen = _benchmark(benchmark, settings)
-    asking = Asking(
-        method=_method(method, parameter),
-        decoding=_decoding(decoding, decoding_parameter, max_new_tokens or chosen.max_new_tokens),
-        batch_size=batch_size,
-        limit=limit,
-        seed=seed,
-        share="picture" if share else None,
-    )
-    check_folder(out, resume)
-    check_device(device)
-    check_images(chosen.samples(limit, seed))
-    try:
-        lens = load(model, dtype=dtype, device_map=device)
-        options = {"out": out, "resume": resume, "keep_failed": keep_failed}
-        report = run_benchmark(lens, chosen, asking, max_failed=max_failed, **options)
-    except KeyboardInterrupt:
-        Console(stderr=True).print(f"Stopped. Continue with the same command and --resume ({out}).")
-        raise typer.Exit(130) from None
-    Console().print(repr(report), markup=False, highlight=False)
-
-
-@app.command()
-@friendly
 def score(
     folder: Annotated[Path | None, typer.Argument(help="The folder of a run.")] = None,
     settings: Settings = None,
@@ -207,7 +108,7 @@ def score(
     if (folder is None) == (answers is None) or (answers is None) != (benchmark is None):
         raise ParameterError("Pass the folder of a run, or --answers FILE with --benchmark NAME.")
     if answers is not None and benchmark is not None:
-        report = runs.score_answers(_benchmark(benchmark, settings), answers)
+        report = runs.score_answers(benchmark_of(benchmark, settings), answers)
     else:
         assert folder is not None
         report = again(folder)
@@ -392,6 +293,9 @@ for _command in (
     commands.verify,
     commands.figures,
     reproduce,
+    run_commands.run,
+    run_commands.merge,
+    run_commands.sweep,
 ):
     _name = _command.__name__.replace("_", "-")
     app.command(_name)(friendly(cast(Callable[..., None], _command)))

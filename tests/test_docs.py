@@ -73,12 +73,20 @@ def errors_said(names):
     assert "was called outside a trace" in names["said"]
 
 
+def planned(names):
+    """The table is what the code above it counts, on the shapes of three published models."""
+    page = pages.text_of("docs/scale.md")
+    assert len(names["lines"]) == 3 and all(f"\n{line}\n" in page for line in names["lines"])
+    assert 0.05 < names["gigabytes"] < 2
+
+
 CHECKS = {
     "adding": [added],
     "looking": [looked],
     "acting": [acted],
     "answering": [answered],
     "errors": [errors_said],
+    "scale": [planned],
 }
 
 

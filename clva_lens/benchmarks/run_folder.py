@@ -155,7 +155,7 @@ def score(folder: str | Path, **settings: Any) -> Report:
     run = read_run(folder)
     benchmark = benchmark_of(run.record, settings)
     require_margins_for(benchmark.settings, run.record["settings"])
-    return _report(benchmark, run.samples, run.answers, run.record)
+    return report_of(benchmark, run.samples, run.answers, run.record)
 
 
 def score_answers(benchmark: Benchmark, path: Path) -> Report:
@@ -165,15 +165,16 @@ def score_answers(benchmark: Benchmark, path: Path) -> Report:
         BenchmarkError: if the benchmark cannot read the file, or it is not about its samples.
     """
     samples, answers = benchmark.read_scored(path)
-    return _report(benchmark, samples, answers, {})
+    return report_of(benchmark, samples, answers, {})
 
 
-def _report(
+def report_of(
     benchmark: Benchmark,
     samples: Sequence[Sample],
     answers: Sequence[Answer],
     record: Mapping[str, Any],
 ) -> Report:
+    """Return the report of answers, with the variant of the benchmark that they are judged by."""
     judged = judge(benchmark, samples, answers)
     variant = {
         "benchmark": benchmark.name,

@@ -26,7 +26,7 @@ from clva_lens.experiments.drift_nulls import (
 )
 from clva_lens.experiments.toy_measures import question_samples
 from clva_lens.ground.errors import ParameterError
-from clva_lens.ground.files import Row
+from clva_lens.ground.files import Row, taking_place
 from clva_lens.lens.evaluate import evaluate
 from clva_lens.lens.load import LensModel, load
 from clva_lens.methods.clva import CLVA
@@ -173,10 +173,9 @@ def measure_organisms(
             ends = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
             value = "undefined" if row["value"] is None else f"{row['value']:+.3f}"
             say(f"{trained.name}: {row['what']}, {row['run']}: {value}{ends} (n = {row['n']})")
-    part = out.with_name(f"{out.name}.part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(COLUMNS + TOLD), lineterminator="\n")
+    columns: list[str] = [*COLUMNS, *TOLD]
+    with taking_place(out) as part, part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(out)
     return rows

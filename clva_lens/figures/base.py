@@ -80,7 +80,8 @@ class Arranged(ConstrainedLayoutEngine):
         super().execute(fig)
         for axes in fig.axes:
             place = axes.get_position(original=True).get_points().round(12)
-            axes._set_position(Bbox(place), which="original")
+            move: Any = axes._set_position  # pyright: ignore[reportAttributeAccessIssue]
+            move(Bbox(place), which="original")
 
 
 class Drawing(Figure):

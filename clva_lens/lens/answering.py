@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from clva_lens.benchmarks.base import Answer, Benchmark, Sample, judge
 from clva_lens.benchmarks.readouts import TEXT
@@ -33,11 +33,60 @@ _FAULTS = {
 }
 
 
+class Asker(Protocol):
+    """What a run is answered by: this process (``Answering``), or several."""
+
+    record: dict[str, Any]
+
+    def stretches(self) -> list[range]:
+        """Return which samples are asked at once, in their order."""
+        ...
+
+    def begin(self, due: Sequence[range]) -> None:
+        """Be told which samples are due, in whole batches, before the first is asked for."""
+        ...
+
+    def batches(self, due: Sequence[range]) -> Iterator[tuple[int, list[Answer]]]:
+        """Yield the answers to these batch by batch, in their order, with each one's place."""
+        ...
+
+    def report(self, answers: Sequence[Answer]) -> Report:
+        """Return the report of all answers."""
+        ...
+
+
 @dataclass
+class Failures:
+    """How many of ``count`` samples failed, which may be a share of ``most``."""
+
+    count: int
+    most: float
+    seen: list[str] = field(default_factory=list)
+
+    def add(self, errors: Sequence[str | None]) -> None:
+        """Count these.
+
+        Raises:
+            BenchmarkError: if more of all samples failed than may, whatever their order.
+        """
+        self.seen += [error for error in errors if error is not None]
+        failed = len(self.seen)
+        if failed >= FEW and failed > self.most * self.count:
+            raise BenchmarkError(
+                f"{failed} of {self.count} samples failed, more than max_failed={self.most} of "
+                f"them, so the run was ended. The last failed with: {self.seen[-1]} Mend what "
+                "is wrong and run again (a run in a folder has kept its answers, and goes on with "
+                "resume=True, --resume), or allow more with max_failed=1 (--max-failed 1)."
+            )
+
+
+@dataclass(kw_only=True)
 class Answering:
     """The questions of a run to a model, about ``pictures``, one for each sample.
 
-    ``keys`` is what these are known by, ``seconds`` the time spent in the model so far.
+    ``record`` is what decides the answers, ``keys`` what the pictures are known by, ``count`` how
+    many samples ``max_failed`` is a share of, if not of all; ``seconds`` is the time spent in the
+    model so far.
     """
 
     model: LensModel
@@ -45,43 +94,52 @@ class Answering:
     samples: Sequence[Sample]
     pictures: Sequence[Any]
     asking: Asking
-    progress: bool
-    max_failed: float
+    record: dict[str, Any]
     prefixes: Prefixes
     keys: Sequence[Hashable]
+    progress: bool = False
+    max_failed: float = 1.0
+    count: int | None = None
     seconds: float = 0.0
-    failures: list[str] = field(default_factory=list)
     likeliest: list[int | None] = field(default_factory=list)
+
+    def begin(self, due: Sequence[range]) -> None:
+        """Nothing is done ahead."""
 
     def stretches(self) -> list[range]:
         """Return which samples are asked at once."""
         keys = None if self.asking.share is None else self.keys
         return batches(len(self.samples), self.asking.batch_size, keys)
 
-    def batches(self, due: range) -> Iterator[tuple[int, list[Answer]]]:
-        """Yield the answers to a stretch of the samples batch by batch, with each one's place.
-
-        The samples before are passed over and not left out: what is drawn for a sample depends on
-        its place among all.
+    def batches(self, due: Sequence[range]) -> Iterator[tuple[int, list[Answer]]]:
+        """Yield the answers to stretches of the samples batch by batch, with each one's place.
 
         Raises:
             BenchmarkError: if the machine is at fault, or too many samples failed.
         """
+        failures = Failures(self.count or len(self.samples), self.max_failed)
+        for stretch in due:
+            for place, answers in self._stretch(stretch):
+                yield place, answers
+                failures.add([answer.error for answer in answers])
+
+    def _stretch(self, due: range) -> Iterator[tuple[int, list[Answer]]]:
         chats = self.model.family.chats
+        part = slice(due.start, due.stop)
         asked = [
             (picture, s.question, s.system if chats else None)
-            for s, picture in zip(self.samples[: due.stop], self.pictures, strict=False)
+            for s, picture in zip(self.samples[part], self.pictures[part], strict=True)
         ]
         done = due.start
         options = {
             "progress": self.progress,
-            "done": done,
+            "first": done,
             "record_errors": True,
             "prefixes": self.prefixes,
-            "keys": self.keys[: due.stop],
+            "keys": self.keys[part],
         }
-        with closing(generate_batches(self.model, asked, self.asking, **options)) as made:
-            try:
+        try:
+            with closing(generate_batches(self.model, asked, self.asking, **options)) as made:
                 for batch in made:
                     self.seconds += batch.seconds
                     self.likeliest += batch.likeliest
@@ -89,44 +147,41 @@ class Answering:
                     ids = [sample.id for sample in self.samples[done : done + len(batch.texts)]]
                     yield done, [Answer(i, *one) for i, one in zip(ids, answered, strict=True)]
                     done += len(ids)
-                    self._require_few_failures(batch.errors)
-            except Exception as error:
-                said = _FAULTS.get(machine_fault(error) or "")
-                if said is None:
-                    raise
-                size = self.asking.batch_size
-                raise BenchmarkError(said.format(place=done + 1, size=size, error=error)) from error
+        except Exception as error:
+            said = _FAULTS.get(machine_fault(error) or "")
+            if said is None:
+                raise
+            size = self.asking.batch_size
+            raise BenchmarkError(said.format(place=done + 1, size=size, error=error)) from error
 
-    def report(self, answers: Sequence[Answer], record: dict[str, Any]) -> Report:
+    def report(self, answers: Sequence[Answer]) -> Report:
         """Return the report of all answers; warn of first tokens that its readout does not read."""
         tokens = self.asking.margin
         if tokens is not None and self.benchmark.settings["readout"] != TEXT:
             warn_of_others(self.likeliest, tokens, self.model.words)
         score = judge(self.benchmark, self.samples, answers)
-        return Report(score.metrics, score.rows, {**record, "seconds": self.seconds})
+        return Report(score.metrics, score.rows, {**self.record, "seconds": self.seconds})
 
-    def _require_few_failures(self, errors: Sequence[str | None]) -> None:
-        """Raise if more of all samples failed than may, whatever their order, with these."""
-        self.failures += [error for error in errors if error is not None]
-        failed, count = len(self.failures), len(self.samples)
-        if failed >= FEW and failed > self.max_failed * count:
-            raise BenchmarkError(
-                f"{failed} of {count} samples failed, more than max_failed={self.max_failed} of "
-                f"them, so the run was ended. The last failed with: {self.failures[-1]} Mend what "
-                "is wrong and run again (a run in a folder has kept its answers, and goes on with "
-                "resume=True, --resume), or allow more with max_failed=1 (--max-failed 1)."
-            )
+
+def others_among(likeliest: Sequence[int | None], tokens: AnswerTokens) -> Counter[int]:
+    """Return the likeliest first tokens that are neither a yes nor a no of the readout's."""
+    known = {*tokens.yes, *tokens.no}
+    return Counter(one for one in likeliest if one is not None and one not in known)
 
 
 def warn_of_others(likeliest: Sequence[int | None], tokens: AnswerTokens, words: Any) -> None:
     """Warn if the likeliest first token of an answer is neither a yes nor a no of the readout's."""
-    known = {*tokens.yes, *tokens.no, None}
-    others = Counter(one for one in likeliest if one not in known)
+    others = others_among(likeliest, tokens)
+    shown = [words.decode([one]) for one, _ in others.most_common(3)]
+    warn_of(others.total(), len(likeliest), shown)
+
+
+def warn_of(others: int, answers: int, words: Sequence[str]) -> None:
+    """Warn of first tokens that a readout does not read, if there are any."""
     if others:
-        shown = ", ".join(repr(words.decode([one])) for one, _ in others.most_common(3))
         warnings.warn(
-            f"the likeliest first token of {others.total()} of {len(likeliest)} answers is neither "
-            f"a yes nor a no that the readout compares, but {shown}. Its predictions are not what "
-            "the model says there: look at the answers, or score with readout='text'.",
-            stacklevel=3,
+            f"the likeliest first token of {others} of {answers} answers is neither a yes nor a no "
+            f"that the readout compares, but {', '.join(map(repr, words))}. Its predictions are "
+            "not what the model says there: look at the answers, or score with readout='text'.",
+            stacklevel=4,
         )

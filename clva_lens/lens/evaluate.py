@@ -1,31 +1,26 @@
 """A benchmark run: samples to prompts, prompts to answers, answers to a score with its record."""
 
-from collections.abc import Generator, Hashable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 from clva_lens.benchmarks.base import BENCHMARKS, Answer, Benchmark, Sample, judge
-from clva_lens.benchmarks.run_folder import Report, class_name
-from clva_lens.benchmarks.run_writing import ORIGIN, open_run
-from clva_lens.ground.checkout import origin
+from clva_lens.benchmarks.run_folder import Report
+from clva_lens.benchmarks.run_writing import open_run
+from clva_lens.benchmarks.shards import Shard, check_sharded
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.parameters import check_arguments
-from clva_lens.lens.answering import Answering
+from clva_lens.lens.answering import Asker
 from clva_lens.lens.asking import Asking, Share
-from clva_lens.lens.decoding import Decoding, told
-from clva_lens.lens.facts import QUESTION
+from clva_lens.lens.decoding import Decoding
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.margins import AnswerTokens, readout_tokens
-from clva_lens.lens.provenance import describe, identity, machine
-from clva_lens.lens.sharing import Prefixes, picture_keys, shared
+from clva_lens.lens.preparing import prepare
+from clva_lens.lens.sharing import Prefixes
+from clva_lens.lens.workers import Pool, Ray
 from clva_lens.methods.base import Method, MethodLike, as_method
-from clva_lens.methods.target import Target
 
-_END = 16
-"""Characters of a prompt's end, after which an answer begins."""
 MAX_FAILED = 0.1
 
 
@@ -46,6 +41,7 @@ def evaluate(
     resume: bool = False,
     keep_failed: bool = False,
     max_failed: float = MAX_FAILED,
+    engine: Ray | None = None,
 ) -> Report: ...
 @overload
 def evaluate(
@@ -64,6 +60,7 @@ def evaluate(
     resume: bool = False,
     keep_failed: bool = False,
     max_failed: float = MAX_FAILED,
+    engine: Ray | None = None,
 ) -> list[Report]: ...
 def evaluate(
     model: LensModel,
@@ -81,6 +78,7 @@ def evaluate(
     resume: bool = False,
     keep_failed: bool = False,
     max_failed: float = MAX_FAILED,
+    engine: Ray | None = None,
 ) -> Report | list[Report]:
     """Return the report of ``model`` on a ``benchmark``, by name too, under ``method`` if given.
 
@@ -92,10 +90,10 @@ def evaluate(
     together, and it is read once ("tower": by the vision tower), up to what another batch size
     makes; or the record has why not.
 
-    With ``out`` every answer is written to that folder as it comes (see
-    ``clva_lens.benchmarks.run_folder``), and ``resume`` continues a run that was stopped, however
-    it was stopped; the answers and the score are then those of a run that was not. Samples that
-    failed are asked again, at their places, unless ``keep_failed``.
+    With ``out`` every answer is written to that folder as it comes (see ``benchmarks.run_folder``),
+    and ``resume`` continues a run, however it was stopped; answers and score are then those of a
+    run that was not. Samples that failed are asked again, at their places, unless ``keep_failed``.
+    With ``engine=cl.Ray(...)`` several processes ask, and the files are the same.
 
     A sample that fails (a broken picture, a prompt that is too long, an exception in the model) is
     asked again alone, and is then recorded with its error, scored as wrong, and counted as
@@ -115,20 +113,18 @@ def evaluate(
     """
     chosen = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
     check_arguments(evaluate, max_failed=max_failed)
-    asking = Asking(
-        method=as_method(method),
-        decoding=decoding,
-        batch_size=batch_size,
-        limit=limit,
-        seed=seed,
-        share=share,
-    )
+    common = {"batch_size": batch_size, "limit": limit, "seed": seed, "share": share}
+    asking = Asking(method=as_method(method), decoding=decoding, **common)
+    each = [asking]
+    if methods is not None:
+        each = [replace(asking, method=one) for one in _each_method(method, methods)]
+    folders = [out] * len(each)
+    if methods is not None and out is not None:
+        folders = [Path(out) / str(place) for place in range(len(each))]
     options = {"resume": resume, "keep_failed": keep_failed, "max_failed": max_failed}
-    if methods is None:
-        return run_benchmark(model, chosen, asking, progress=progress, out=out, **options)
-    each = [replace(asking, method=one) for one in _each_method(method, methods)]
-    folders = [None if out is None else Path(out) / str(place) for place in range(len(each))]
-    return run_side_by_side(model, chosen, each, folders, progress=progress, **options)
+    with nullcontext(model) if engine is None else engine.of(model) as asked:
+        reports = run_side_by_side(asked, chosen, each, folders, progress=progress, **options)
+    return reports[0] if methods is None else reports
 
 
 def _each_method(
@@ -143,7 +139,7 @@ def _each_method(
 
 
 def run_benchmark(
-    model: LensModel,
+    model: LensModel | Pool,
     benchmark: Benchmark,
     asking: Asking,
     *,
@@ -160,43 +156,31 @@ def run_benchmark(
 
 
 def run_side_by_side(
-    model: LensModel,
+    model: LensModel | Pool,
     benchmark: Benchmark,
     askings: Sequence[Asking],
     outs: Sequence[str | Path | None],
     *,
     progress: bool = True,
-    **options: Any,
+    resume: bool = False,
+    keep_failed: bool = False,
+    max_failed: float = MAX_FAILED,
 ) -> list[Report]:
     """Return the reports of several ways to ask the same questions, batch by batch in turn.
 
-    They share what is read of the pictures. ``options`` are the others of ``run_benchmark``.
+    They share what is read of the pictures. Options are those of ``run_benchmark``.
     """
-    samples: dict[tuple[int | None, int], list[Sample]] = {}
-    for asking in askings:
-        which = asking.limit, asking.seed
-        if which not in samples:
-            samples[which] = benchmark.samples(*which)
-            check_images(samples[which])
-    prefixes = Prefixes()
+    _check_options(outs, resume, keep_failed, max_failed)
+    samples = [_samples(benchmark, asking) for asking in askings]
+    askers = _askers(model, benchmark, askings, samples, outs, progress, max_failed)
     reports: list[Report | None] = [None] * len(askings)
     with ExitStack() as open_runs:
+        options = {"resume": resume, "keep_failed": keep_failed}
         running = {
             place: open_runs.enter_context(
-                closing(
-                    _asked(
-                        model,
-                        benchmark,
-                        asking,
-                        samples[asking.limit, asking.seed],
-                        prefixes,
-                        progress=progress and place == 0,
-                        out=outs[place],
-                        **options,
-                    )
-                )
+                closing(_asked(asker, samples[place], out=outs[place], **options))
             )
-            for place, asking in enumerate(askings)
+            for place, asker in enumerate(askers)
         }
         while running:
             for place, run in list(running.items()):
@@ -208,27 +192,71 @@ def run_side_by_side(
     return [report for report in reports if report is not None]
 
 
-def _asked(
+def _askers(
+    model: LensModel | Pool,
+    benchmark: Benchmark,
+    askings: Sequence[Asking],
+    samples: Sequence[Sequence[Sample]],
+    outs: Sequence[str | Path | None],
+    progress: bool,
+    max_failed: float,
+) -> Sequence[Asker]:
+    """Return what asks each way: this process, or the workers of a pool."""
+    if isinstance(model, Pool):
+        options = {"progress": progress, "max_failed": max_failed}
+        return model.askers(benchmark, askings, samples, **options)
+    prefixes = Prefixes()
+    return [
+        prepare(
+            model,
+            benchmark,
+            asking,
+            samples[place],
+            prefixes=prefixes,
+            progress=progress and place == 0,
+            max_failed=max_failed,
+            kept=outs[place] is not None,
+        )
+        for place, asking in enumerate(askings)
+    ]
+
+
+def run_shard(
     model: LensModel,
     benchmark: Benchmark,
     asking: Asking,
-    samples: Sequence[Sample],
-    prefixes: Prefixes,
+    shard: Shard,
+    out: str | Path,
     *,
-    progress: bool,
-    out: str | Path | None,
+    progress: bool = True,
     resume: bool = False,
     keep_failed: bool = False,
     max_failed: float = MAX_FAILED,
-) -> Generator[None, None, Report]:
-    """Ask one batch after the other; return the report."""
-    asking = _with_margin(asking.fitted(model, benchmark.max_new_tokens), model, benchmark)
-    pictures = [benchmark.picture(sample) for sample in samples]
-    keys = picture_keys(pictures)
-    asking, unshared = _sharing(model, asking, keys)
-    if asking.method is not None:  # an error of the settings is no sample's error
-        asking.method.sessions(Target(model.hf_model, model.processor))
-    if resume and out is None:
+) -> Path:
+    """Ask one shard of a run; return its folder, ``out/shards/NUMBER``, for ``merge``.
+
+    Options are those of ``run_benchmark``; ``max_failed`` is a share of the shard's samples.
+
+    Raises:
+        BenchmarkError: as ``evaluate`` does, or if the folder holds another shard.
+    """
+    _check_options([out], resume, keep_failed, max_failed)
+    check_sharded(Path(out))
+    samples = _samples(benchmark, asking)
+    asker = prepare(model, benchmark, asking, samples, progress=progress, max_failed=max_failed)
+    folder, own = shard.folder(Path(out)), shard.part(asker.stretches())
+    asker.count = sum(map(len, own))
+    with open_run(folder, asker.record, samples, own, resume, keep_failed, shard) as run:
+        for place, batch in asker.batches(run.due):
+            run.write(place, batch)
+        run.finish_shard(asker.seconds)
+    return folder
+
+
+def _check_options(
+    outs: Sequence[str | Path | None], resume: bool, keep_failed: bool, max_failed: float
+) -> None:
+    if resume and None in outs:
         raise ParameterError("resume=True was passed without a folder. Pass out='…' with it.")
     if keep_failed and not resume:
         raise ParameterError(
@@ -240,79 +268,44 @@ def _asked(
             f"max_failed must be a share from 0 to 1, but is {max_failed}. Pass {MAX_FAILED}, or 1 "
             "to let every sample fail."
         )
+
+
+def _samples(benchmark: Benchmark, asking: Asking) -> list[Sample]:
+    """Return the samples that are asked, which can be scored, and whose pictures are there."""
+    samples = benchmark.samples(asking.limit, asking.seed)
+    check_images(samples)
     # A setting that cannot be scored should not be found out after hours of answers.
     judge(benchmark, samples, [Answer(sample.id, "", 0.0) for sample in samples])
-    record = _record(model, benchmark, asking, len(samples))
-    if unshared is not None:
-        record["unshared"] = unshared
-    answering = Answering(
-        model, benchmark, samples, pictures, asking, progress, max_failed, prefixes, keys
-    )
+    return samples
+
+
+def _asked(
+    asker: Asker,
+    samples: Sequence[Sample],
+    *,
+    out: str | Path | None,
+    resume: bool = False,
+    keep_failed: bool = False,
+) -> Generator[None, None, Report]:
+    """Ask one batch after the other, after a first step in which none is; return the report."""
     if out is None:
-        answers: list[Answer] = []
-        for _, batch in answering.batches(range(len(samples))):
+        due, answers = [range(len(samples))], []
+        asker.begin(due)
+        yield
+        for _, batch in asker.batches(due):
             answers += batch
             yield
-        return answering.report(answers, record)
-    record |= {**identity(model), ORIGIN: origin()}
-    stretches = answering.stretches()
-    with open_run(Path(out), record, samples, stretches, resume, keep_failed) as run:
-        for due in run.due:
-            for place, batch in answering.batches(due):
-                run.write(place, batch)
-                yield
-        report = answering.report(run.answers, record)
+        return asker.report(answers)
+    stretches = asker.stretches()
+    with open_run(Path(out), asker.record, samples, stretches, resume, keep_failed) as run:
+        asker.begin(run.due)
+        yield
+        for place, batch in asker.batches(run.due):
+            run.write(place, batch)
+            yield
+        report = asker.report(run.answers)
         run.finish(report)
     return report
-
-
-def _sharing(
-    model: LensModel, asking: Asking, keys: Sequence[Hashable]
-) -> tuple[Asking, str | None]:
-    """Return how to ask, and why not all is shared where that was wanted."""
-    if all(one != next_one for one, next_one in pairwise(keys)):
-        return replace(asking, share=None), None
-    kind, unshared = shared(model, asking.method, asking.share)
-    return replace(asking, share=kind), unshared
-
-
-def _with_margin(asking: Asking, model: LensModel, benchmark: Benchmark) -> Asking:
-    """Return how to ask, with the tokens that the benchmark's readout compares."""
-    readout = benchmark.settings.get("readout")
-    if readout is None:
-        return asking
-    processor: Any = model.processor
-    end = model.family.ask(processor, QUESTION, None)[-_END:]
-    return replace(asking, margin=readout_tokens(model.words, readout, end))
-
-
-def _spelled(tokens: AnswerTokens, words: Any) -> dict[str, dict[str, int]]:
-    """Return the tokens by their names in the vocabulary."""
-    pairs = tokens._asdict().items()
-    return {
-        word: dict(zip(words.convert_ids_to_tokens(ids), ids, strict=True)) for word, ids in pairs
-    }
-
-
-def _record(model: LensModel, benchmark: Benchmark, asking: Asking, samples: int) -> dict[str, Any]:
-    """Return what decides the answers, as a run's record has it."""
-    return {
-        "benchmark": benchmark.name,
-        "benchmark_class": class_name(type(benchmark)),
-        "benchmark_version": benchmark.version,
-        "settings": benchmark.settings,
-        "data": benchmark.digests(),
-        "samples": samples,
-        "limit": asking.limit,
-        "seed": asking.seed,
-        "model": model.name,
-        "method": describe(asking.method),
-        "decoding": told(asking.how, model.hf_model, model.words),
-        "margin": asking.margin and _spelled(asking.margin, model.words),
-        "batch_size": asking.batch_size,
-        **({} if asking.share is None else {"share": asking.share}),
-        **machine(model),
-    }
 
 
 def check_images(samples: Sequence[Sample]) -> None:

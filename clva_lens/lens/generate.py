@@ -129,18 +129,19 @@ def generate_batches(
     asking: Asking,
     *,
     progress: bool = True,
-    done: int = 0,
+    first: int = 0,
     record_errors: bool = False,
     prefixes: Prefixes | None = None,
     keys: Sequence[Hashable] | None = None,
 ) -> Generator[Generation, None, None]:
     """Yield what ``generate`` returns, batch by batch, as it comes; images are read as needed.
 
-    ``asking`` fits the model (``Asking.fitted``). The first ``done`` prompts are passed over. With
-    ``record_errors`` a batch that fails is asked again one by one, and a prompt that fails alone is
-    answered by "" and its error. A method that does not fit and faults of the machine (see
-    ``faults``) are no prompt's own, and are raised. ``prefixes`` are kept between the batches, and
-    by several of these that run side by side. ``keys`` are what the prompts' pictures are known by.
+    ``asking`` fits the model (``Asking.fitted``). ``first`` is the place of the first prompt among
+    all there are, on which depends what is drawn for it. With ``record_errors`` a batch that fails
+    is asked again one by one, and a prompt that fails alone is answered by "" and its error. A
+    method that does not fit and faults of the machine (see ``faults``) are no prompt's own, and are
+    raised. ``prefixes`` are kept between the batches, and by several of these that run side by
+    side. ``keys`` are what the prompts' pictures are known by.
 
     Raises:
         PromptError: if there are no prompts, or one is malformed.
@@ -157,10 +158,10 @@ def generate_batches(
     answer = partial(
         _answer_or_error if record_errors else _answer, prefixes=prefixes or Prefixes()
     )
-    wanted = progress and count - done > asking.batch_size
-    with progress_bar("answers", count, done=done, wanted=wanted) as advance:
-        for place, unit in _units(each, asking, done, keys):
-            yield answer(model, unit, place, asking)
+    wanted = progress and count > asking.batch_size
+    with progress_bar("answers", first + count, done=first, wanted=wanted) as advance:
+        for place, unit in _units(each, asking, keys):
+            yield answer(model, unit, first + place, asking)
             advance(_rows(unit))
 
 
@@ -190,9 +191,9 @@ def _rows(unit: Unit) -> int:
 
 
 def _units(
-    each: Sequence[Unit], asking: Asking, done: int, known: Sequence[Hashable] | None
+    each: Sequence[Unit], asking: Asking, known: Sequence[Hashable] | None
 ) -> Iterator[tuple[int, Unit]]:
-    """Yield what is run at once after ``done`` prompts, with the place of its first prompt."""
+    """Yield what is run at once, with the place of its first prompt."""
     place = 0
     for made, group in groupby(each, key=_made_of):
         units = list(group)
@@ -204,8 +205,7 @@ def _units(
             parts = batches(len(pairs), asking.batch_size, keys)
             units = [pairs[part.start : part.stop] for part in parts]
         for unit in units:
-            if place >= done:
-                yield place, unit
+            yield place, unit
             place += _rows(unit)
 
 

@@ -97,6 +97,15 @@ class LensModel(TransformersModel):
         """The number of layers of the stack that the site is in."""
         return self.site.depth
 
+    def _remoteable_model_key(self) -> str:
+        """Refuse ``remote=True``, for which nnsight asks for this."""
+        raise ModelLoadError(
+            f"remote=True sends a trace to a server, which does not know '{self.name}' with its "
+            "family and processor. Leave remote= out to run here, or trace nnsight's own handle, "
+            "TransformersModel('HUB ID'), in which cl.intervene and cl.observe work too, on a "
+            "server that has clva_lens installed (docs/nnsight.md)."
+        )
+
     def prompt(
         self,
         image: ImageLike | Sequence[ImageLike],

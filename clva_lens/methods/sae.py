@@ -25,6 +25,7 @@ from torch import Tensor
 from clva_lens.engine.session import Session
 from clva_lens.engine.stream import Part, Stream
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.files import taking_place
 from clva_lens.methods.base import Kernel, Method, check_layers
 from clva_lens.methods.steering_vector import SteeringVector
 from clva_lens.methods.stream_rows import StreamSession, check_span
@@ -161,14 +162,12 @@ class SparseAutoencoder:
         }
         names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
         tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        part = folder / (WEIGHTS + ".part")
         # Copies: tied weights would share memory, which no safetensors file may.
         copies = {name: one.detach().cpu().clone().contiguous() for name, one in tensors.items()}
-        save_file(copies, part)
-        part.replace(folder / WEIGHTS)
-        part = folder / (SETTINGS + ".part")
-        part.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        part.replace(folder / SETTINGS)
+        with taking_place(folder / WEIGHTS) as part:
+            save_file(copies, part)
+        with taking_place(folder / SETTINGS) as part:
+            part.write_text(json.dumps(settings, indent=1), encoding="utf-8")
         return folder
 
     @classmethod

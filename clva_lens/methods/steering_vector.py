@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clva_lens.engine.stream import Part
 from clva_lens.ground.errors import ModelLoadError, ParameterError
+from clva_lens.ground.files import taking_place
 from clva_lens.methods.stream_rows import Stack
 from clva_lens.models.weights import is_sample_of
 
@@ -101,9 +102,9 @@ class SteeringVector:
         if self.sample is not None:
             tensors["weights_sample"] = self.sample
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        save_file(tensors, part, metadata={"clva_lens": json.dumps(told)})
-        return part.replace(path)
+        with taking_place(path) as part:
+            save_file(tensors, part, metadata={"clva_lens": json.dumps(told)})
+        return path
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> "SteeringVector":

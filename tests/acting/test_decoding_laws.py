@@ -144,7 +144,7 @@ def test_a_prompt_draws_by_its_place():
     for size in (1, 2, 3):
         assert answer(lens, how, asked, size)[0] == ids
     resumed = generate_batches(
-        lens, asked, Asking(decoding=how, batch_size=2), done=2, progress=False
+        lens, asked[2:], Asking(decoding=how, batch_size=2), first=2, progress=False
     )
     assert [row.tolist() for batch in resumed for row in batch.ids] == ids[2:]
     other = Sampling(seed=2, max_new_tokens=STEPS)

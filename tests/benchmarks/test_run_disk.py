@@ -14,8 +14,7 @@ from test_runs import COUNT, files, go, same_but_origin
 import clva_lens as cl
 from clva_lens.benchmarks import run_writing
 from clva_lens.ground.errors import BenchmarkError
-from clva_lens.lens import answering
-from clva_lens.lens import evaluate as evaluating
+from clva_lens.lens import answering, preparing
 from clva_lens.lens.generate import Generation
 
 SCENES = ("begun", "asked again")
@@ -24,9 +23,10 @@ SCENES = ("begun", "asked again")
 def stub(patch, failing=()):
     """Let runs be of canned answers, some of which failed, so that only their files cost time."""
 
-    def answered(model, asked, asking, *, done, **_):
-        for start in range(done, len(asked), asking.batch_size):
-            places = range(start, min(start + asking.batch_size, len(asked)))
+    def answered(model, asked, asking, *, first, **_):
+        count = first + len(asked)
+        for start in range(first, count, asking.batch_size):
+            places = range(start, min(start + asking.batch_size, count))
             failed = [i in failing for i in places]
             texts = ["" if bad else f"yes {i}" for i, bad in zip(places, failed, strict=True)]
             margins = [None if bad else i / 3 for i, bad in zip(places, failed, strict=True)]
@@ -34,9 +34,9 @@ def stub(patch, failing=()):
             yield Generation(texts, [], margins, 0.0, errors)
 
     patch.setattr(answering, "generate_batches", answered)
-    patch.setattr(evaluating, "identity", lambda model: {"weights": "w"})
-    patch.setattr(evaluating, "machine", lambda model: {})
-    patch.setattr(evaluating, "origin", lambda: {})
+    patch.setattr(preparing, "identity", lambda model: {"weights": "w"})
+    patch.setattr(preparing, "machine", lambda model: {})
+    patch.setattr(preparing, "origin", lambda: {})
     patch.setattr(os, "fsync", lambda file: None)
 
 

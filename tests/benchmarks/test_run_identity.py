@@ -22,7 +22,7 @@ from clva_lens.benchmarks.sample_rows import as_rows
 from clva_lens.ground.batching import batches
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.picture import Picture
-from clva_lens.lens import evaluate
+from clva_lens.lens import preparing
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def test_the_same_weights_elsewhere_go_on_and_other_settings_do_not(saved, tmp_p
 
 
 def test_a_path_decides_where_the_weights_cannot_be_read(one, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "identity", lambda model: {"weights": None})
+    monkeypatch.setattr(preparing, "identity", lambda model: {"weights": None})
     go(one, tmp_path / "run")
     monkeypatch.setattr(one, "name", "elsewhere")
     with pytest.raises(BenchmarkError, match=r"\n  model: .* then, 'elsewhere' now\n"):

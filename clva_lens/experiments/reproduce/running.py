@@ -3,6 +3,7 @@
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from clva_lens.ground.files import taking_place
 from clva_lens.lens.evaluate import check_images, run_side_by_side
 from clva_lens.lens.load import LensModel, load
 from clva_lens.lens.provenance import identity, machine
+from clva_lens.lens.workers import Pool, Ray
 from clva_lens.methods.target import Target
 
+FAILED = "failed.json"
 Say = Callable[[str], None]
 
 
@@ -87,23 +90,32 @@ def make(
     device: str | None = None,
     dtype: str | None = None,
     progress: bool = True,
+    engine: Ray | None = None,
+    keep_going: bool = False,
 ) -> None:
     """Make what the plan says is to do; what is stopped goes on where it stood, when called again.
+
+    With an ``engine`` several processes ask, for runs alone. With ``keep_going`` a run that is
+    ended is noted (see ``failures``), and the others go on.
 
     Raises:
         ModelLoadError: if a model cannot be loaded.
         BenchmarkError: if a run is ended, by too many failures for example.
     """
-    by_model: dict[Subject, list[Need]] = {}
+    by_model: dict[str, list[Need]] = {}
     for one in planned:
         if one.state == "to do":
-            by_model.setdefault(one.need.subject, []).append(one.need)
-    for subject, needs in by_model.items():
-        say(f"{subject.model}: {len(needs)} runs and measurements to do")
-        model = load(subject.model, device_map=device, dtype=dtype)
-        _note_model(root, subject, model)
-        for same in _together([need for need in needs if isinstance(need, Run)]):
-            _ask(model, same, root, say, progress)
+            by_model.setdefault(one.need.subject.model, []).append(one.need)
+    for name, needs in by_model.items():
+        say(f"{name}: {len(needs)} runs and measurements to do")
+        model = load(name, device_map=device, dtype=dtype)
+        _note_model(root, needs[0].subject, model)
+        runs = [need for need in needs if isinstance(need, Run)]
+        if runs:
+            with nullcontext(model) if engine is None else engine.of(model) as asked:
+                for same in _together(runs):
+                    able = _able(model, same, root, say)
+                    _ask(asked, able, root, say, progress, keep_going)
         for need in needs:
             if isinstance(need, Measure):
                 _measure(model, need, root, say)
@@ -113,13 +125,14 @@ def make(
 
 def _together(runs: Sequence[Run]) -> Iterator[list[Run]]:
     """Yield the runs that ask the same questions, which read each picture once for all."""
-    groups: dict[tuple[str, int | None], list[Run]] = {}
+    groups: dict[tuple[str, int | None, int], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.set_key, run.limit), []).append(run)
+        groups.setdefault((run.set_key, run.limit, run.subject.seed), []).append(run)
     yield from groups.values()
 
 
-def _ask(model: LensModel, runs: Sequence[Run], root: Path, say: Say, progress: bool) -> None:
+def _able(model: LensModel, runs: Sequence[Run], root: Path, say: Say) -> list[Run]:
+    """Return the runs whose method fits the model; the others are noted as refused."""
     able = []
     for run in runs:
         try:
@@ -130,19 +143,61 @@ def _ask(model: LensModel, runs: Sequence[Run], root: Path, say: Say, progress: 
         except (ParameterError, InterventionError, ModelLoadError) as error:
             _refuse(run, root, str(error))
             say(f"  {run.benchmark.name}: {run.method and run.method.name} refused: {error}")
+    return able
+
+
+def _ask(
+    model: LensModel | Pool,
+    able: Sequence[Run],
+    root: Path,
+    say: Say,
+    progress: bool,
+    keep_going: bool,
+) -> None:
+    """Ask runs side by side; if that is ended and the others shall go on, one by one."""
     if not able:
         return
     say(f"  {able[0].benchmark.name}: {len(able)} methods")
     for run in able:
         run.folder(root).parent.mkdir(parents=True, exist_ok=True)
-    run_side_by_side(
-        model,
-        able[0].benchmark,
-        [run.asking for run in able],
-        [run.folder(root) for run in able],
-        progress=progress,
-        resume=True,
-    )
+    try:
+        run_side_by_side(
+            model,
+            able[0].benchmark,
+            [run.asking for run in able],
+            [run.folder(root) for run in able],
+            progress=progress,
+            resume=True,
+        )
+        error = None
+    except BenchmarkError as ended:
+        if not keep_going:
+            raise
+        error = ended
+    if error is not None and len(able) > 1:
+        for run in able:
+            _ask(model, [run], root, say, progress, keep_going)
+        return
+    for run in able:
+        _note_failure(run, root, None if error is None else str(error))
+    if error is not None:
+        say(f"  {able[0].benchmark.name} failed: {error}")
+
+
+def failures(root: Path, run: Run) -> str | None:
+    """Return why a run was ended when it was last tried; None if it was not."""
+    path = root / "runs" / run.subject.slug / FAILED
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return told.get(name_of(run))
+
+
+def _note_failure(run: Run, root: Path, reason: str | None) -> None:
+    path = root / "runs" / run.subject.slug / FAILED
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    changed = {name: why for name, why in told.items() if name != name_of(run)}
+    changed |= {} if reason is None else {name_of(run): reason}
+    if changed != told:
+        _write(path, changed)
 
 
 def _measure(model: LensModel, measure: Measure, root: Path, say: Say) -> None:

@@ -10,6 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.files import taking_place
 from clva_lens.science.heads import SomeHeads, head_mask
 
 FORMAT = 1
@@ -151,11 +152,10 @@ class Explored:
         text = {name: one for name, one in text.items() if name not in {*arrays, "outlines"}}
         said = json.dumps({"format": FORMAT, **text}, ensure_ascii=False)
         marks = {f"outline: {name}": mask for name, mask in self.outlines.items()}
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
+        with taking_place(path) as part, part.open("wb") as file:
             given: Any = {**arrays, **marks, _TEXT: np.frombuffer(said.encode(), dtype=np.uint8)}
             np.savez_compressed(file, **given)
-        return part.replace(path)
+        return path
 
     @classmethod
     def load(cls: type[Kind], path: str | Path) -> Kind:

@@ -98,4 +98,4 @@ def read_given(
     given = _Given(observer, ids, words)
     asking = Asking(method=method, decoding=Greedy(max_new_tokens=len(ids))).fitted(model)
     generate_batch(model, prompt, 0, asking, running(model.hf_model, [observer, given]))
-    return Read(observer.answers(ids[None])[0], given.of_answer(ids), given.margins())
+    return Read(observer.answers(ids[None])[0].maps, given.of_answer(ids), given.margins())

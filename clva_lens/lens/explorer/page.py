@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.files import taking_place
 
 DATA = "clva-lens-data"
 NONE = "'none'"
@@ -74,9 +75,9 @@ def write_page(path: str | Path, text: str) -> Path:
         ParameterError: if the name does not end in ``.html``.
     """
     path = html_path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    return part.replace(path)
+    with taking_place(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return path
 
 
 def html_path(path: str | Path) -> Path:

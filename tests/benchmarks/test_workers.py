@@ -1,0 +1,205 @@
+"""Runs that several workers ask: every file is that of one process, whoever dies."""
+
+import os
+import random
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from kill_workers import workers
+from test_run_disk import stub
+from test_runs import COUNT, Small, files, same_but_origin
+
+import clva_lens as cl
+from clva_lens.benchmarks.base import BENCHMARKS, read_answers
+from clva_lens.ground.errors import BenchmarkError, ParameterError
+from clva_lens.lens import evaluate as evaluating
+from clva_lens.lens.asking import Asking
+from clva_lens.lens.evaluate import run_benchmark, run_side_by_side
+from clva_lens.lens.pool_asker import Asked, PoolAsker, Schedule, Told, digest_of
+from clva_lens.lens.preparing import prepare
+from clva_lens.lens.shipping import shipped
+from clva_lens.lens.workers import Pool
+
+ASKING = Asking(batch_size=2, share="picture")
+
+
+class Shuffled:
+    """Workers of this process whose answers come in any order."""
+
+    def __init__(self, askers, count=3, other=None):
+        self.askers, self.count, self.random, self.other = askers, count, random.Random(0), other
+        self.given = []
+
+    def ask(self, number, work, jobs):
+        self.given.append((number, [place for place, _ in jobs]))
+        return (number, tuple(jobs), len(self.given))
+
+    def ready(self, pending):
+        return self.random.choice(pending)
+
+    def get(self, one):
+        found = []
+        for place, part in one[1]:
+            asker = self.askers[place]
+            answers = [answer for _, some in asker.batches([part]) for answer in some]
+            who = self.other or digest_of(asker.record)
+            found.append(Asked(who, answers, [7] * len(answers), 1.0))
+        return found
+
+    def words(self, ids):
+        return [f"word {one}" for one in ids]
+
+
+def by_workers(monkeypatch, **options):
+    """Have runs asked by shuffled workers."""
+    made = []
+
+    def askers(model, benchmark, askings, samples, outs, progress, most):
+        every = [
+            prepare(model, benchmark, asking, some)
+            for asking, some in zip(askings, samples, strict=True)
+        ]
+        hands = Shuffled(every, **options)
+        made.append(hands)
+        schedule = Schedule(hands, None)
+        return [
+            PoolAsker(
+                hands,
+                schedule,
+                place,
+                benchmark,
+                samples[place],
+                Told(one.record, one.stretches(), None),
+                most,
+                False,
+            )
+            for place, one in enumerate(every)
+        ]
+
+    monkeypatch.setattr(evaluating, "_askers", askers)
+    return made
+
+
+def test_answers_that_come_in_any_order_are_written_in_theirs(one, tmp_path, monkeypatch):
+    stub(monkeypatch)
+    run_benchmark(one, Small(), ASKING, out=tmp_path / "one", progress=False)
+    made = by_workers(monkeypatch)
+    report = run_benchmark(one, Small(), ASKING, out=tmp_path / "several", progress=False)
+    assert files(tmp_path / "several") == files(tmp_path / "one")
+    assert len({number for number, _ in made[0].given}) == 3
+    assert report.record["seconds"] == len(made[0].given) == 6
+    folders = [tmp_path / "a", tmp_path / "b"]
+    run_side_by_side(one, Small(), [ASKING] * 2, folders, progress=False)
+    assert all(places == [0, 1] for _, places in made[1].given)  # a picture's methods, by one
+    assert files(folders[0]) == files(folders[1]) == files(tmp_path / "one")
+
+
+def test_a_run_of_workers_is_resumed_by_any_engine(one, tmp_path, monkeypatch):
+    stub(monkeypatch)
+    run_benchmark(one, Small(), ASKING, out=tmp_path / "one", progress=False)
+    out = tmp_path / "cut"
+    for engine in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if engine:
+                made = by_workers(patch)
+            run_benchmark(one, Small(), ASKING, out=out, progress=False, resume=out.exists())
+        assert files(out) == files(tmp_path / "one")
+        lines = (out / "answers.jsonl").read_bytes().splitlines(keepends=True)
+        (out / "answers.jsonl").write_bytes(b"".join(lines[:5]) + b'{"id"')
+        (out / "score.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        made = by_workers(patch)
+        run_benchmark(one, Small(), ASKING, out=out, progress=False, resume=True)
+    assert files(out) == files(tmp_path / "one") and len(made[0].given) == 4
+
+
+def test_another_worker_under_the_same_name_is_refused(one, tmp_path, monkeypatch):
+    stub(monkeypatch)
+    by_workers(monkeypatch, other="someone else")
+    with pytest.raises(BenchmarkError, match="started again has other packages, weights"):
+        run_benchmark(one, Small(), ASKING, out=tmp_path / "run", progress=False)
+    stub(monkeypatch, failing=range(COUNT))
+    monkeypatch.setattr("clva_lens.lens.answering.FEW", 3)
+    by_workers(monkeypatch)
+    with pytest.raises(BenchmarkError, match=r"4 of 11 samples failed, more than max_failed=0.1"):
+        run_benchmark(one, Small(), ASKING, out=tmp_path / "bad", progress=False)
+    assert len((tmp_path / "bad" / "answers.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"weights": "other"}, "weights: 'w', 'other' on worker 2"),
+        ({"packages": {"torch": "9"}}, "packages.torch: '2', '9' on worker 2"),
+        ({"pictures": "q"}, "pictures: 'p', 'q' on worker 2"),
+        ({"code": "older"}, "code: "),
+    ],
+)
+def test_workers_that_differ_are_refused_by_what_differs(change, said):
+    """Ray is played by a list of what workers say."""
+    alike = {"weights": "w", "packages": {"torch": "2"}, "pictures": "p"}
+    pool = Pool(cl.Ray(), lambda: None)
+    told = [Told(one, [range(1)], None) for one in (alike, {**alike, **change})]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clva_lens.lens.workers._of_this_process", lambda: {})
+        patch.setattr("clva_lens.lens.workers._pictures_of", lambda samples: "p")
+        patch.setattr(pool, "_get", lambda wanted: [[one] for one in told])
+        patch.setattr(
+            pool, "_ray", type("", (), {"put": staticmethod(lambda it: it)}), raising=False
+        )
+        with pytest.raises(BenchmarkError, match=f"differ in what decides the answers:\n  {said}"):
+            pool.askers(Small(), [ASKING], [[]], progress=False, max_failed=1.0)
+
+
+def test_a_model_is_sent_as_it_is(one):
+    sent = shipped(one)()
+    assert sent.hf_model is not one.hf_model
+    told = prepare(one, Small(), ASKING, Small().samples()).record
+    assert prepare(sent, Small(), ASKING, Small().samples()).record == told
+    bias = sent.hf_model.model.multi_modal_projector.linear_1.bias
+    bias.data[0] += 1e-3
+    assert prepare(sent, Small(), ASKING, Small().samples()).record["weights"] != told["weights"]
+
+
+def test_settings_that_start_nothing_are_refused(monkeypatch):
+    for wrong in ({"workers": 0}, {"threads": 0}, {"gpus": -1}, {"restarts": -1}):
+        with pytest.raises(ParameterError, match=f"{next(iter(wrong))} must be >="):
+            cl.Ray(**wrong)
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ParameterError, match=r"pip install 'clva-lens\[ray\]'"):
+        Pool(cl.Ray(), lambda: None).__enter__()
+
+
+# ── with Ray ──
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_worker_that_is_killed_changes_no_byte(tmp_path, monkeypatch):
+    """One of two, after the third batch; then an error of a worker is told as it was raised."""
+    pytest.importorskip("ray", reason="un-skip when Ray is installed: pip install 'clva-lens[ray]'")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    benchmark = BENCHMARKS.get("pope/toy/adversarial")
+    asking = Asking(method=cl.CLVA(), batch_size=6, limit=36, share="picture")
+    model = cl.load("toy-llava")
+    run_benchmark(model, benchmark, asking, out=tmp_path / "one", progress=False)
+    killed, get = [], Pool.get
+
+    def kill(self, one):
+        found = get(self, one)
+        killed.append(0)
+        if len(killed) == 3:
+            os.kill(workers()[0], signal.SIGKILL)
+        return found
+
+    monkeypatch.setattr(Pool, "get", kill)
+    with cl.Ray(workers=2).of(model) as pool:
+        run_benchmark(pool, benchmark, asking, out=tmp_path / "ray", progress=False)
+        with pytest.raises(ParameterError, match="layers names layer 99"):
+            run_benchmark(pool, benchmark, replace(asking, method=cl.KnockOut(layers=[99])))
+    assert len(killed) == 6 and not workers()
+    same_but_origin(tmp_path / "ray", tmp_path / "one")
+    assert len({one.margin for one in read_answers(tmp_path / "ray" / "answers.jsonl")}) > 30
+    torch.set_num_threads(threads)
