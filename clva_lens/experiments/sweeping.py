@@ -12,6 +12,7 @@ from clva_lens.benchmarks.lines import each_line
 from clva_lens.benchmarks.run_folder import ANSWERS, LOG, SCORE
 from clva_lens.experiments.reproduce.needs import Run
 from clva_lens.experiments.reproduce.running import Planned, Say, failures, make, plan
+from clva_lens.ground.files import taking_place
 from clva_lens.lens.provenance import describe
 from clva_lens.lens.workers import Ray
 
@@ -145,7 +146,6 @@ def write_table(found: Sequence[State], root: Path) -> Path:
     writer.writeheader()
     writer.writerows(rows)
     root.mkdir(parents=True, exist_ok=True)
-    part = root / f"{TABLE}.part"
-    part.write_text(text.getvalue(), encoding="utf-8", newline="")
-    part.replace(root / TABLE)
+    with taking_place(root / TABLE) as part:
+        part.write_text(text.getvalue(), encoding="utf-8", newline="")
     return root / TABLE
