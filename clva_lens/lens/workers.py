@@ -261,7 +261,7 @@ def _of_this_process() -> dict[str, Any]:
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ParameterError(
             "several workers need Ray, which is not installed. Run pip install 'clva-lens[ray]', "
