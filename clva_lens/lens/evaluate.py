@@ -171,7 +171,7 @@ def run_side_by_side(
     They share what is read of the pictures. Options are those of ``run_benchmark``.
     """
     _check_options(outs, resume, keep_failed, max_failed)
-    samples = [_samples(benchmark, asking) for asking in askings]
+    samples = _samples_of(benchmark, askings)
     askers = _askers(model, benchmark, askings, samples, outs, progress, max_failed)
     reports: list[Report | None] = [None] * len(askings)
     with ExitStack() as open_runs:
@@ -268,6 +268,15 @@ def _check_options(
             f"max_failed must be a share from 0 to 1, but is {max_failed}. Pass {MAX_FAILED}, or 1 "
             "to let every sample fail."
         )
+
+
+def _samples_of(benchmark: Benchmark, askings: Sequence[Asking]) -> list[list[Sample]]:
+    """Return what each way to ask asks: the same objects where it can, so that each is read once."""
+    made: dict[tuple[int | None, int], list[Sample]] = {}
+    for asking in askings:
+        which = asking.limit, asking.seed
+        made[which] = made[which] if which in made else _samples(benchmark, asking)
+    return [made[asking.limit, asking.seed] for asking in askings]
 
 
 def _samples(benchmark: Benchmark, asking: Asking) -> list[Sample]:

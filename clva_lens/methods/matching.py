@@ -225,7 +225,7 @@ class Shown:
         asked = getattr(self.images, "do_normalize", True)
         mean = self.images.image_mean if asked else [0.0] * 3
         deviation = self.images.image_std if asked else [1.0] * 3
-        found = (torch.tensor(one, device=pixels.device) for one in (mean, deviation))
+        found = (pixels.new_tensor(one) for one in (mean, deviation))
         one, other = (rearrange(each, "c -> c 1 1") for each in found)
         return one, other
 

@@ -137,7 +137,7 @@ class SparseAutoencoder:
     def random(self, seed: int = 0) -> "SparseAutoencoder":
         """Return the null: random directions as long, with the same biases."""
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(self.W_dec.shape, generator=generator)
+        drawn = torch.randn(self.W_dec.shape, generator=generator, dtype=torch.float32)
         unit = drawn / drawn.norm(dim=1, keepdim=True)
         encoding = unit.T * self.W_enc.norm(dim=0).cpu()
         decoding = unit * self.W_dec.norm(dim=1, keepdim=True).cpu()
@@ -316,7 +316,7 @@ class SetFeatures(Method):
             )
         numbers = list(self.features)
         own = self.sae.encode(hidden)[..., numbers]
-        wanted = torch.tensor([float(self.features[i]) for i in numbers]).to(own)
+        wanted = own.new_tensor([float(self.features[i]) for i in numbers])
         return (wide(hidden) + (wanted - own) @ self.sae.W_dec[numbers].to(own)).to(hidden.dtype)
 
     def __repr__(self) -> str:

@@ -131,10 +131,11 @@ class _LeastSeen(Session):
         batch, _, count, _ = call.query.shape
         old = count - call.new_rows
         visual = call.step.visual.to(call.query.device)
-        bias = torch.zeros(batch, 1, count, call.key.shape[2], device=call.query.device)
+        on = {"dtype": torch.float32, "device": call.query.device}
+        bias = torch.zeros(batch, 1, count, call.key.shape[2], **on)
         rows = [(0, old, old - 1)] if old else []
         for start, stop, row in (*rows, *((i, i + 1, i) for i in range(old, count))):
-            unseen = torch.zeros(visual.shape, device=bias.device)
+            unseen = torch.zeros(visual.shape, **on)
             unseen.masked_fill_(~self._least(call, row), -torch.inf)
             where = rearrange(visual, "b v -> b 1 1 v").expand(-1, -1, stop - start, -1)
             unseen = rearrange(unseen, "b v -> b 1 1 v").expand(where.shape)

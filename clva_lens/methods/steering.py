@@ -151,7 +151,9 @@ class Steer(Method):
 
     def _random(self, layer: int, hidden: Stream) -> Stream:
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randn(layer + 1, hidden.shape[-1], generator=generator)[layer]
+        drawn = torch.randn(layer + 1, hidden.shape[-1], generator=generator, dtype=torch.float32)[
+            layer
+        ]
         unit = (drawn / drawn.norm()).to(hidden.device)
         if self.keep_norm:
             return turned(hidden, unit, self.strength)

@@ -75,7 +75,7 @@ class SteeringVector:
     def random(self, seed: int = 0) -> "SteeringVector":
         """Return random directions of the same lengths: the control of what this one does."""
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(self.values.shape, generator=generator)
+        drawn = torch.randn(self.values.shape, generator=generator, dtype=torch.float32)
         drawn = drawn / drawn.norm(dim=-1, keepdim=True) * self.norms[..., None].cpu()
         return replace(self, values=drawn, record={**self.record, "random": seed})
 

@@ -37,7 +37,7 @@ def kind_maps(pictures: Pictures) -> Float[Tensor, "batch kind height width"]:
     """Return how well each kind's glyph fits, the best of those that cover a pixel; in [−1, 1]."""
     ink, found = _ink(pictures.float()), []
     for size in (one for one in SIZES if one <= min(pictures.shape[2:])):
-        ones = torch.ones(1, 1, size, size, device=ink.device)
+        ones = torch.ones(1, 1, size, size, dtype=ink.dtype, device=ink.device)
         mean = functional.conv2d(ink, ones) / size**2
         spread = functional.conv2d(ink**2, ones) - size**2 * mean**2
         glyphs = torch.cat([_template(kind, size) for kind in KINDS]).to(ink.device)

@@ -14,16 +14,8 @@ from clva_lens.methods.base import METHODS
 
 ACTING = [name for name in METHODS.names() if name != "opera"]  # it decodes by itself
 EDITS_LAYERS = {
-    "averaged-anchors",
-    "ablation",
-    "clearsight",
-    "clva",
-    "imccd",
-    "knockout",
-    "memvr",
-    "only",
-    "pai",
-    "visflow",
+    *("ablation", "ascd", "averaged-anchors", "clearsight", "clva", "ed", "head-guided", "imccd"),
+    *("knockout", "memvr", "only", "pai", "sid", "visflow", "vista"),
 }
 
 
@@ -38,8 +30,12 @@ def inputs_of(lens):
     return {k: v.double() if v.is_floating_point() else v for k, v in asked.items()}
 
 
+# By default AGLA cuts off all tokens but one here, whose log-probability is 0 whatever the weights.
+GIVEN = {"agla": {"beta": 0.01}}
+
+
 def opened(lens, name):
-    return cl.intervening(lens, *([METHODS.get(name)()] if name else []))
+    return cl.intervening(lens, *([METHODS.get(name)(**GIVEN.get(name, {}))] if name else []))
 
 
 def of_logits(lens, name):

@@ -226,7 +226,7 @@ def test_attribution_is_refused():
         (lambda: cl.ICD(alpha=-0.1), r"strength of a contrast"),
         (lambda: cl.ICD(beta=-0.1), r"beta must be"),
         (lambda: cl.ICD(instruction="  "), r"instruction is empty"),
-        (lambda: ContrastRule(strength=1, beta=0.1, form="sum"), r"form must be one of"),
+        (lambda: ContrastRule(strength=1, beta=0.1, form="product"), r"form must be one of"),
     ],
 )
 @pytest.mark.usefixtures("untyped")
