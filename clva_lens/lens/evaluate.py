@@ -271,7 +271,7 @@ def _check_options(
 
 
 def _samples_of(benchmark: Benchmark, askings: Sequence[Asking]) -> list[list[Sample]]:
-    """Return what each way to ask asks: the same objects where it can, so that each is read once."""
+    """Return what each way to ask asks: the same objects if it can, so that each is read once."""
     made: dict[tuple[int | None, int], list[Sample]] = {}
     for asking in askings:
         which = asking.limit, asking.seed
