@@ -16,7 +16,7 @@ edits nothing at all. A bias under fused kernels, which hides tokens and does no
 that a token costs two whole passes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,7 +45,8 @@ class SID(Method):
         alpha: α, the strength of the contrast, >= 0; 0 edits nothing.
         beta: β of the cut-off, in [0, 1].
         kept: k, >= 1, how many image tokens stay. None: 100 of 576, and that part of other numbers.
-        layer: the first layer, 0-based and >= 1, in which only they are seen.
+        layer: the first layer, 0-based and >= 1, in which only they are seen. None: 2, or the
+            second one with attention where none before 2 has any.
 
     Raises:
         ParameterError: if a parameter is out of range.
@@ -64,14 +65,14 @@ class SID(Method):
     alpha: float | int = 0.5
     beta: float | int = 0.1
     kept: int | None = None
-    layer: int = 2
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         self._rule()
         if self.kept is not None and self.kept < 1:
             raise ParameterError(f"kept must be at least 1, but is {self.kept}. Pass kept=None.")
-        if self.layer < 1:
+        if self.layer is not None and self.layer < 1:
             raise ParameterError(
                 f"layer must be at least 1, since the layer before it chooses, but is {self.layer}."
                 " Pass layer=2."
@@ -90,12 +91,19 @@ class SID(Method):
         if self._rule().is_identity:
             return []
         layers = target.at("decoder").layers
-        if not (layers[0] < self.layer <= layers[-1]):
+        first = self.first_of(layers)
+        if not (layers[0] < first <= layers[-1]):
             raise ParameterError(
-                f"layer={self.layer} needs a layer before it that chooses and one to act in, but "
+                f"layer={first} needs a layer before it that chooses and one to act in, but "
                 f"those with attention are {layers[0]} to {layers[-1]}. Pass one in between."
             )
         return [ContrastSession(target.model, same, self._rule(), self._impair, whole=True)]
+
+    def first_of(self, layers: Sequence[int]) -> int:
+        """Return the first layer that sees only them, of those with attention."""
+        if self.layer is not None:
+            return self.layer
+        return 2 if layers[0] < 2 else (*layers, layers[0] + 1)[1]
 
     def _impair(self, model: PreTrainedModel) -> list[Session]:
         return [_LeastSeen(self, model)]
@@ -109,8 +117,9 @@ class _LeastSeen(Session):
     def __init__(self, method: SID, model: PreTrainedModel) -> None:
         layers = shape_of(model, "decoder").layers
         self.kept = method.kept
-        self.chooses = max(one for one in layers if one < method.layer)
-        self.steady = tuple(one for one in layers if one >= method.layer)
+        first = method.first_of(layers)
+        self.chooses = max(one for one in layers if one < first)
+        self.steady = tuple(one for one in layers if one >= first)
         self.layers = (self.chooses, *self.steady)
         self._bias: Float[Tensor, "batch 1 query key"] | None = None
 

@@ -15,12 +15,20 @@ from clva_lens.methods.base import METHODS
 
 KINDS = sorted({"glm5_next", "lfm3_vl", "qwen3_5"} & set(PROVEN))
 LACKS = {  # by method: what else than a layer it needs
+    "agla": "has no processor",
+    "ascd": "where its pictures come in",
+    "dlc": "has no processor",
+    "ed": "so there is no grid",
     "icd": "has no processor",
     "imccd": "where its pictures come in|compresses rotary positions",
+    "m3id": "where its pictures come in",
     "memvr": "no 'blocks.4.mlp.hook_in'",  # of several streams
     "only": "has more or others",
     "opera": "beam search of its own",
+    "sid": "where its pictures come in",
     "vcd": "where its pictures come in",
+    "vdd": "where its pictures come in",
+    "vista": "no 'blocks.0.hook_mlp_out'|where its pictures come in",
 }
 
 
