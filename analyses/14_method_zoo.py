@@ -20,6 +20,7 @@ captions = 120
 seed = 0
 batch_size = 32
 clva = {}
+only = []  # names of methods; all, if it is empty
 settings = {}
 
 # %%
@@ -76,6 +77,7 @@ methods = {
     "head-guided": cl.HeadGuided(),
     "knock-out": cl.KnockOut(),
 }
+methods = {name: methods[name] for name in only or methods}
 unfit = {}
 for name, method in list(methods.items()):
     try:
@@ -214,8 +216,8 @@ record.keep_metrics(
 )
 Markdown(
     f"On **{model}**, gains over the baseline with as many yeses, with an interval above 0: greedy: "
-    f"{sure(greedy, 'beyond_bias', 1)}; sampling: undefined in {undefined} of {len(beyond)}, as answers that "
-    "are drawn have no threshold to move. Fewer captions with an absent object, with an interval below 0: "
+    f"{sure(greedy, 'beyond_bias', 1)}; sampling: undefined in {undefined} of {len(beyond)}, where an "
+    f"answer was drawn that is not the likelier, else {sure(drawn, 'beyond_bias', 1)}. Fewer captions with an absent object, with an interval below 0: "
     f"greedy: {sure(greedy, 'chair_s', -1)}; sampling: {sure(drawn, 'chair_s', -1)}. None of these intervals "
     f"is corrected for their number. Nothing of this, on questions or captions: {', '.join(idle) or 'none'}."
     + (f" Not asked here: {', '.join(unfit)}." if unfit else "")

@@ -90,12 +90,10 @@ class Beam(Decoding):
     """Beam search; the paper's has 5 beams.
 
     Args:
-        num_beams: how many beams are kept.
-        max_new_tokens: the most tokens of an answer.
+        num_beams: how many beams are kept; ``max_new_tokens`` is the most tokens of an answer.
         length: what a finished beam's score is divided by: its "generated" length, as transformers
-            5 does, or that length "with prompt", as 4.29 and 4.31 did, on which the releases of
-            OPERA, DeCo, IMCCD and VCD stand. Answers that meet an end token are shorter by the
-            latter, so captions by beams are to be compared under one rule.
+            5 does, or that "with prompt", as 4.29 and 4.31 do, on which OPERA's, DeCo's, IMCCD's
+            and VCD's releases stand. With the prompt, answers that meet an end token are shorter.
 
     >>> cl.generate(model, prompt, decoding=cl.Beam(num_beams=2, max_new_tokens=4)).texts
     ['no']
@@ -106,7 +104,7 @@ class Beam(Decoding):
     length: Length = "generated"
 
     def __post_init__(self) -> None:
-        """Check the number of beams and the length."""
+        """Check both."""
         _check_length(self.max_new_tokens)
         if self.num_beams < 1:
             raise ParameterError(f"num_beams must be >= 1, but is {self.num_beams}. Pass 5.")

@@ -2,7 +2,6 @@
 
 import json
 import time
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -72,9 +71,9 @@ def test_the_card_is_made_from_its_measures(name):
     recipe = json.loads((folder / "recipe.json").read_text())
     assert (folder / "README.md").read_text() == card_text(folder)
     assert recipe.get("control", False) == name.endswith("control")
-    assert asdict(TOYS.get(name).recipe) == {
-        key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items()
-    }
+    kept = {k: tuple(value) if isinstance(value, list) else value for k, value in recipe.items()}
+    # What a recipe could not say when it was written is now at its default.
+    assert TOYS.get(name).recipe == type(TOYS.get(name).recipe)(**kept)
 
 
 def test_what_the_instructblip_had_to_reach():
