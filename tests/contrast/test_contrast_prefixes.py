@@ -138,10 +138,10 @@ def test_another_noise_is_another_beginning():
     lens = lens_of("full", "sdpa")
     prefix = read(lens, picture(0))
     asked, whole = prefix.ask(QUESTIONS[0]), lens.prompt(picture(0), QUESTIONS[0])
-    others = [cl.VCD(seed=seed, noise_step=step) for seed in range(3) for step in (300, 700)]
+    others = [cl.VCD(seed=seed, noise_step=step) for seed, step in ((0, 300), (0, 700), (1, 300))]
     others += [DISTURB, cl.ICD(instruction="see a car"), cl.IMCCD(alpha=1.0), cl.VisFlow()]
     wanted = [written(lens, whole, method)[1] for method in others]
-    for place in (*range(len(others)), 0, 7, 3, 6):
+    for place in (*range(len(others)), 0, 4, 3):
         assert apart(written(lens, dict(asked), others[place])[1], wanted[place]) < 1e-4
         assert len(prefix.beginning._made) <= KEPT
     first = [one[:, 0].masked_fill(one[:, 0].isinf(), -50) for one in wanted]
