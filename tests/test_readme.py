@@ -51,10 +51,9 @@ def test_the_commands_exist():
 
 
 def test_the_install_commands_are_the_ones_ci_runs():
-    assert (
-        'pip install -e ".[test]" -c tests/versions.txt && pytest'
-        in (ROOT / ".ci" / "run").read_text()
-    )
+    lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+    install = 'PIP_NO_COMPILE=0 pip install -e ".[test]" -c tests/versions.txt'
+    assert lines.index(install) < lines.index("pytest")
     assert 'pip install -e ".[test]" -c tests/versions.txt && pytest\n' in README
     assert "pip install -e . && clva-lens demo\n" in README
 
