@@ -1,23 +1,18 @@
 """Figure 1: how much each head looks at the picture, and how much at words."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from clva_lens.experiments.reproduce.found import Found, Missing
-from clva_lens.experiments.reproduce.items import Item, Part, register
+from clva_lens.experiments.reproduce.items import Measured, Part, register
 from clva_lens.experiments.reproduce.looks import measure_heads
-from clva_lens.experiments.reproduce.needs import Measure, Need
+from clva_lens.experiments.reproduce.needs import Measure
 from clva_lens.experiments.reproduce.subjects import LOOKS, Subject
 from clva_lens.figures import attention_masses
 
 
-def _measure(subject: Subject) -> Measure:
-    return Measure(subject, "heads", measure_heads, subject.limit_of("looks") or LOOKS)
-
-
 @register
-class Figure1(Item):
+class Figure1(Measured):
     """Heads."""
 
     name = "figure 1"
@@ -28,16 +23,12 @@ class Figure1(Item):
         "1, so they have a panel of their own, and the table has all three."
     )
 
-    def needs(self, subject: Subject) -> Sequence[Need]:
-        """Return one measurement."""
-        return [_measure(subject)]
+    def measure(self, subject: Subject) -> Measure:
+        """Return the measurement."""
+        return Measure(subject, "heads", measure_heads, subject.limit_of("looks") or LOOKS)
 
-    def part(self, subject: Subject, found: Found) -> Part:
+    def shown(self, subject: Subject, told: dict[str, Any]) -> Part:
         """Return the matrices."""
-        try:
-            told = found.measured(_measure(subject))
-        except Missing as missing:
-            return Part(notes=[f"{subject.model}: {missing}."])
         image, system, text = (np.array(told[key]) for key in ("intensity", "system", "text"))
         drawn = attention_masses(image, system + text, layers=told["layers"])
         above = float((image > 0.5).mean())

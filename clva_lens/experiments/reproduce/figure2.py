@@ -1,37 +1,29 @@
 """Figure 2b, and Eq. 12: curves over layers, beside those of random weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from clva_lens.experiments.reproduce.found import Found, Missing
 from clva_lens.experiments.reproduce.intervals import FEW
-from clva_lens.experiments.reproduce.items import Item, Part, register
+from clva_lens.experiments.reproduce.items import Measured, Part, register
 from clva_lens.experiments.reproduce.looks import UNTRAINED, measure_drift, measure_parts
-from clva_lens.experiments.reproduce.needs import Measure, Need
+from clva_lens.experiments.reproduce.needs import Measure
 from clva_lens.experiments.reproduce.subjects import LOOKS, Subject
 from clva_lens.figures import layer_curves
 
 
-class _Curves(Item):
+class _Curves(Measured):
     """Curves over layers."""
 
     measured: str
     make: Callable[..., dict[str, Any]]
 
-    def _measure(self, subject: Subject) -> Measure:
+    def measure(self, subject: Subject) -> Measure:
+        """Return the measurement."""
         passes = 4 * (subject.limit_of("looks") or LOOKS)
         return Measure(subject, self.measured, self.make, passes)
 
-    def needs(self, subject: Subject) -> Sequence[Need]:
-        """Return one measurement."""
-        return [self._measure(subject)]
-
-    def part(self, subject: Subject, found: Found) -> Part:
+    def shown(self, subject: Subject, told: dict[str, Any]) -> Part:
         """Return the curves, and what follows from them."""
-        try:
-            told = found.measured(self._measure(subject))
-        except Missing as missing:
-            return Part(notes=[f"{subject.model}: {missing}."])
         rows = [
             row if row["pictures"] >= FEW else {**row, "low": None, "high": None}
             for row in told["rows"]

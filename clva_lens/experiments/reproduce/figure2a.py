@@ -8,9 +8,8 @@ import torch
 
 from clva_lens.experiments.asked_object import asked_object
 from clva_lens.experiments.measuring import trace_samples
-from clva_lens.experiments.reproduce.found import Found, Missing
 from clva_lens.experiments.reproduce.intervals import FEW
-from clva_lens.experiments.reproduce.items import Item, Part, register
+from clva_lens.experiments.reproduce.items import Measured, Part, register
 from clva_lens.experiments.reproduce.looks import BATCH, UNTRAINED, curve_rows, untrained
 from clva_lens.experiments.reproduce.maps import (
     OVERLAYS,
@@ -19,7 +18,7 @@ from clva_lens.experiments.reproduce.maps import (
     packed,
     unpacked,
 )
-from clva_lens.experiments.reproduce.needs import Measure, Need
+from clva_lens.experiments.reproduce.needs import Measure
 from clva_lens.experiments.reproduce.subjects import LOOKS, Subject
 from clva_lens.figures import layer_curves, photo_maps
 from clva_lens.lens.attention_trace import AttentionTrace
@@ -89,7 +88,7 @@ def _maps(model: LensModel, prompt: Prompt, place: np.ndarray | None) -> dict[st
 
 
 @register
-class Figure2a(Item):
+class Figure2a(Measured):
     """Grounding."""
 
     name = "figure 2a"
@@ -103,20 +102,13 @@ class Figure2a(Item):
         "beside random weights and beside chance, the objects' share of the picture."
     )
 
-    def _measure(self, subject: Subject) -> Measure:
+    def measure(self, subject: Subject) -> Measure:
+        """Return the measurement."""
         passes = 2 + 2 * (subject.limit_of("looks") or LOOKS)
         return Measure(subject, "grounding", measure_grounding, passes)
 
-    def needs(self, subject: Subject) -> Sequence[Need]:
-        """Return one measurement."""
-        return [self._measure(subject)]
-
-    def part(self, subject: Subject, found: Found) -> Part:
+    def shown(self, subject: Subject, told: dict[str, Any]) -> Part:
         """Return the maps, the share of objects that maxima lie on, and a sentence."""
-        try:
-            told = found.measured(self._measure(subject))
-        except Missing as missing:
-            return Part(notes=[f"{subject.model}: {missing}."])
         one = told["example"]
         place = one["objects"]
         drawn = photo_maps(

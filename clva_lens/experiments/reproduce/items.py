@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from clva_lens.experiments.reproduce.cells import Cell
-from clva_lens.experiments.reproduce.found import Found
-from clva_lens.experiments.reproduce.needs import Need
+from clva_lens.experiments.reproduce.found import Found, Missing
+from clva_lens.experiments.reproduce.needs import Measure, Need
 from clva_lens.experiments.reproduce.subjects import Subject
 from clva_lens.figures.base import Drawing
 from clva_lens.ground.registry import Registry
@@ -51,6 +51,30 @@ class Item(ABC):
     @abstractmethod
     def part(self, subject: Subject, found: Found) -> Part:
         """Return what is said of a model, from what lies in the folder."""
+
+
+class Measured(Item):
+    """A table or figure that one measurement of a model says all of."""
+
+    @abstractmethod
+    def measure(self, subject: Subject) -> Measure:
+        """Return the measurement."""
+
+    @abstractmethod
+    def shown(self, subject: Subject, told: dict[str, Any]) -> Part:
+        """Return what is said of a model, from what was measured."""
+
+    def needs(self, subject: Subject) -> Sequence[Need]:
+        """Return one measurement."""
+        return [self.measure(subject)]
+
+    def part(self, subject: Subject, found: Found) -> Part:
+        """Return what is shown, or why it is missing."""
+        try:
+            told = found.measured(self.measure(subject))
+        except Missing as missing:
+            return Part(notes=[f"{subject.model}: {missing}."])
+        return self.shown(subject, told)
 
 
 ITEMS = Registry[Item]("table or figure")

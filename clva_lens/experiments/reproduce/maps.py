@@ -2,7 +2,6 @@
 
 import base64
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,8 @@ from clva_lens.benchmarks.base import Benchmark, Sample
 from clva_lens.benchmarks.coco_instances import Instances, asked_name, read_instances
 from clva_lens.benchmarks.files import locate
 from clva_lens.experiments.asked_object import asked_object
-from clva_lens.experiments.reproduce.found import Found, Missing
-from clva_lens.experiments.reproduce.items import Item, Part
-from clva_lens.experiments.reproduce.needs import Measure, Need
+from clva_lens.experiments.reproduce.items import Measured, Part
+from clva_lens.experiments.reproduce.needs import Measure
 from clva_lens.experiments.reproduce.subjects import Subject
 from clva_lens.figures import saliency_overlays
 from clva_lens.figures.saliency import SaliencyPicture
@@ -110,24 +108,17 @@ def unpacked(text: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 
-class Overlays(Item):
+class Overlays(Measured):
     """Maps of one picture at several layers, without and with CLVA, about one kind of object."""
 
     kind: str
 
-    def _measure(self, subject: Subject) -> Measure:
+    def measure(self, subject: Subject) -> Measure:
+        """Return the measurement."""
         return Measure(subject, "maps", measure_maps, PASSES, {"kind": self.kind})
 
-    def needs(self, subject: Subject) -> Sequence[Need]:
-        """Return one measurement."""
-        return [self._measure(subject)]
-
-    def part(self, subject: Subject, found: Found) -> Part:
+    def shown(self, subject: Subject, told: dict[str, Any]) -> Part:
         """Return the maps, and how much of them is on the object."""
-        try:
-            told = found.measured(self._measure(subject))
-        except Missing as missing:
-            return Part(notes=[f"{subject.model}: {missing}."])
         arrays = {name: None if told[name] is None else np.array(told[name]) for name in _MAPS}
         picture = SaliencyPicture(
             image=unpacked(told[OVERLAYS]),
