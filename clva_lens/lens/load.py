@@ -1,6 +1,7 @@
 """``load()``: a model by toy name, Hub id, folder or as it is, with everything a prompt needs."""
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cloudpickle import list_registry_pickle_by_value, unregister_pickle_by_value
 from nnsight.modeling.transformers import TransformersModel
+from nnsight.ndif import pull_env
 from transformers import PreTrainedModel
 
 from clva_lens.ground.errors import (
@@ -31,6 +34,7 @@ from clva_lens.models.prompt import Asked, Prompt, prompt_of
 from clva_lens.models.wording import check_words, conversation, texts_of
 from clva_lens.toy import pretrained
 
+PACKAGE = __name__.partition(".")[0]
 DEVICE, DTYPE = "CLVA_LENS_DEVICE", "CLVA_LENS_DTYPE"
 """Environment variables: the device and dtype of models that are loaded without any being named."""
 
@@ -105,6 +109,16 @@ class LensModel(TransformersModel):
             "TransformersModel('HUB ID'), in which cl.intervene and cl.observe work too, on a "
             "server that has clva_lens installed (docs/nnsight.md)."
         )
+
+    def _remote_backend(self, *args: Any, **kwargs: Any) -> Any:
+        """Send clva_lens by name: nnsight takes an editable install for a module of the user's.
+
+        Such modules are sent by value, in which module state (context variables, locks) fails.
+        """
+        pull_env()
+        if PACKAGE in list_registry_pickle_by_value():
+            unregister_pickle_by_value(sys.modules[PACKAGE])
+        return super()._remote_backend(*args, **kwargs)
 
     def prompt(
         self,

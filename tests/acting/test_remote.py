@@ -1,5 +1,6 @@
 """Traces for a server: nnsight's dry run passes, and what cannot be sent is refused in words."""
 
+import cloudpickle
 import pytest
 import torch
 from nnsight.intervention.backends import local
@@ -15,7 +16,14 @@ def installed(monkeypatch):
     monkeypatch.setattr(local, "_SERVER_MODULES", has)
 
 
-def test_a_trace_under_a_method_comes_through_the_dry_run(one, ask, installed):
+@pytest.fixture(params=["installed", "editable"])
+def way(request):
+    """The ways to install clva_lens; nnsight registers an editable one to be sent by value."""
+    if request.param == "editable":
+        cloudpickle.register_pickle_by_value(cl)
+
+
+def test_a_trace_under_a_method_comes_through_the_dry_run(one, ask, installed, way):
     prompt = ask(one)
     with torch.no_grad(), cl.intervening(one, cl.CLVA()):
         wanted = one.hf_model(**prompt).logits
@@ -33,7 +41,7 @@ def test_a_trace_under_a_method_comes_through_the_dry_run(one, ask, installed):
     assert torch.equal(bare, plain)
 
 
-def test_a_server_without_the_package_says_so(one, ask):
+def test_a_server_without_the_package_says_so(one, ask, way):
     with (
         pytest.raises(ModuleNotFoundError, match="clva_lens"),
         one.trace(ask(one), remote="local"),
