@@ -77,7 +77,7 @@ methods = {
     "head-guided": cl.HeadGuided(),
     "knock-out": cl.KnockOut(),
 }
-methods = {name: methods[name] for name in only or methods}
+methods = {name: methods[name] for name in methods if not only or name in only}
 unfit = {}
 for name, method in list(methods.items()):
     try:
@@ -86,6 +86,7 @@ for name, method in list(methods.items()):
         unfit[name] = str(error)
         del methods[name]
 searches = {"beam": None, "OPERA": cl.OPERA()}
+searches = {name: searches[name] for name in searches if not only or name in only}
 beams = {name: cl.Beam(num_beams=5, max_new_tokens=asked_chair.max_new_tokens) for name in searches}
 common = Asking(seed=seed, batch_size=batch_size)
 

@@ -35,7 +35,7 @@ SMALL = {
     "11_sensitivity": ["questions=7", "captions=2"],
     "12_paper_arithmetic": [],
     "13_is_there_drift": ["scenes=2", "questions=7", 'models=["toy-llava"]'],
-    "14_method_zoo": ["questions=7", "captions=2", 'only=["CLVA", "VCD", "VISTA"]'],
+    "14_method_zoo": ["questions=7", "captions=2", 'only=["CLVA", "VCD", "VISTA", "beam"]'],
 }
 RECORDS = ARCHIVE.records()
 
