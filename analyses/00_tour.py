@@ -139,6 +139,18 @@ cl.direct_logit_attribution(lens, there)
 cl.caption_attention(lens, (photo, "describe the image."), objects=scene.kinds)
 
 # %% [markdown]
+# ## To touch
+#
+# Every word, layer and head of a prompt, before and after a method: one file that opens in any
+# browser, without Python. `told.show()` is the same here in the notebook, with
+# `pip install "clva-lens[explorer]"`.
+
+# %%
+told = cl.explore(lens, there, cl.CLVA(), objects=on_object, progress=False)
+told.to_html("explorer.html")
+told
+
+# %% [markdown]
 # ## All at once
 #
 # `cl.scan` runs most of this, ranks what it finds, and puts a null beside each number.

@@ -105,14 +105,16 @@ class Archive:
     def take_in(self, record: Record) -> None:
         """List a record, show its notebook, and thin the versions before it."""
         inventory.enlist(self.folder, record)
-        slug, shown = record.folder.parent.name, record.folder / NOTEBOOK
+        from clva_lens.experiments.notebook import shown
+
+        slug, executed = record.folder.parent.name, record.folder / NOTEBOOK
         *older, newest = self.records(slug)
-        if record.version != newest.version or not shown.is_file():
+        if record.version != newest.version or not executed.is_file():
             return
         place = self.notebook(slug)
         place.parent.mkdir(parents=True, exist_ok=True)
         with taking_place(place, hidden=True) as part:
-            shutil.copyfile(shown, part)
+            part.write_bytes(shown(executed))
         for one in older:
             with suppress(RecordError):  # a damaged one is left for verify to report
                 one.thin()

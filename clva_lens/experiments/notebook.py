@@ -4,6 +4,7 @@ import ast
 import copy
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import make_dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from nbformat import NotebookNode
 from clva_lens.ground.errors import RecordError
 from clva_lens.ground.settings import parse_settings
 
+_WARNING = re.compile(r"\S+\.py:\d+: \w*Warning: ")  # as Python writes it
 PARAMETERS, INJECTED = "parameters", "injected-parameters"
 
 
@@ -133,6 +135,27 @@ def execute(
     finally:
         notebook.metadata.pop("language_info", None)
     return None
+
+
+def shown(path: Path) -> bytes:
+    """Return an executed notebook for readers: without warnings, written to stderr or displayed.
+
+    They are about the machine that it ran on, with paths of it. Nothing else is changed, and the
+    record keeps the notebook whole.
+    """
+    notebook = nbformat.read(path, 4)
+    removed = 0
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            kept = [one for one in cell.outputs if not _warns(one)]
+            removed += len(cell.outputs) - len(kept)
+            cell.outputs = kept
+    return nbformat.writes(notebook).encode() + b"\n" if removed else path.read_bytes()
+
+
+def _warns(output: NotebookNode) -> bool:
+    said = output.get("data", {}).get("text/plain", "")
+    return output.get("name") == "stderr" or _WARNING.match(said) is not None
 
 
 def write(notebook: NotebookNode, path: Path) -> None:

@@ -8,6 +8,7 @@
 ``figures/NAME.pdf …``      each figure as PDF and PNG, with the rows drawn as CSV
 ``figures/figures.json``    the SHA-256 of these; figures are drawn from the rest and may be redrawn
 ``notebook.ipynb``          the notebook as it was executed
+``NAME.html``               a page that it wrote
 ==========================  ======================================================================
 
 Only the newest version of an analysis keeps its figures and its notebook. Of an older one, figures

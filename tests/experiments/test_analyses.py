@@ -13,7 +13,6 @@ from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments import notebook as notebooks
 from clva_lens.experiments.archive import Archive, analyse
 from clva_lens.experiments.drawing import check_figures
-from clva_lens.ground.files import sha256
 from clva_lens.ground.moved import MOVED
 
 ARCHIVE = Archive(Path(__file__).parents[2])
@@ -118,5 +117,19 @@ def test_the_notebook_says_and_keeps_what_its_source_does(slug):
     assert kept_things(kept) == kept_things(now) != []
     outputs = [out for cell in kept.cells if cell.cell_type == "code" for out in cell.outputs]
     assert outputs and not any(out.output_type == "error" for out in outputs)
-    newest = ARCHIVE.record(slug).document["files"]["notebook.ipynb"]
-    assert sha256(ARCHIVE.notebook(slug)) == newest
+    executed = ARCHIVE.record(slug).folder / "notebook.ipynb"
+    assert ARCHIVE.notebook(slug).read_bytes() == notebooks.shown(executed)
+    assert not re.search(r"Warning: |site-packages|/home/|/root/|/tmp/|/work/", str(outputs))
+
+
+def test_what_is_shown_is_what_was_executed_without_its_warnings(tmp_path):
+    kind = nbformat.v4.new_output
+    outputs = [kind("stream", name=name, text="said\n") for name in ("stdout", "stderr")]
+    warned = "/lib/rich/live.py:260: UserWarning: install ipywidgets"
+    outputs.append(kind("display_data", data={"text/plain": warned}))
+    cells = [nbformat.v4.new_code_cell("1", id="a")]
+    for count in (3, 2, 1):
+        cells[0].outputs = outputs[:count]
+        notebooks.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{count}.ipynb")
+    clean = (tmp_path / "1.ipynb").read_bytes()
+    assert all(notebooks.shown(tmp_path / f"{count}.ipynb") == clean for count in (3, 2, 1))

@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -13,12 +15,15 @@ from clva_lens.experiments.reproduce.cases import wrong_words
 from clva_lens.experiments.reproduce.cells import Cell
 from clva_lens.experiments.reproduce.escaping import in_html, in_latex, marked
 from clva_lens.experiments.reproduce.items import Answered, Item, Part
+from clva_lens.experiments.reproduce.latex import _table
+from clva_lens.experiments.reproduce.sections import Section
 from clva_lens.experiments.reproduce.writing import write_report
 
 HOSTILE = (
     '<script>alert("1")</script> & 50% of a_b $x$ #1 ^~ {\\input{/etc/passwd}} `sh` | \' " >\x00'
 )
 EXTRAS = ["</td></table>", "\\end{document}", "=cmd()", "犬 🐕", "&amp;", "%\nnext", "a--b ---"]
+EXTRAS.append("".join(filter(str.isprintable, map(chr, range(0xA1, 0x180)))))
 
 
 class Strange(Item):
@@ -94,6 +99,33 @@ def test_latex_obeys_nothing_of_it(written):
             assert len(re.findall(r"(?<!\\)&", line)) == 3, line
     assert body.count("$") % 2 == body.count(r"\$") % 2
     assert all(ord(c) < 0x180 for c in body)
+
+
+def test_latex_compiles(written):
+    """Every command of ours can be defined (LaTeX keeps names that begin with "end" to itself)."""
+    _, out, _ = written
+    document = (out / "report.tex").read_text(encoding="utf-8")
+    defined = re.findall(r"\\newcommand\{\\(\w+)\}", document)
+    assert len(defined) == 5 and not any(name.startswith("end") for name in defined)
+    latex = shutil.which("pdflatex")
+    if latex is None:
+        pytest.skip("there is no pdflatex; un-skip where texlive-latex-recommended is installed")
+    told = [latex, "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "report.tex"]
+    done = subprocess.run(told, cwd=out, capture_output=True, check=False)
+    said = done.stdout.decode("latin-1")
+    assert done.returncode == 0 and "Output written on report.pdf (1 page" in said, said[-2000:]
+    assert not re.search(r"Overfull .vbox|Missing|LaTeX Error", said)
+
+
+def test_a_long_table_is_cut_evenly():
+    def rows_of_boxes(count):
+        cells = [Cell("m", f"row {n}", "c", float(n)) for n in range(count)]
+        section = Section("table 1", "", "", cells, [], [], [])
+        boxes = _table(section).split("\n\n")
+        return [box.count("row") for box in boxes]
+
+    assert rows_of_boxes(30) == [30]
+    assert rows_of_boxes(31) == [16, 15]
 
 
 def test_tables_of_numbers_and_answers_come_back(written):

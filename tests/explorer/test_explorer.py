@@ -31,6 +31,7 @@ from clva_lens.lens.explorer.exploration import Exploration
 from clva_lens.lens.explorer.gallery import method_of
 from clva_lens.lens.explorer.packing import MOST_BYTES, coded, decoded, heads_of, pack
 from clva_lens.lens.explorer.page import module, style
+from clva_lens.lens.provenance import identity
 from clva_lens.toy.scenes import render, sample_scenes
 
 SCENE = sample_scenes(3, seed=7)[0]
@@ -117,6 +118,22 @@ def test_what_cannot_be_explored_is_refused(model, asked, told):
     for wrong in ({"word": 3}, {"layer": 99}, {"heads": "best"}, {"look": -1}):
         with pytest.raises(ParameterError, match=r"there (is|are) no"):
             told.map(**wrong)
+
+
+def test_the_record_tells_edited_weights_from_those_that_were_loaded(model, asked, told):
+    """By the digest that a run's record has."""
+    assert told.record["weights"] == identity(model)["weights"]
+    head = model.hf_model.lm_head.weight
+    kept = head.detach().clone()
+    with torch.no_grad():
+        head[0, 0] += 1.0
+    try:
+        other = cl.explore(model, asked, knock_outs=False, max_new_tokens=1, progress=False)
+    finally:
+        with torch.no_grad():
+            head.copy_(kept)
+    ours = {name for name in told.record if told.record[name] != other.record.get(name)}
+    assert ours == {"weights", "methods", "decoding"}
 
 
 def test_arrays_come_back_from_their_file(told, tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from explorations import over_photo, synthetic
+from PIL import Image
 
 from clva_lens.lens.explorer import packing
 from clva_lens.lens.explorer.packing import MOST_LIVE, heads_of, pack
@@ -129,6 +130,58 @@ def test_from_disk_by_pointer(browser, told, path):
         assert visit.quiet(), (visit.said, visit.asked)
 
 
+def said_number(value, digits=2):
+    """A number as the page writes it, with its sign: no 0 before the point, and a real minus."""
+    text = f"{value:+.{digits}f}".replace("+0.", "+.").replace("-0.", "−.").replace("-", "−")
+    return text if re.search(r"[1-9]", text) else text.lstrip("+−")
+
+
+def test_what_stands_around_the_maps(browser, told, path):
+    with Visit(browser, path) as visit:
+        page = visit.page
+        assert page.evaluate("document.documentElement.scrollHeight") <= 800  # one screen
+        maps = page.locator("canvas.heat")
+        for box, wanted in ((False, "pixelated"), (True, "auto")):
+            page.get_by_label("smooth").set_checked(box)
+            assert maps.first.evaluate("(one) => getComputedStyle(one).imageRendering") == wanted
+        page.get_by_label("opacity").fill("0.35")
+        assert maps.nth(2).evaluate("(one) => getComputedStyle(one).opacity") == "0.35"
+        around = page.locator(".outline path:not(.halo)")
+        assert around.first.get_attribute("d").count("M") == 2 * (6 + 2)  # the two columns' border
+        page.select_option("label:has-text('outline') select", "")
+        assert around.first.get_attribute("d") == ""
+        layer = layer_shown(page)
+        under = [one.inner_text().split("\n") for one in page.locator(".maps dl").all()]
+        for look, rows in ((0, under[0]), (1, under[1]), ("difference", under[2])):
+            read = [
+                values[1] - values[0] if look == "difference" else values[look]
+                for values in (told.margins[:, 0, 0], told.margins[:, 1, 0], told.knocked[:, layer])
+            ]
+            margin, blind, one_blind = map(said_number, read)
+            assert f"{margin}, blind {blind}" in rows and one_blind in rows
+        chart = page.locator(".chart svg").nth(1)
+        place = chart.bounding_box()
+        page.mouse.move(place["x"] + place["width"] / 2, place["y"] + 40)
+        page.mouse.down()
+        page.mouse.move(place["x"] + place["width"] - 3, place["y"] + 40, steps=4)
+        page.mouse.up()
+        assert layer_shown(page) == 4
+        drift = told.curves[:, 2, 4]
+        assert said_number(drift[1]).lstrip("+") in page.locator(".chart b").nth(1).inner_text()
+        lens = page.locator(".lens").inner_text()
+        assert "after layer 4" in lens and "“cat”" in lens
+        assert said_number(told.lens[1, 4, 1]).lstrip("+") in lens
+        page.locator(".cells [role=gridcell]").nth(4 * 2 + 3).click()
+        page.get_by_role("button", name="Copy as Python").click()
+        code = page.locator("dialog pre").text_content().split("\n")
+        (call,) = (line for line in code if line.startswith("told.map("))
+        after = eval(call, {"told": told})
+        assert np.array_equal(after, told.map(0, heads=[(2, 3)], look=1))
+        page.keyboard.press("Escape")
+        assert visit.pixels(1)[:, 3].argmax() == after.argmax()
+        assert visit.quiet(), visit.said
+
+
 def test_by_keyboard_alone(browser, told, path):
     with Visit(browser, path, reduced_motion="reduce") as visit:
         page, keys = visit.page, visit.page.keyboard
@@ -201,6 +254,30 @@ def test_the_picture_that_is_saved_is_the_view(browser, path):
         assert saved.value.path().read_bytes().startswith(b"\x89PNG")
         assert saved.value.path().stat().st_size > 10_000
         assert visit.quiet(), visit.said
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_the_picture_is_smooth_where_the_view_is(browser, told, tmp_path, smooth):
+    """Between the middles of two patches: one of their colours, or the mean of both."""
+    flat = replace(told, photo=np.full((60, 60, 3), 120, np.uint8), outlines={})
+    with Visit(browser, flat.to_html(tmp_path / "flat.html")) as visit:
+        if smooth:
+            visit.page.get_by_label("smooth").check()
+        with visit.page.expect_download() as saved:
+            visit.page.get_by_role("button", name="PNG").click()
+        drawn = np.asarray(Image.open(saved.value.path()).convert("RGB")).astype(float)
+        assert visit.quiet(), visit.said
+    middles = [100 * place + 50 for place in range(6)]  # of the first map, in a picture twice 300
+    panel = drawn[104:704, 32:632]
+    rows = panel[middles]
+    left, right = rows[:, middles[:-1]], rows[:, middles[1:]]
+    steps = np.abs(right - left).max(axis=-1)
+    for share in (0.2, 0.8):
+        between = rows[:, [round(one + 100 * share) for one in middles[:-1]]]
+        wanted = left + share * (right - left) if smooth else (left if share < 0.5 else right)
+        error = np.abs(between - wanted).max()
+        print(f"smooth {smooth}, {share}: {error:.1f} of steps to {steps.max():.0f}")
+        assert error < 0.1 * steps.max() and steps.max() > 40
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

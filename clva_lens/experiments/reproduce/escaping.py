@@ -39,6 +39,7 @@ _LATEX = {
     "”": r"\textquotedblright{}",
 }
 _LAST_LATIN = 0x17F
+_ABSENT = "ĦħĸĿŀŉŦŧſ"  # which LaTeX's T1 fonts do not have of these
 
 
 def in_html(text: object) -> str:
@@ -54,7 +55,11 @@ def in_latex(text: object) -> str:
     '50\\% of a\\_b \\& \\textless{}c\\textgreater{}'
     """
     line = " ".join(str(text).split())
-    return "".join(_LATEX.get(c) or (c if ord(c) <= _LAST_LATIN else "?") for c in line)
+    return "".join(_LATEX.get(c) or (c if _is_latin(c) else "?") for c in line)
+
+
+def _is_latin(c: str) -> bool:
+    return c.isprintable() and ord(c) <= _LAST_LATIN and c not in _ABSENT
 
 
 def marked(text: str, spans: Sequence[tuple[int, int]], escape, before: str, after: str) -> str:

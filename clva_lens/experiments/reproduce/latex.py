@@ -1,5 +1,6 @@
 """The report as a LaTeX document: booktabs tables, figures by name, no package beyond the usual."""
 
+import math
 from collections.abc import Sequence
 
 from clva_lens.experiments.reproduce.cells import Cell
@@ -16,7 +17,7 @@ _HEAD = r"""\documentclass{article}
 \newcommand{\outside}{\,$\times$}
 \newcommand{\contradictory}{\,$?!$}
 \newcommand{\wrongword}[1]{\textcolor{red}{#1}}
-\newcommand{\ends}[1]{{\scriptsize #1}}
+\newcommand{\interval}[1]{{\scriptsize #1}}
 \usepackage{amssymb}
 \begin{document}
 """
@@ -26,6 +27,7 @@ _LEGEND = (
     ". Best in bold, second underlined, by our value alone.",
 )
 _WIDTH = r"\ifdim\width>\textwidth\textwidth\else\width\fi"
+_ROWS = 30  # that a page holds
 _VERDICTS = {
     "inside": r"\inside{}",
     "outside": r"\outside{}",
@@ -55,7 +57,7 @@ def _section(section: Section) -> str:
         *(f"\\par {in_latex(note)}" for note in section.notes),
         *(_answer(one) for one in section.answers),
         *(
-            f"\\par\\includegraphics[width=\\textwidth,height=0.8\\textheight,keepaspectratio]"
+            f"\\par\\noindent\\includegraphics[width=\\textwidth,height=0.8\\textheight,keepaspectratio]"
             f"{{figures/{file}.pdf}}\\par {in_latex(words)}"
             for file, words in section.figures
         ),
@@ -64,22 +66,32 @@ def _section(section: Section) -> str:
 
 
 def _table(section: Section) -> str:
+    """Return the cells, a box a model; a long one is cut, since a box never breaks over pages."""
     columns = list(dict.fromkeys(cell.column for cell in section.cells))
-    head = " & ".join(["", *(in_latex(column) for column in columns)])
-    lines = [f"\\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule", head + r" \\"]
-    marked_as = section.marks
     placed = {(c.model, c.row, c.column): (at, c) for at, c in enumerate(section.cells)}
+    boxes = []
     for model in dict.fromkeys(cell.model for cell in section.cells):
-        title = f"\\multicolumn{{{len(columns) + 1}}}{{l}}{{{in_latex(model)}}}"
-        lines += [r"\midrule", title + r" \\"]
-        for row in dict.fromkeys(cell.row for cell in section.cells if cell.model == model):
+        rows = list(dict.fromkeys(cell.row for cell in section.cells if cell.model == model))
+        lines = []
+        for row in rows:
             cells = [in_latex(row)]
             for column in columns:
                 found = placed.get((model, row, column))
-                mark = "" if found is None else marked_as.get(found[0], "")
+                mark = "" if found is None else section.marks.get(found[0], "")
                 cells.append("" if found is None else _cell(found[1], mark))
             lines.append(" & ".join(cells) + r" \\")
-    table = "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+        size = math.ceil(len(lines) / math.ceil(len(lines) / _ROWS))
+        pieces = range(0, len(lines), size)
+        boxes += [_box(model, columns, lines[at : at + size]) for at in pieces]
+    return "\n\n".join(boxes)
+
+
+def _box(model: str, columns: Sequence[str], lines: Sequence[str]) -> str:
+    head = " & ".join(["", *(in_latex(column) for column in columns)]) + r" \\"
+    title = f"\\multicolumn{{{len(columns) + 1}}}{{l}}{{{in_latex(model)}}} \\\\"
+    begun = f"\\begin{{tabular}}{{l{'r' * len(columns)}}}"
+    parts = [begun, r"\toprule", head, r"\midrule", title, *lines, r"\bottomrule", r"\end{tabular}"]
+    table = "\n".join(parts)
     return f"\\par\\noindent\\resizebox{{{_WIDTH}}}{{!}}{{%\n{table}}}"
 
 
@@ -90,7 +102,7 @@ def _cell(cell: Cell, mark: str) -> str:
         shown = f"\\textbf{{{shown}}}" if mark == "best" else f"\\underline{{{shown}}}"
     if cell.low is not None and cell.high is not None:
         ends = f"[{cell.low:.{digits}f}, {cell.high:.{digits}f}]".replace("-", "$-$")
-        shown += f" \\ends{{{ends}}}"
+        shown += f" \\interval{{{ends}}}"
     if cell.printed is not None:
         shown += f" / {cell.printed:.{digits}f}{_VERDICTS.get(cell.verdict, '')}"
     return shown

@@ -615,10 +615,12 @@ function drawing(cx, {at, maps, top}, ratio) {
 	const panel = (kind, n) => {
 		const x = gap + n * (size + gap), pixels = maps[kind] ? paint(maps[kind], top) : [];
 		const grid = {transform: `translate(${x} 52) scale(${size / columns} ${tall / rows})`};
-		return [s("image", {x, y: 52, width: size, height: tall, href: data.photo, ...STRETCHED, filter: "url(#grey)"}),
-			s("g", grid, Array.from(maps[kind] ?? [], (_, place) => s("rect", {x: place % columns,
-				y: Math.floor(place / columns), width: 1, height: 1, fill: `rgb(${pixels.slice(4 * place, 4 * place + 3).join()})`,
-				"fill-opacity": (pixels[4 * place + 3] / 255 * at.opacity).toFixed(3)}))),
+		const box = {x, y: 52, width: size, height: tall, ...STRETCHED};
+		return [s("image", {...box, href: data.photo, filter: "url(#grey)"}),
+			maps[kind] && at.smooth ? s("image", {...box, opacity: at.opacity, href: canvas(columns, rows, pixels).made.toDataURL()})
+				: s("g", grid, Array.from(maps[kind] ?? [], (_, place) => s("rect", {x: place % columns,
+					y: Math.floor(place / columns), width: 1, height: 1, fill: `rgb(${pixels.slice(4 * place, 4 * place + 3).join()})`,
+					"fill-opacity": (pixels[4 * place + 3] / 255 * at.opacity).toFixed(3)}))),
 			s("path", {...grid, d: border(data.outlines[at.outline] ?? [], data.grid), fill: "none", stroke: "#fff",
 				"stroke-width": 2, "vector-effect": "non-scaling-stroke"}),
 			label(x, 46, cx.name(kind, at), {"font-weight": 600}),

@@ -1,7 +1,7 @@
 """``cl.explore``: one prompt read without and with methods, as what an explorer shows."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from clva_lens.ground.ambient import undisturbed
-from clva_lens.ground.checkout import code_digest
 from clva_lens.ground.errors import ModelLoadError, ParameterError, PromptError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.decoding import Greedy, told
@@ -19,13 +18,14 @@ from clva_lens.lens.explorer.exploration import Exploration
 from clva_lens.lens.explorer.looking import Look, Looker
 from clva_lens.lens.intervene import refuse_in_trace
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.provenance import describe, digest, machine
+from clva_lens.lens.provenance import describe, digest, identity, machine
 from clva_lens.methods.base import Composed, Method, MethodLike, as_method
 from clva_lens.models.pieces import Piece
 from clva_lens.models.prompt import Asked, Prompt, as_prompt
 
 ALONE = "no method"
 _LONGEST = 640  # pixels of the photo
+_LENGTH = 20  # tokens of an answer
 _PASSES = 4  # a look's, but for those of the knock-outs by layer
 
 
@@ -35,7 +35,7 @@ def explore(
     prompt: Asked,
     method: MethodLike | Sequence[MethodLike] | None = None,
     *,
-    max_new_tokens: int = 20,
+    max_new_tokens: int = _LENGTH,
     objects: Bool[Tensor, " visual"] | None = None,
     knock_outs: bool = True,
     part: str = "tiles",
@@ -69,6 +69,36 @@ def explore(
     >>> told = cl.explore(model, prompt, cl.CLVA(), knock_outs=False, progress=False)
     >>> told.words, told.maps.shape, told.map(layer=6, look=1).shape
     (('no',), (2, 12, 8, 1, 64), (8, 8))
+    """
+    told = looked(
+        model,
+        prompt,
+        method,
+        max_new_tokens=max_new_tokens,
+        objects=objects,
+        knock_outs=knock_outs,
+        part=part,
+        picture=picture,
+        progress=progress,
+    )
+    return replace(told, record={**told.record, **identity(model)})
+
+
+def looked(
+    model: LensModel,
+    prompt: Asked,
+    method: MethodLike | Sequence[MethodLike] | None,
+    *,
+    max_new_tokens: int = _LENGTH,
+    objects: Bool[Tensor, " visual"] | None = None,
+    knock_outs: bool = True,
+    part: str = "tiles",
+    picture: int | None = None,
+    progress: bool = True,
+) -> Exploration:
+    """Return what ``explore`` returns, but for the digests of the model in its record.
+
+    They are those of the weights in memory, which one model needs once.
     """
     asked, methods = _asked(model, prompt), [None, *_several(method)]
     piece = asked.piece_at(model.site.name, part, picture)
@@ -115,15 +145,13 @@ def _several(method: MethodLike | Sequence[MethodLike] | None) -> list[Method | 
 def _record(
     model: LensModel, prompt: Prompt, methods: Sequence[Method | None], decoding: Greedy
 ) -> dict[str, Any]:
-    """Return what decided the arrays; the weights are known by the model's name and revision."""
+    """Return what decided the arrays, besides the model's weights and this package's code."""
     return {
         "model": model.name,
-        "revision": model.revision,
         "prompt": digest(prompt.inputs),
         "system": prompt.system,
         "methods": [describe(one) for one in methods],
         "decoding": told(decoding, model.hf_model, model.words),
-        "code": code_digest(),
         **machine(model),
     }
 

@@ -16,7 +16,7 @@ from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.ground.settings import restore_settings
 from clva_lens.lens.explorer.explored import Explored
-from clva_lens.lens.explorer.exploring import explore
+from clva_lens.lens.explorer.exploring import looked
 from clva_lens.lens.explorer.packing import photo_url
 from clva_lens.lens.explorer.page import framed, write_page
 from clva_lens.lens.load import LensModel
@@ -60,7 +60,7 @@ def gallery_of(
                 sample, picture = samples[name]
                 system = sample.system if model.family.chats else None
                 asked: Any = (picture, sample.question, system)
-                told = explore(model, asked, chosen, knock_outs=knock_outs, progress=False)
+                told = looked(model, asked, chosen, knock_outs=knock_outs, progress=False)
                 page = told.to_html(folder / f"{kind}-{number + 1:02}.html")
                 cards.append(_card(told, page.name, sample, [one[name] for one in rows]))
                 advance(1)
