@@ -6,8 +6,10 @@ batches again; one whose packages, weights or pictures differ is refused.
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -168,12 +170,14 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the workers, and Ray if it was started here."""
-        for worker in self._workers:
-            self._ray.kill(worker)
-        self._workers, self._kept = [], []
-        if self._began:
-            self._ray.shutdown()
+        """End the workers, and Ray if it was started or found here."""
+        # Ray would say of each batch that ends with its worker that it is asked again.
+        with redirect_stdout(io.StringIO()):
+            for worker in self._workers:  # alive, they crash a process that shuts Ray down
+                self._ray.kill(worker)
+            self._workers, self._kept = [], []
+            if self._began:
+                self._ray.shutdown()
 
     def askers(
         self,
