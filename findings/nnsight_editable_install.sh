@@ -37,14 +37,18 @@ import torch
 from nnsight import TransformersModel
 from nnsight.intervention.backends import local
 from nnsight.ndif import get_local_env
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 local._SERVER_MODULES |= {"acting_lens"}  # the server has it installed
 how = sys.argv[1]
 config = LlamaConfig(
     vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
 )
-model = TransformersModel(LlamaForCausalLM(config).eval())
+words = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), pad_token="a"
+)
+model = TransformersModel(LlamaForCausalLM(config).eval(), tokenizer=words)
 found = str(get_local_env()["packages"].get("acting_lens"))
 said = "it passes"
 try:
