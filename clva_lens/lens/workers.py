@@ -8,6 +8,7 @@ batches again; one whose packages, weights or pictures differ is refused.
 import hashlib
 import io
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -107,6 +108,10 @@ class _Worker:
             answers = [answer for _, some in asker.batches([part]) for answer in some]
             found.append(Asked(digest_of(told.record), answers, asker.likeliest, asker.seconds))
         return found
+
+    def processor_seconds(self) -> float:
+        """Return the processor time of this process so far."""
+        return time.process_time()
 
     def words(self, ids: Sequence[int]) -> list[str]:
         """Decode tokens, each by itself."""
@@ -215,6 +220,10 @@ class Pool:
     def count(self) -> int:
         """How many there are."""
         return len(self._workers)
+
+    def processor_seconds(self) -> list[float]:
+        """Return the processor time of each worker so far."""
+        return self._get([worker.processor_seconds.remote() for worker in self._workers])
 
     def ask(self, number: int, work: Any, jobs: Jobs) -> Any:
         """Give jobs to a worker; return what ``ready`` and ``get`` take."""

@@ -15,6 +15,7 @@ from test_runs_cli import run as command_line
 import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS, read_answers
 from clva_lens.experiments.reproduce import reproducing
+from clva_lens.experiments.speed import several
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.lens import evaluate as evaluating
 from clva_lens.lens.asking import Asking
@@ -206,6 +207,16 @@ def test_a_reproduction_hands_its_engine_on(tmp_path, monkeypatch):
         out = ("--out", tmp_path / "out", "--only", "table 6")
         command_line("reproduce", "--model", "toy-llava", *out, *engine)
     assert [one["engine"] for one in given] == [None, cl.Ray(workers=5)]
+
+
+def test_what_asking_takes_is_measured_once_all_is_ready(one, tmp_path):
+    samples, clock = Small().samples(), iter([[1.0, 2.0], [1.5, 4.0]])
+    pool = type("", (), {"processor_seconds": staticmethod(lambda: next(clock))})
+    spent = several._asked(prepare(one, Small(), ASKING, samples), samples, tmp_path / "run", pool)
+    assert spent.wall > 0 and spent.here > 0 and spent.workers == [0.5, 2.0]
+    assert len((tmp_path / "run" / "answers.jsonl").read_text().splitlines()) == COUNT
+    said = command_line("bench", "--workers", 2, "--scaling", "tokens", code=1)
+    assert "do not go with it" in said
 
 
 # ── with Ray ──
