@@ -4,10 +4,11 @@
 # **Question.** The paper finds accuracy to fall when α exceeds 14 and when β is small. What does
 # the surface over α and β look like, and how much of it is a shift towards *yes*?
 #
-# **Method.** The same questions under each pair. Drawn are the change of accuracy against greedy
-# (α = β = 0) and the change of the yes-ratio; the table keeps every metric with its interval. The
-# paper's Fig. 5 asks POPE's *random* questions about COCO, where an absent object is easy to tell; its
-# *adversarial* ones are asked too, and drawn apart. The frame is the paper's setting.
+# **Method.** The same questions under each pair, as one sweep: a picture is read once for all of them.
+# Drawn are the change of accuracy against greedy (α = β = 0) and the change of the yes-ratio; the table
+# keeps every metric with its interval. The paper's Fig. 5 asks POPE's *random* questions about COCO,
+# where an absent object is easy to tell; its *adversarial* ones are asked too, and drawn apart. The
+# frame is the paper's setting.
 
 # %% tags=["parameters"]
 model = "toy-llava"
@@ -22,6 +23,8 @@ settings = {}
 
 # %%
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 from IPython.display import Markdown
@@ -30,7 +33,7 @@ import clva_lens as cl
 from clva_lens.experiments.measuring import (
     benchmarks_for,
     configured,
-    measure_methods,
+    measure_sweep,
     points,
 )
 from clva_lens.lens.asking import Asking
@@ -50,12 +53,9 @@ pairs = {(alpha, beta): f"α={alpha:g} β={beta:g}" for beta in betas for alpha 
 methods = {"greedy": None} | {
     name: replace(acting, alpha=alpha, beta=beta) for (alpha, beta), name in pairs.items()
 }
-rows = measure_methods(
-    lens,
-    asked,
-    Asking(limit=questions, seed=seed, batch_size=batch_size).each(methods),
-    keep=record.ran,
-)
+askings = Asking(limit=questions, seed=seed, batch_size=batch_size).each(methods)
+with TemporaryDirectory() as folder:
+    rows = measure_sweep(lens, asked, askings, Path(folder), keep=record.ran, progress=False)
 back = {name: pair for pair, name in pairs.items()}
 rows = [
     {**row, "alpha": back[row["method"]][0], "beta": back[row["method"]][1]}

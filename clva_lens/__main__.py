@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, ParamSpec, cast
+from typing import Annotated, Any, ParamSpec, cast
 
 import typer
 from rich.console import Console
@@ -153,6 +153,10 @@ def bench(
     case: Annotated[
         list[str] | None, typer.Option(help="With --random-weights: this case; may be repeated.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Instead: a run by so many workers of Ray, over one process.", min=1),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of --random-weights: bfloat16, …")] = "bfloat16",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 10,
@@ -168,6 +172,9 @@ def bench(
     from clva_lens.lens.load import check_device
 
     check_device(device)
+    if workers is not None:
+        _bench_workers(workers, rounds, quick, out, beside=random_weights or scaling or case)
+        return
     subjects: Iterable[Subject] | None = None
     kind, only = dtype_of(dtype), tuple(case) if case else None
     if scaling is not None:
@@ -177,6 +184,24 @@ def bench(
     elif batch > 1 or only:
         raise ParameterError("--batch and --case are for a model of --random-weights. Name one.")
     report = measure(rounds, quick, device=device, subjects=subjects, new_tokens=new_tokens)
+    _say_bench(report, out)
+
+
+def _bench_workers(
+    workers: int, rounds: int, quick: bool, out: Path | None, beside: object
+) -> None:
+    from clva_lens.experiments.speed.several import FEW, QUESTIONS, measure_workers
+
+    if beside:
+        raise ParameterError(
+            "--workers measures a toy's run, so --random-weights, --scaling and --case do not go "
+            "with it. Leave them out."
+        )
+    _say_bench(measure_workers(workers, FEW if quick else QUESTIONS, rounds), out)
+
+
+def _say_bench(report: Any, out: Path | None) -> None:
+    """Show measurements, and keep them if a file is named."""
     Console().print(report)
     if out is not None:
         out.write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")

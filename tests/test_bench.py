@@ -29,6 +29,7 @@ from clva_lens.experiments.speed.models import (
     toy_subjects,
 )
 from clva_lens.experiments.speed.rewriting import NAME, rewriting
+from clva_lens.experiments.speed.several import Spent, _rows
 from clva_lens.ground.errors import ParameterError
 from clva_lens.lens.intervene import intervening
 from clva_lens.methods.clva import CLVA
@@ -268,6 +269,22 @@ def test_a_case_that_is_not_there_is_named():
     subject = Subject("tiny", model, {}, only=("prefil",))
     with pytest.raises(ParameterError, match=r"no case 'prefil'.*prefill, CLVA"):
         bench(rounds=1, subjects=[subject], progress=False)
+
+
+def test_workers_are_compared_round_by_round():
+    one = [Spent(100.0, 90.0), Spent(200.0, 100.0), Spent(120.0, 100.0)]
+    several = [
+        Spent(55.0, 0.5, [40.0, 45.0]),
+        Spent(100.0, 1.0, [60.0, 40.0]),
+        Spent(78.0, 0.8, [50.0, 30.0]),
+    ]
+    wall, busiest, writer = _rows("toy", one, several)
+    # 55/100, 100/200, 78/120; 45/90, 60/100, 50/100; 0.5/42.5, 1/50, 0.8/40
+    assert (wall.case, wall.ratio, wall.value) == ("2 workers", 0.55, 78.0)
+    assert (busiest.ratio, busiest.value, busiest.over) == (0.5, 50.0, "1 process")
+    assert (writer.ratio, writer.value) == (0.02, 0.8)
+    assert [row.target for row in (wall, busiest, writer)] == [0.6, 0.6, 0.02]
+    assert BenchReport((wall, busiest, writer), 3, {}).met
 
 
 def test_peak_counts_what_is_alive_at_once():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from clva_lens.benchmarks.base import BENCHMARKS, Benchmark, Sample
 from clva_lens.benchmarks.comparison import ROW_KINDS, Comparison, compare
-from clva_lens.benchmarks.run_folder import Report
+from clva_lens.benchmarks.run_folder import Report, score
 from clva_lens.benchmarks.statistics import (
     FEWEST,
     Bootstrap,
@@ -18,6 +19,10 @@ from clva_lens.benchmarks.statistics import (
     weighted_mean,
 )
 from clva_lens.experiments.paper import SPLITS
+from clva_lens.experiments.reproduce.found import name_of, refusals
+from clva_lens.experiments.reproduce.needs import Run
+from clva_lens.experiments.reproduce.running import make_runs
+from clva_lens.experiments.reproduce.subjects import Subject
 from clva_lens.ground.errors import BenchmarkError, ParameterError, RecordError
 from clva_lens.ground.files import Row
 from clva_lens.ground.progress import progress_bar
@@ -135,16 +140,68 @@ def measure_methods(
                 report = run_benchmark(model, benchmark, asking, progress=False)
                 if keep is not None:
                     keep(name, report)
-                against = None if first is None else compare(first.score, report.score)
                 first = first or report
-                made = _metric_rows(report, first, against)
-                rows += [{"benchmark": benchmark.name, "method": name, **row} for row in made]
+                rows += _rows_of(benchmark, name, report, first)
                 advance(1)
     return rows
 
 
+def measure_sweep(
+    model: LensModel,
+    benchmarks: Sequence[Benchmark],
+    askings: Mapping[str, Asking],
+    root: Path,
+    *,
+    keep: Callable[[str, Report], None] | None = None,
+    progress: bool = True,
+) -> list[Row]:
+    """Return the rows of ``measure_methods``, of runs that are made as a sweep in a folder.
+
+    Methods are asked side by side, so that a picture is read once for all that can share it, and a
+    folder that holds some of the runs already is continued. What one of them took is not told
+    apart, so there is no ``seconds``.
+
+    Raises:
+        BenchmarkError: if a run is ended, or what is asked is of a single picture.
+        ParameterError: if a method does not fit.
+    """
+    runs = {
+        (benchmark, name): Run(
+            Subject(model.name, None, asking.seed, asking.batch_size),
+            benchmark,
+            asking.method,
+            asking.decoding,
+            asking.limit,
+        )
+        for benchmark in benchmarks
+        for name, asking in askings.items()
+    }
+    for (benchmark, _), run in runs.items():
+        require_pictures(benchmark.name, benchmark.samples(run.limit, run.subject.seed))
+    make_runs(model, [*runs.values()], root, lambda text: None, progress=progress)
+    rows, first = list[Row](), dict[str, Report]()
+    for (benchmark, name), run in runs.items():
+        if not run.finished(root):
+            raise ParameterError(refusals(root, run.subject.slug)[name_of(run)])
+        report = score(run.folder(root))
+        if keep is not None:
+            keep(name, report)
+        rows += _rows_of(benchmark, name, report, first.setdefault(benchmark.name, report))
+    return rows
+
+
+def _rows_of(benchmark: Benchmark, name: str, report: Report, first: Report) -> list[Row]:
+    """Return a method's rows, compared with the first one's unless it is that."""
+    against = None if first is report else compare(first.score, report.score)
+    made = _metric_rows(report, first, against)
+    return [{"benchmark": benchmark.name, "method": name, **row} for row in made]
+
+
 def _metric_rows(report: Report, first: Report, against: Comparison | None) -> list[Row]:
-    values, before = ({**one.metrics, "seconds": one.record["seconds"]} for one in (report, first))
+    values, before = (
+        {**one.metrics, **{key: one.record[key] for key in ("seconds",) if key in one.record}}
+        for one in (report, first)
+    )
     rows = []
     for name, value in values.items():
         pair = None if against is None else against.metrics.get(name)

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from clva_lens.experiments.arguments import Settings, benchmark_of, decoding_of, method_of
 from clva_lens.experiments.commands import Device, Dtype
+from clva_lens.experiments.engine_options import takes_engine
 from clva_lens.ground.errors import ParameterError
 
 Parameters = Annotated[
@@ -28,15 +29,6 @@ ShardOf = Annotated[
     str | None,
     typer.Option("--shard", help="As 3/8: that part only, into shards/3; then clva-lens merge."),
 ]
-Engine = Annotated[
-    str | None, typer.Option(help='"ray": several processes, with clva-lens[ray] installed.')
-]
-Workers = Annotated[int, typer.Option(help="Of --engine ray: so many.", min=1)]
-Threads = Annotated[int, typer.Option(help="Of each worker, on a CPU.", min=1)]
-Gpus = Annotated[float, typer.Option(help="Of each worker; 0.5 is half of one.", min=0)]
-Address = Annotated[
-    str | None, typer.Option(help='A running Ray, as "auto"; else one is started here.')
-]
 Tokens = Annotated[int | None, typer.Option(help="The benchmark's, if not given.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Questions at a time.", min=1)]
 KeepFailed = Annotated[bool, typer.Option("--keep-failed", help="As they are.")]
@@ -46,6 +38,7 @@ MaxFailed = Annotated[
 ]
 
 
+@takes_engine
 def run(
     benchmark: Annotated[str, typer.Option(help="A name from clva-lens benchmarks.")],
     out: Annotated[Path, typer.Option(help="The folder of the run.")],
@@ -61,11 +54,7 @@ def run(
     batch_size: BatchSize = 16,
     share: Annotated[bool, typer.Option(help="Read a picture once for its questions.")] = True,
     shard: ShardOf = None,
-    engine: Engine = None,
-    workers: Workers = 2,
-    threads: Threads = 1,
-    gpus_per_worker: Gpus = 0,
-    address: Address = None,
+    engine: Any = None,
     resume: Resume = False,
     keep_failed: KeepFailed = False,
     max_failed: MaxFailed = 0.1,
@@ -87,13 +76,13 @@ def run(
         seed=seed,
         share="picture" if share else None,
     )
-    part, ray = parts_of(shard, engine_of(engine, workers, threads, gpus_per_worker, address), out)
+    part = part_of(shard, engine, out)
     check_folder(out if part is None else part.folder(out), resume)
-    check_device(device if ray is None else None)
+    check_device(device if engine is None else None)
     check_images(chosen.samples(limit, seed))
     options = {"resume": resume, "keep_failed": keep_failed, "max_failed": max_failed}
     try:
-        with loaded(model, ray, device, dtype) as lens:
+        with loaded(model, engine, device, dtype) as lens:
             if part is None:
                 said = repr(run_benchmark(lens, chosen, asking, out=out, **options))
             else:
@@ -114,34 +103,17 @@ def loaded(model: str, engine: Any, device: str | None, dtype: str | None) -> An
     return nullcontext(load(model, dtype=dtype, device_map=device))
 
 
-def parts_of(shard: str | None, engine: Any, out: Path) -> tuple[Any, Any]:
-    """Return the shard and the engine of a run, of which there is one at most."""
+def part_of(shard: str | None, engine: Any, out: Path) -> Any:
+    """Return the shard of a run, or None; an engine cuts it otherwise."""
     from clva_lens.benchmarks.shards import check_sharded, parse_shard
 
     if shard is None:
-        return None, engine
+        return None
     if engine is not None:
         raise ParameterError("--shard and --engine both cut the run. Pass one of them.")
     part = parse_shard(shard)
     check_sharded(out)
-    return part, None
-
-
-def engine_of(
-    name: str | None, workers: int, threads: int, gpus: float, address: str | None
-) -> Any:
-    """Return the engine of a name, or None for this process.
-
-    Raises:
-        ParameterError: if there is no such engine.
-    """
-    if name is None:
-        return None
-    from clva_lens.lens.workers import Ray
-
-    if name != "ray":
-        raise ParameterError(f"there is no engine '{name}'. Pass --engine ray, or leave it out.")
-    return Ray(workers=workers, threads=threads, gpus=gpus, address=address)
+    return part
 
 
 def merge(
@@ -153,17 +125,14 @@ def merge(
     Console().print(repr(merged(folder)), markup=False, highlight=False)
 
 
+@takes_engine
 def sweep(
     spec: Annotated[Path, typer.Argument(help="A TOML file: models, benchmarks, methods, ….")],
     out: Annotated[Path, typer.Option(help="The folder of the runs; continues it.")],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what is done, failed and left; run nothing.")
     ] = False,
-    engine: Engine = None,
-    workers: Workers = 2,
-    threads: Threads = 1,
-    gpus_per_worker: Gpus = 0,
-    address: Address = None,
+    engine: Any = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -174,10 +143,9 @@ def sweep(
     from clva_lens.lens.load import check_device
 
     runs = read_sweep(spec)
-    ray = engine_of(engine, workers, threads, gpus_per_worker, address)
     console = Console()
     found = states(runs, out)
-    _say_sweep(console, found, out, workers if ray is not None else 1)
+    _say_sweep(console, found, out, 1 if engine is None else engine.workers)
     if dry_run:
         return
     check_device(device)
@@ -186,7 +154,7 @@ def sweep(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     try:
-        found = made(runs, out, say, engine=ray, device=device, dtype=dtype)
+        found = made(runs, out, say, engine=engine, device=device, dtype=dtype)
     except KeyboardInterrupt:
         say(f"Stopped. The same command goes on where it stood ({out}).")
         raise typer.Exit(130) from None

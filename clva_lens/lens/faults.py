@@ -1,9 +1,14 @@
 """Faults of the machine and its files: no prompt's own, so that another would not fare better."""
 
 import errno
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+
+from clva_lens.ground.checkout import HOUSE
+from clva_lens.ground.errors import ClvaLensError
 
 _OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 # After one of these every call on the device fails; torch before 2.8 has no class for them.
@@ -30,6 +35,16 @@ def machine_fault(error: BaseException) -> str | None:
         if isinstance(one, OSError) and one.errno not in _OF_DECODERS:
             return "file"
     return None
+
+
+def own_fault(error: BaseException) -> bool:
+    """Return whether an error comes from this package's own lines: a bug, and no refusal.
+
+    One that comes up in a model, in a processor or in torch's Python is theirs.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    here = bool(frames) and Path(frames[-1].filename).is_relative_to(HOUSE)
+    return here and not isinstance(error, ClvaLensError)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -14,7 +14,7 @@ from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import InterventionError, PromptError, SpanError
 from clva_lens.lens.asking import Share
 from clva_lens.lens.check import QUESTIONS
-from clva_lens.lens.faults import machine_fault
+from clva_lens.lens.faults import machine_fault, own_fault
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.prefix import Prefix, read, refuse_prefix
 from clva_lens.lens.towers import TowerPrompt, TowerReadings
@@ -147,6 +147,12 @@ def _probe(model: LensModel) -> str | None:
             found = _differences(model, pictures[:1] * 2)
     except Exception as error:  # the model's code may raise anything of what it never read
         if machine_fault(error) is not None:
+            raise
+        if own_fault(error):
+            error.add_note(
+                "This came up when clva_lens read a picture once for several questions, in its own "
+                "code: please report it. share=None (--no-share) asks without."
+            )
             raise
         return " ".join(str(error).split()) or type(error).__name__
     null, error, spread = found

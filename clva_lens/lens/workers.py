@@ -6,8 +6,11 @@ batches again; one whose packages, weights or pictures differ is refused.
 """
 
 import hashlib
+import io
 import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,6 +109,10 @@ class _Worker:
             found.append(Asked(digest_of(told.record), answers, asker.likeliest, asker.seconds))
         return found
 
+    def processor_seconds(self) -> float:
+        """Return the processor time of this process so far."""
+        return time.process_time()
+
     def words(self, ids: Sequence[int]) -> list[str]:
         """Decode tokens, each by itself."""
         assert self._model is not None
@@ -168,12 +175,14 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the workers, and Ray if it was started here."""
-        for worker in self._workers:
-            self._ray.kill(worker)
-        self._workers, self._kept = [], []
-        if self._began:
-            self._ray.shutdown()
+        """End the workers, and Ray if it was started or found here."""
+        # Ray would say of each batch that ends with its worker that it is asked again.
+        with redirect_stdout(io.StringIO()):
+            for worker in self._workers:  # alive, they crash a process that shuts Ray down
+                self._ray.kill(worker)
+            self._workers, self._kept = [], []
+            if self._began:
+                self._ray.shutdown()
 
     def askers(
         self,
@@ -211,6 +220,10 @@ class Pool:
     def count(self) -> int:
         """How many there are."""
         return len(self._workers)
+
+    def processor_seconds(self) -> list[float]:
+        """Return the processor time of each worker so far."""
+        return self._get([worker.processor_seconds.remote() for worker in self._workers])
 
     def ask(self, number: int, work: Any, jobs: Jobs) -> Any:
         """Give jobs to a worker; return what ``ready`` and ``get`` take."""

@@ -250,9 +250,19 @@ def test_the_slurm_script(tmp_path, loaded):
     for task in (3, 8):
         words = ran(script, tmp_path, SLURM_ARRAY_TASK_ID=str(task))
         assert words[words.index("--shard") + 1] == f"{task}/8"
+    subprocess.run(["bash", "-n", "-c", script], check=True)
     run(*asks(words, tmp_path / "run"))
     with pytest.raises(BenchmarkError, match=r"7 of the 8 shards .* missing: 1, 2, 3, 4, 5, 6, 7"):
         merge(tmp_path / "run")
+
+
+def test_what_slurm_runs_afterwards(tmp_path):
+    """sbatch is played by a command that runs what it shall wrap."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text('#!/bin/bash\ntest "$1" = --dependency=afterok:JOB -a "$2" = --wrap && $3\n')
+    sbatch.chmod(0o755)
+    assert ran(block("sbatch"), tmp_path) == ["merge", "runs/clva"]
 
 
 def test_the_skypilot_file(tmp_path):

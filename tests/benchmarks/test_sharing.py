@@ -182,6 +182,17 @@ def test_what_the_models_code_raises_when_it_is_probed(monkeypatch):
     assert report.record["unshared"] == "no cache of this length"
 
 
+def test_what_our_own_code_raises_when_a_model_is_probed(monkeypatch):
+    """A bug is no reason to share nothing."""
+    lens = lens_of.__wrapped__("full", "sdpa")
+    monkeypatch.setattr("clva_lens.lens.prefix.read_beginning", None)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable") as raised:
+        cl.evaluate(lens, Shared(), limit=6, batch_size=6, progress=False)
+    assert "share=None (--no-share) asks without" in raised.value.__notes__[0]
+    monkeypatch.undo()
+    assert why_unshared(lens, None) is None
+
+
 @pytest.mark.parametrize(("flag", "share"), [("--share", "picture"), ("--no-share", None)])
 def test_the_command_line_says(flag, share, tmp_path):
     out = tmp_path / "run"

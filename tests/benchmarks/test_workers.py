@@ -10,9 +10,12 @@ import torch
 from kill_workers import workers
 from test_run_disk import stub
 from test_runs import COUNT, Small, files, same_but_origin
+from test_runs_cli import run as command_line
 
 import clva_lens as cl
 from clva_lens.benchmarks.base import BENCHMARKS, read_answers
+from clva_lens.experiments.reproduce import reproducing
+from clva_lens.experiments.speed import several
 from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.lens import evaluate as evaluating
 from clva_lens.lens.asking import Asking
@@ -170,6 +173,50 @@ def test_settings_that_start_nothing_are_refused(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ParameterError, match=r"pip install 'clva-lens\[ray\]'"):
         Pool(cl.Ray(), lambda: None).__enter__()
+
+
+@pytest.mark.parametrize("command", ["run", "sweep", "reproduce"])
+def test_commands_take_an_engine_alike(command, tmp_path, monkeypatch):
+    """What is passed is what Ray is made with, before anything is loaded."""
+    made = []
+
+    def ray(**given):
+        made.append(given)
+        raise ParameterError("seen")
+
+    monkeypatch.setattr("clva_lens.lens.workers.Ray", ray)
+    spec = tmp_path / "spec.toml"
+    spec.write_text("models = ['toy-llava']\n[[benchmarks]]\nname = 'pope/toy/random'\n")
+    needed = {"run": ["--benchmark", "pope/toy/random"], "sweep": [spec]}
+    asked = (command, *needed.get(command, ["--model", "toy-llava"]), "--out", tmp_path / "out")
+    more = ("--workers", 3, "--threads", 2, "--gpus-per-worker", 0.5, "--address", "auto")
+    assert "seen" in command_line(*asked, "--engine", "ray", *more, code=1)
+    assert "seen" in command_line(*asked, "--engine", "ray", code=1)
+    assert made == [{"workers": 3, "threads": 2, "gpus": 0.5, "address": "auto"}, {}]
+    for option, value in zip(more[::2], more[1::2], strict=True):
+        said = command_line(*asked, option, value, code=1)
+        assert f"{option} is an option of --engine ray" in said
+    assert "there is no engine 'dask'" in command_line(*asked, "--engine", "dask", code=1)
+
+
+def test_a_reproduction_hands_its_engine_on(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(reproducing, "make", lambda *_, **options: given.append(options))
+    monkeypatch.setattr(reproducing, "write_report", lambda *_: [])
+    for engine in ((), ("--engine", "ray", "--workers", 5)):
+        out = ("--out", tmp_path / "out", "--only", "table 6")
+        command_line("reproduce", "--model", "toy-llava", *out, *engine)
+    assert [one["engine"] for one in given] == [None, cl.Ray(workers=5)]
+
+
+def test_what_asking_takes_is_measured_once_all_is_ready(one, tmp_path):
+    samples, clock = Small().samples(), iter([[1.0, 2.0], [1.5, 4.0]])
+    pool = type("", (), {"processor_seconds": staticmethod(lambda: next(clock))})
+    spent = several._asked(prepare(one, Small(), ASKING, samples), samples, tmp_path / "run", pool)
+    assert spent.wall > 0 and spent.here > 0 and spent.workers == [0.5, 2.0]
+    assert len((tmp_path / "run" / "answers.jsonl").read_text().splitlines()) == COUNT
+    said = command_line("bench", "--workers", 2, "--scaling", "tokens", code=1)
+    assert "do not go with it" in said
 
 
 # ── with Ray ──

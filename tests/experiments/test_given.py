@@ -9,7 +9,12 @@ from test_analyses import ARCHIVE, SMALL
 from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments import notebook as notebooks
 from clva_lens.experiments.archive import analyse
-from clva_lens.experiments.measuring import configured, measure_methods, require_pictures
+from clva_lens.experiments.measuring import (
+    configured,
+    measure_methods,
+    measure_sweep,
+    require_pictures,
+)
 from clva_lens.ground.errors import BenchmarkError, ParameterError, RecordError
 from clva_lens.lens.asking import Asking
 from clva_lens.lens.load import LensModel
@@ -114,6 +119,28 @@ def test_methods_of_few_pictures_have_no_interval_in_rows(monkeypatch):
         rows = measure_methods(lens, ["pope/toy/random"], askings, progress=False)
         changes = [r for r in rows if r["method"] == "CLVA" and r["metric"] == "accuracy"]
         assert [row["low"] is not None for row in changes] == [wide]
+
+
+def test_a_sweep_has_the_rows_of_its_methods_and_is_continued(tmp_path):
+    import clva_lens as cl
+
+    lens, benchmark = cl.load("toy-llava"), BENCHMARKS.get("pope/toy/random")
+    asked = Asking(limit=24, batch_size=12, share="picture")
+    askings = asked.each({"greedy": None, "CLVA": cl.CLVA(alpha=40)})
+    alone = measure_methods(lens, [benchmark], askings, progress=False)
+    kept = {}
+    for _ in range(2):
+        rows = measure_sweep(
+            lens, [benchmark], askings, tmp_path, keep=kept.__setitem__, progress=False
+        )
+        assert rows == [row for row in alone if row["metric"] != "seconds"]
+    assert [*kept] == ["greedy", "CLVA"]
+    assert kept["greedy"].rows[0]["margin"] != kept["CLVA"].rows[0]["margin"]
+    logs = [path.read_text().splitlines() for path in tmp_path.rglob("log.jsonl")]
+    assert [len(log) for log in logs] == [2, 2]  # started and finished, once
+    wrong = asked.each({"greedy": None, "none": cl.KnockOut(layers=[99])})
+    with pytest.raises(ParameterError, match=r"refused: .*layers names layer 99"):
+        measure_sweep(lens, [benchmark], wrong, tmp_path, progress=False)
 
 
 def test_a_checkout_of_powers_takes_a_device_too(tmp_path, no_kernel):

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from clva_lens.experiments.commands import Device, Dtype
+from clva_lens.experiments.engine_options import takes_engine
 
 
+@takes_engine
 def reproduce(
     model: Annotated[list[str], typer.Option(help="A toy name, a Hub id or a folder; repeatable.")],
     out: Annotated[Path, typer.Option(help="The folder of runs and report; continues it.")],
@@ -26,6 +28,7 @@ def reproduce(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what is needed and what is there; run nothing.")
     ] = False,
+    engine: Any = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -55,7 +58,7 @@ def reproduce(
         check_device(device)
         try:
             written: Sequence[Path] = reproduce_paper(
-                items, subjects, out, say, device=device, dtype=dtype
+                items, subjects, out, say, engine=engine, device=device, dtype=dtype
             )
         except KeyboardInterrupt:
             say(f"Stopped. The same command goes on where it stood ({out}).")

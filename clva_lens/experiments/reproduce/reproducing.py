@@ -15,6 +15,7 @@ from clva_lens.experiments.reproduce.running import Planned, Say, found_in, make
 from clva_lens.experiments.reproduce.subjects import Subject
 from clva_lens.experiments.reproduce.writing import write_report
 from clva_lens.ground.checkout import packages
+from clva_lens.lens.workers import Ray
 
 REPRODUCTION = "reproduction.json"
 
@@ -31,18 +32,21 @@ def reproduce_paper(
     out: Path,
     say: Say,
     *,
+    engine: Ray | None = None,
     device: str | None = None,
     dtype: str | None = None,
     progress: bool = True,
 ) -> list[Path]:
     """Make what is missing, then the report; return the paths of its files.
 
+    With an ``engine`` several processes ask the benchmarks' questions; attention is looked at here.
+
     Raises:
         ModelLoadError: if a model cannot be loaded.
         BenchmarkError: if a run is ended, or the folder holds runs of other weights.
     """
     planned = _plan(items, subjects, out)
-    make(planned, out, say, device=device, dtype=dtype, progress=progress)
+    make(planned, out, say, engine=engine, device=device, dtype=dtype, progress=progress)
     parts = {
         item: {one.slug: _part(item, one, found_in(out, planned, one)) for one in subjects}
         for item in items.values()

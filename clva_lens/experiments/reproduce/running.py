@@ -111,16 +111,38 @@ def make(
         model = load(name, device_map=device, dtype=dtype)
         _note_model(root, needs[0].subject, model)
         runs = [need for need in needs if isinstance(need, Run)]
-        if runs:
-            with nullcontext(model) if engine is None else engine.of(model) as asked:
-                for same in _together(runs):
-                    able = _able(model, same, root, say)
-                    _ask(asked, able, root, say, progress, keep_going)
+        options = {"progress": progress, "engine": engine, "keep_going": keep_going}
+        make_runs(model, runs, root, say, **options)
         for need in needs:
             if isinstance(need, Measure):
                 _measure(model, need, root, say)
         del model
         gc.collect()
+
+
+def make_runs(
+    model: LensModel,
+    runs: Sequence[Run],
+    root: Path,
+    say: Say,
+    *,
+    progress: bool = True,
+    engine: Ray | None = None,
+    keep_going: bool = False,
+) -> None:
+    """Make the runs of a loaded model, those that ask the same questions side by side.
+
+    One whose method does not fit is noted (see ``refusals``); options are those of ``make``.
+
+    Raises:
+        BenchmarkError: if a run is ended.
+    """
+    if not runs:
+        return
+    with nullcontext(model) if engine is None else engine.of(model) as asked:
+        for same in _together(runs):
+            able = _able(model, same, root, say)
+            _ask(asked, able, root, say, progress, keep_going)
 
 
 def _together(runs: Sequence[Run]) -> Iterator[list[Run]]:
