@@ -12,6 +12,8 @@
 # compares the orders, over the heads (or edges) of all pairs at once; its interval is a bootstrap over
 # pairs, and with fewer than ten pairs over heads or edges of one ranking. Passes are counted as prompts
 # that the last layer reads, and backward passes of the gradient.
+# EAP's slope is that of the target, from where an edge is patched; EAP-IG's is the mean over the way
+# to the source.
 #
 # **Nulls.** The same estimates dealt out at random to the heads of their layer (so that an order of
 # layers alone counts for the null), and to any edge.
@@ -131,7 +133,7 @@ for (part, span), exact in measured.items():
                 "largest_estimate": float(np.abs(values).max()),
             }
         )
-        for layer in range(exact.shape[1]) if part == "z" else ():
+        for layer in range(exact.shape[1]) if part == "z" and span != "text" else ():
             value, low, high = order(values[:, layer], exact[:, layer])
             if np.isfinite([value, low, high]).all():
                 curves.append(
