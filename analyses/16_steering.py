@@ -20,7 +20,7 @@ model = "toy-llava"
 questions = 120
 captions = 40
 scenes = 40
-layers = [6, 10]
+layers = [10]
 strength = 1.0
 trials = 50
 seed = 0
@@ -31,7 +31,6 @@ settings = {}
 # %%
 from dataclasses import replace
 
-import pandas as pd
 from IPython.display import Markdown
 
 import clva_lens as cl
@@ -137,10 +136,6 @@ record.draw(
     table="steered_questions",
     metrics=["accuracy", "yes_ratio", "beyond_bias"],
 )
-
-# %%
-table = pd.DataFrame(rows)
-table.pivot(index=["benchmark", "method"], columns="metric", values="value").round(3)
 
 # %% [markdown]
 # ## Finding

@@ -37,7 +37,7 @@ SMALL = {
     "13_is_there_drift": ["scenes=2", "questions=7", 'models=["toy-llava"]'],
     "14_method_zoo": ["questions=7", "captions=2", 'only=["CLVA", "VCD", "VISTA"]'],
     "15_attribution": ["pairs=1", "edges=4", "steps=2"],
-    "16_steering": ["questions=7", "captions=2", "scenes=6", "layers=[6]", "trials=1"],
+    "16_steering": ["questions=7", "captions=2", "scenes=6", "trials=1"],
 }
 RECORDS = ARCHIVE.records()
 
