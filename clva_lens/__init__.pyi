@@ -67,6 +67,7 @@ from .methods.steering import Steer as Steer
 from .methods.steering_vector import SteeringVector as SteeringVector
 from .methods.vcd import VCD as VCD
 from .methods.vdd import VDD as VDD
+from .methods.vicrop import ViCrop as ViCrop
 from .methods.visflow import VisFlow as VisFlow
 from .methods.vista import VISTA as VISTA
 from .science.anchors import VisualAnchors as VisualAnchors

@@ -50,6 +50,7 @@ def test_public_names():
         "Steer",
         "SteeringVector",
         "TokenSpans",
+        "ViCrop",
         "VisFlow",
         "VisualAnchors",
         "attention_drift",

@@ -28,6 +28,7 @@ from clva_lens.methods import sid as sid
 from clva_lens.methods import steering as steering
 from clva_lens.methods import vcd as vcd
 from clva_lens.methods import vdd as vdd
+from clva_lens.methods import vicrop as vicrop
 from clva_lens.methods import visflow as visflow
 from clva_lens.methods import vista as vista
 from clva_lens.methods.base import METHODS as METHODS

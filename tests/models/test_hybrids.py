@@ -28,6 +28,7 @@ LACKS = {  # by method: what else than a layer it needs
     "sid": "where its pictures come in",
     "vcd": "where its pictures come in",
     "vdd": "where its pictures come in",
+    "vicrop": "has no processor",
     "vista": "no 'blocks.0.hook_mlp_out'|where its pictures come in",
 }
 

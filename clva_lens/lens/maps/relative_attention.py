@@ -5,8 +5,7 @@ tokens in one layer, averaged over its heads, under the question q, and q′ a q
 
     map = A(q) / A(q′)
 
-at least 0, without a unit: 1 where both look alike. Cropping by it, as the paper does, is left to
-others.
+at least 0, without a unit: 1 where both look alike. ``cl.ViCrop`` crops by it, as the paper does.
 
 **Departs from the paper:** the release divides by what may be 0; a token that the question does not
 look at is 0 here. Its layer 14 of 32 lies at the same fraction of other depths.

@@ -1,0 +1,341 @@
+"""Methods against the programs that their authors released, run as they are.
+
+No part of the suite: it wants clones of the releases, and for each a Python that has torch,
+safetensors and the transformers that the release stands on:
+
+    python tests/parity/methods.py vcd=CLONE,PYTHON pai=CLONE,PYTHON ...
+
+A tiny LLaVA of 32 layers, so that every layer number in a release means what it says, with 576
+image tokens at position 35 and random weights, is built here and handed over: ``released.py`` puts
+the same weights and the same picture features into the release's own classes in a process of its
+own, and both decode four prompts greedily. Compared are, at every step, the set of tokens that
+survive, and their logits; beside the difference stands the effect, by how much the method itself
+moves the log-odds of two tokens that it keeps. "plain" is no method: how far apart the two
+transformers are. A step after the first one that chooses another token is not compared.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+import clva_lens as cl
+from clva_lens.methods.base import Method
+from clva_lens.models.family import find_family
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from tiny_models import tokenizer  # noqa: E402
+
+STEPS, PROMPTS, FIRST, VISUAL, IMAGE = 6, 4, 35, 576, 5
+DECODER = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+# Standard deviations of weights by the end of their names; the rest keep what they are made with.
+SCALES = {"q_proj": 0.2, "k_proj": 0.2, "v_proj": 0.12, "o_proj": 0.1, "lm_head": 0.44}
+SCALES |= {"gate_proj": 0.1, "up_proj": 0.1, "down_proj": 0.1, "embed_tokens": 1.0}
+SCALES |= {"linear_1": 0.3, "linear_2": 0.2, "patch_embedding": 0.5}
+Setting = tuple[dict[str, Any], Method]
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release, what it stands on, and what is compared: its arguments and our method."""
+
+    repository: str
+    transformers: str
+    file: str
+    settings: list[Setting] = field(default_factory=list)
+
+
+def contrast(kind: type, alpha: float, beta: float, **more: Any) -> Setting:
+    return {"alpha": alpha, "beta": beta} | more, kind(alpha=alpha, beta=beta, **more)
+
+
+RELEASES = {
+    "vcd": Release(
+        "DAMO-NLP-SG/VCD",
+        "4.31",
+        "vcd_utils/vcd_sample.py",
+        [
+            contrast(cl.VCD, 1, 0.2, noise_step=500),
+            contrast(cl.VCD, 1, 0.1, noise_step=999),
+            contrast(cl.VCD, 0.5, 0.1, noise_step=500),
+        ],
+    ),
+    "icd": Release(
+        "p1k0pan/ICD",
+        "4.31",
+        "icd_utils/icd_sample_llava.py",
+        [contrast(cl.ICD, 1, 0.1), contrast(cl.ICD, 0.5, 0.3)],
+    ),
+    "pai": Release(
+        "LALBJ/PAI",
+        "4.37",
+        "attention.py",
+        [
+            ({"alpha": alpha, "guidance": guidance}, cl.PAI(alpha=alpha, guidance=guidance))
+            for alpha, guidance in ((0.2, 1), (0.5, 1), (0.2, 1.1), (0.5, 2))
+        ],
+    ),
+    "clearsight": Release(
+        "ustc-hyin/ClearSight",
+        "4.31",
+        "visaug/inference/AttnAdapter.py",
+        [({"enhance": 1.15, "suppress": 0.95}, cl.ClearSight())],
+    ),
+    "memvr": Release(
+        "1zhou-Wang/MemVR",
+        "4.40",
+        "memvr.py",
+        [
+            (
+                {"start": 5, "end": 16, "gamma": gamma, "ratio": ratio},
+                cl.MemVR(ratio=ratio, gamma=gamma),
+            )
+            for ratio, gamma in ((0.12, 0.75), (0.28, 0.6))
+        ],
+    ),
+    "deco": Release(
+        "zjunlp/Deco",
+        "4.31",
+        "transformers/generation/utils.py",
+        [({"alpha": 0.6, "top_p": 0.9, "top_k": 20}, cl.DeCo(alpha=0.6))],
+    ),
+    "only": Release(
+        "zifuwan/ONLY",
+        "4.31",
+        "only_utils/only_sample.py",
+        [
+            (
+                {"agreeing": 3, "alpha": 1, "beta": beta, "gamma": gamma},
+                cl.ONLY(beta=beta, gamma=gamma),
+            )
+            for beta, gamma in ((0.1, 0.2), (0.4, 0.25), (0.1, 2))
+        ],
+    ),
+}
+NOT_HERE = (
+    "IMCCD and OPERA change the search itself, in transformers of their own: this script has no "
+    "way of calling them yet. docs/methods.md says how they were compared."
+)
+
+
+@torch.no_grad()
+def build() -> LlavaForConditionalGeneration:
+    """Return the model; its patterns are peaked, and its logits spread by about 3.5."""
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=48,
+        patch_size=2,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**DECODER),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        if name.endswith("weight") and module in SCALES:
+            parameter.normal_(std=SCALES[module])
+        elif module.endswith("norm") and "language_model" in name:
+            parameter.uniform_(0.7, 1.3)
+    model.lm_head.weight[IMAGE] = 0  # an answer with it could not be read again
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def processor() -> LlavaProcessor:
+    """Return the model's processor; it tokenizes ICD's instruction, and nothing else."""
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer(),
+        patch_size=2,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def prompts() -> list[dict[str, torch.Tensor]]:
+    """Return the inputs: BOS, 34 words, the picture, and 17 to 20 words."""
+    drawn = torch.Generator().manual_seed(1)
+    made = []
+    for item in range(PROMPTS):
+        words = torch.randint(6, 96, (FIRST - 1 + 17 + item,), generator=drawn)
+        picture = torch.full((VISUAL,), IMAGE)
+        ids = torch.cat([torch.tensor([1]), words[: FIRST - 1], picture, words[FIRST - 1 :]])[None]
+        pixels = torch.randn(1, 3, 48, 48, generator=drawn)
+        made.append(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        )
+    return made
+
+
+@torch.no_grad()
+def features(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
+    return model.model.get_image_features(pixel_values=pixels).pooler_output[0][None]
+
+
+def one_for_picture(ids: torch.Tensor) -> torch.Tensor:
+    """Return the tokens with LLaVA's -200 in the place of all image tokens."""
+    inside = (ids[0] == IMAGE).nonzero()
+    return torch.cat(
+        [ids[:, : int(inside[0])], ids.new_full((1, 1), -200), ids[:, int(inside[-1]) + 1 :]], dim=1
+    )
+
+
+def noise_of(clone: Path):
+    """Return the released function that adds noise; it needs torch alone."""
+    spec = spec_from_file_location("released_noise", clone / "vcd_utils" / "vcd_add_noise.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.add_diffusion_noise
+
+
+def hand_over(name: str, clone: Path, lens: Any, inputs: list, folder: Path) -> None:
+    """Write the case for ``released.py``."""
+    model, release = lens.hf_model, RELEASES[name]
+    weights = {
+        key.replace("model.language_model.", "model."): value.contiguous()
+        for key, value in model.state_dict().items()
+        if "language_model" in key or key == "lm_head.weight"
+    }
+    tensors = {}
+    for item, given in enumerate(inputs):
+        tensors[f"{item}.ids"] = one_for_picture(given["input_ids"])
+        tensors[f"{item}.features"] = features(model, given["pixel_values"])
+        if name == "icd":
+            disturbed = find_family(model).disturb(
+                model, lens.processor, given, release.settings[0][1].instruction
+            )
+            tensors[f"{item}.disturbed"] = one_for_picture(disturbed["input_ids"])
+        for step in {given["noise_step"] for given, _ in release.settings if name == "vcd"}:
+            torch.manual_seed(0)
+            noisy = noise_of(clone)(given["pixel_values"], step)
+            tensors[f"{item}.noisy{step}"] = features(model, noisy)
+    settings = [{"run": "plain"}, *({"run": name} | given for given, _ in release.settings)]
+    case = {"config": DECODER, "steps": STEPS, "count": len(inputs), "settings": settings}
+    (folder / "case.json").write_text(json.dumps(case))
+    save_file(weights, folder / "weights.safetensors")
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(tensors, folder / "prompts.safetensors")
+
+
+@torch.no_grad()
+def ours(lens: Any, method: Method | None, given: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of every step, and the plain model's for the same tokens."""
+    with cl.intervening(lens, *([] if method is None else [method])):
+        out = lens.hf_model.generate(
+            **given,
+            max_new_tokens=STEPS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    logits = torch.cat(out.logits)
+    mask = torch.ones_like(out.sequences)
+    whole = given | {"input_ids": out.sequences[:, :-1], "attention_mask": mask[:, :-1]}
+    return logits, lens.hf_model(**whole).logits[0, -STEPS:]
+
+
+def compared(found: list[torch.Tensor], mine: list, label: str) -> str:
+    """Return a line for one setting."""
+    same = cut = steps = 0
+    error, effect = 0.0, []
+    for theirs, (logits, plain) in zip(found, mine, strict=True):
+        for old, new, bare in zip(theirs, logits, plain, strict=True):
+            kept = old.isfinite() & new.isfinite()
+            steps += 1
+            cut += torch.equal(old.isfinite(), new.isfinite())
+            error = max(error, float((old - new)[kept].abs().max()))
+            moved = (new - bare)[kept]
+            effect.append(float(moved.max() - moved.min()))
+            if old.argmax() != new.argmax():
+                break
+            same += 1
+    return (
+        f"{label}: difference {error:.1e}, effect {median(effect):.2g} to {max(effect):.2g}; "
+        f"{same} of {STEPS * len(found)} tokens equal, {cut} of {steps} cut-offs"
+    )
+
+
+def compare(name: str, clone: Path, python: str) -> list[str]:
+    """Run both and return what is printed."""
+    release = RELEASES[name]
+    if not (clone / release.file).is_file():
+        raise SystemExit(
+            f"{name}: {clone} has no {release.file}. Pass the path of a clone of "
+            f"{release.repository}."
+        )
+    lens = cl.load((build(), processor()))
+    inputs = prompts()
+    with TemporaryDirectory() as folder:
+        hand_over(name, clone, lens, inputs, Path(folder))
+        subprocess.run(
+            [python, str(HERE / "released.py"), name, str(clone), folder],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        found = load_file(Path(folder) / "released.safetensors")
+    version = "".join(chr(letter) for letter in found.pop("version").tolist())
+    if not version.startswith(release.transformers):
+        raise SystemExit(
+            f"{name}: {python} has transformers {version}, but {release.repository} stands on "
+            f"{release.transformers}. Pass a Python that has it."
+        )
+    lines = [f"{name}: {release.repository}, transformers {version}"]
+    for number, (given, method) in enumerate([({}, None), *release.settings]):
+        mine = [ours(lens, method, one) for one in inputs]
+        theirs = [found[f"{number}.{item}"] for item in range(len(inputs))]
+        label = ", ".join(f"{key} {value}" for key, value in given.items()) or "plain"
+        lines.append("  " + compared(theirs, mine, label))
+    return lines
+
+
+def main(arguments: list[str]) -> None:
+    """Print a comparison for each NAME=CLONE,PYTHON."""
+    for argument in arguments:
+        name, _, rest = argument.partition("=")
+        clone, _, python = rest.partition(",")
+        if name not in RELEASES or not clone:
+            known = ", ".join(RELEASES)
+            raise SystemExit(f"{argument}: pass NAME=CLONE,PYTHON with NAME of {known}. {NOT_HERE}")
+        print("\n".join(compare(name, Path(clone), python or sys.executable)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
