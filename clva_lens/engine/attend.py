@@ -20,6 +20,7 @@ from clva_lens.engine import maskless, windows
 from clva_lens.engine.checkpointing import checkpointed
 from clva_lens.engine.compiled import PASS, attend_row
 from clva_lens.models.belonging import HERE
+from clva_lens.models.tree import tree
 
 
 def _base(kernel: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -93,7 +94,7 @@ def name_in_run(kernel: str, entry: nn.Module) -> str:
     """
     if kernel in maskless.MASKLESS:
         return KernelName(kernel)
-    files = {kind.__module__ for kind in map(type, entry.modules())}
+    files = {kind.__module__ for kind in set(map(type, tree(entry)))}
     own = any(_asks(file) for file in files if not file.startswith("torch."))
     return KernelName(kernel) if own else f"clva_{kernel}"
 
