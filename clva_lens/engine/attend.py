@@ -20,6 +20,7 @@ from clva_lens.engine import maskless, windows
 from clva_lens.engine.checkpointing import checkpointed
 from clva_lens.engine.compiled import PASS, attend_row
 from clva_lens.models.belonging import HERE
+from clva_lens.models.tree import tree
 
 
 def _base(kernel: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -93,9 +94,13 @@ def name_in_run(kernel: str, entry: nn.Module) -> str:
     """
     if kernel in maskless.MASKLESS:
         return KernelName(kernel)
-    files = {kind.__module__ for kind in map(type, entry.modules())}
+    files = {kind.__module__ for kind in set(map(type, tree(entry)))}
     own = any(_asks(file) for file in files if not file.startswith("torch."))
     return KernelName(kernel) if own else f"clva_{kernel}"
+
+
+ACTED: set[nn.Module] = set()
+"""The modules that the runs of all threads and tasks act on; others need not be looked up."""
 
 
 def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -115,15 +120,24 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if PASS in kwargs:
             bound = partial(base, module, scaling=scaling)
             return attend_row(bound, module, query, key, value, attention_mask, **kwargs)
-        runs: Any = HERE.get()
+        runs: Any = HERE.get() if module in ACTED else ()
         if module not in runs or module not in runs[module].acting:
             return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         run, step, count = runs[module], runs[module].passes.step, query.shape[2]
-        acting = run.acting[module]
+        acting, ready = run.acting[module], None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        ready = None
-        if acting.steady:
-            ready = run.merging.ready(acting.sessions, step, query, key, attention_mask)
+        # To ask the sessions again at every steady layer would be most of what a step costs, and
+        # to call what looks here for one that is like it a good part of the rest.
+        for known in run.merging.ready if acting.steady and run.merging.step is step else ():
+            if (
+                known.formed.mask is attention_mask
+                and known.sessions == acting.sessions
+                and known.query == query.shape
+                and known.key == key.shape
+                and known.dtype == query.dtype
+                and known.device == query.device
+            ):
+                ready = known.formed
         if ready is not None and not (count > 1 and checkpointed()):
             if ready.form == "masked":
                 return base(module, query, key, value, ready.both, scaling=scaling, **kwargs)

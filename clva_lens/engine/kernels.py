@@ -4,7 +4,7 @@ What is made for one layer of a pass serves the next ones, which mostly have the
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,13 @@ class Acting(NamedTuple):
         steady = not output and all(layer in session.steady for session in acting)
         return cls(layer, acting, output, steady) if acting else None
 
+    def ask(self, call: AttentionCall) -> None:
+        """Put on the layer's scores what each session in turn wants there."""
+        for session in self.sessions:
+            bias = session.attention(call)
+            if bias is not None:
+                call.bias = folding.add(call.bias, folding.on(bias, call.query.device))
+
 
 class Formed(NamedTuple):
     """A mask and a bias in the form in which a kernel takes them.
@@ -68,7 +75,7 @@ class Formed(NamedTuple):
         return torch.cat([out, edited], dim=1), weights
 
 
-class _Ready(NamedTuple):
+class Ready(NamedTuple):
     """What a pass put on the scores of one steady layer, for the next ones that are like it."""
 
     sessions: tuple[Session, ...]
@@ -80,35 +87,17 @@ class _Ready(NamedTuple):
 
 
 class Merging:
-    """The masks of one site's passes; ``fused`` says whether the kernel is causal without one."""
+    """The masks of one site's passes; ``fused`` says whether the kernel is causal without one.
+
+    ``ready`` is what steady layers got so far in the pass ``step``.
+    """
 
     def __init__(self, fused: bool) -> None:
         """Start with none."""
         self.fused = fused
         self._formed: Formed | None = None
-        self._step: Step | None = None
-        self._ready: list[_Ready] = []
-
-    def ready(
-        self,
-        sessions: tuple[Session, ...],
-        step: Step | None,
-        query: Tensor,
-        key: Tensor,
-        mask: Any,
-    ) -> Formed | None:
-        """Return what a steady layer like this one got before in the pass, if there was one.
-
-        To ask the sessions again at every layer would be most of what a decoding step costs.
-        """
-        if self._step is not step:
-            return None
-        for known in self._ready:
-            same = known.formed.mask is mask and known.sessions == sessions
-            same = same and known.query == query.shape and known.key == key.shape
-            if same and known.dtype == query.dtype and known.device == query.device:
-                return known.formed
-        return None
+        self.step: Step | None = None
+        self.ready: list[Ready] = []
 
     def attend(
         self, kernel: AttentionKernel, call: AttentionCall, acting: Acting | None = None
@@ -118,10 +107,10 @@ class Merging:
         assert value is not None
         formed = self._form(call)
         if acting is not None and acting.steady:
-            if self._step is not call.step:
-                self._step, self._ready = call.step, []
+            if self.step is not call.step:
+                self.step, self.ready = call.step, []
             like = (query.shape, key.shape, query.dtype, query.device)
-            self._ready.append(_Ready(acting.sessions, *like, formed))
+            self.ready.append(Ready(acting.sessions, *like, formed))
         return formed.attend(kernel, query, key, value, call.scaling)
 
     def _form(self, call: AttentionCall) -> Formed:
@@ -129,7 +118,8 @@ class Merging:
 
         The last one is kept for the next layer.
         """
-        mask, bias, form, first = call.mask, call.bias, self._choose(call), 0
+        mask, bias, first = call.mask, call.bias, 0
+        form = "masked" if call.query.shape[2] == 1 else self._choose(call)
         assert bias is not None
         known = self._formed
         if known is None or known.mask is not mask or known.bias is not bias or known.form != form:
@@ -144,8 +134,6 @@ class Merging:
         """Return the form that fits a call best."""
         query, mask, bias = call.query, call.mask, call.bias
         assert bias is not None
-        if query.shape[2] == 1:
-            return "masked"
         starts = call.step.causal and call.step.offset == 0 and self.fused
         starts = starts and call.softcap is None
         form = folding.choose_form(bias, query, call.key, mask, from_start=starts)

@@ -92,7 +92,8 @@ def read_generated_rows(call: AttentionCall) -> Float[Tensor, "batch head row vi
 
     The pass must hold a generated row.
     """
-    count, new = call.query.shape[2], call.new_rows
+    count = call.query.shape[2]
+    new = 1 if count == 1 else call.new_rows
     if new == 1:
         return call.step.on_image(call.rows(count - 1, count))
     maps = [

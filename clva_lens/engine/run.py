@@ -15,7 +15,7 @@ on any module, and the last ``remove`` restores everything.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -25,8 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from clva_lens.engine import bias as folding
-from clva_lens.engine.attend import KERNELS, name_in_run
+from clva_lens.engine.attend import ACTED, KERNELS, name_in_run
 from clva_lens.engine.checkpointing import checkpointed, refuse_checkpoint
 from clva_lens.engine.kernels import Acting, Merging
 from clva_lens.engine.logits import watch_logits
@@ -90,6 +89,7 @@ class SiteRun(Owned):
             _ACTIVE[id(module)].remove(self)
             if not _ACTIVE[id(module)]:
                 del _ACTIVE[id(module)]
+        _note_acted()
         if _other_run(self.site.config) is None:
             self.site.config._attn_implementation = self.kernel
         for hook in (*self._hooks, *self._streams.values()):
@@ -135,15 +135,17 @@ class SiteRun(Owned):
         self.merging = Merging(self.merging.fused)
         acting = {at: Acting.at(layer, self.sessions) for at, layer in self._layers.items()}
         self.acting = {at: one for at, one in acting.items() if one is not None}
+        _note_acted()
 
     def step_on(self, device: torch.device) -> Step | None:
-        """Return the pass that is running, on the device of the layer that asks.
-
-        Layers may be spread over devices. Within a pass all layers of a device get one object.
-        """
+        """Return the pass that is running, on the device of the layer that asks."""
         step = self.passes.step
         if step is None or step.text_rows.device == device:
             return step
+        return self._moved_to(device, step)
+
+    def _moved_to(self, device: torch.device, step: Step) -> Step:
+        """Return a pass on a device; all layers of the device get one object."""
         known = self._moved.get(device)
         if known is None or known[0] is not step:
             known = self._moved[device] = (step, step.to(device))
@@ -189,7 +191,7 @@ class SiteRun(Owned):
         self._open = None
         if isinstance(query, FakeTensor):
             return None
-        step = self.step_on(query.device)
+        step = self.passes.step
         if step is None:
             raise InterventionError(
                 f"layer {acting.layer} ran, but the model around it was not called, so it is "
@@ -197,7 +199,9 @@ class SiteRun(Owned):
                 "model.generate(**inputs): not its forward function, nor a part of it."
             )
         layer = acting.layer
-        if is_ahead(step, acting.sessions):
+        if step.text_rows.device != query.device:
+            step = self._moved_to(query.device, step)
+        if step.number < 1 and is_ahead(step, acting.sessions):
             return None
         if step.ids is not None and step.ids.shape[1] != query.shape[2]:
             raise InterventionError(
@@ -211,11 +215,11 @@ class SiteRun(Owned):
         inside = checkpointed() if query.shape[2] > 1 else None
         if inside == "again":
             return None
-        with _surely(query, torch.no_grad() if inside else _AS_IT_IS):
-            for session in acting.sessions:
-                bias = session.attention(call)
-                if bias is not None:
-                    call.bias = folding.add(call.bias, folding.on(bias, query.device))
+        if inside or torch.is_autocast_enabled(query.device.type):
+            with exact(), torch.no_grad() if inside else nullcontext():
+                acting.ask(call)
+        else:
+            acting.ask(call)
         if inside and call.bias is not None:
             refuse_checkpoint("attention")
         self._open = (call, acting) if acting.output else None
@@ -257,17 +261,9 @@ class SiteRun(Owned):
         return None if found is hidden else found.reshape(value.shape)
 
 
-_AS_IT_IS = nullcontext()
-
-
-def _surely(given: Tensor, also: Any = _AS_IT_IS) -> Any:
-    """Return what keeps autocast from what sessions compute; ``also`` is around it, or alone."""
-    if not torch.is_autocast_enabled(given.device.type):
-        return also
-    stack = ExitStack()
-    stack.enter_context(also)
-    stack.enter_context(exact())
-    return stack
+def _surely(given: Tensor) -> Any:
+    """Return what keeps autocast from what sessions compute."""
+    return exact() if torch.is_autocast_enabled(given.device.type) else nullcontext()
 
 
 _ACTIVE: dict[int, list[SiteRun]] = {}
@@ -275,6 +271,13 @@ _ACTIVE: dict[int, list[SiteRun]] = {}
 
 _CHANGING = threading.RLock()
 """Held while runs are installed and removed."""
+
+
+def _note_acted() -> None:
+    """Name the modules that any run acts on; meanwhile other threads look them up."""
+    acted = {at for runs in _ACTIVE.values() for run in runs for at in run.acting}
+    ACTED.update(acted)
+    ACTED.intersection_update(acted)
 
 
 def _other_run(config: Any) -> SiteRun | None:

@@ -131,6 +131,8 @@ def raw_scores(
     """Return the scaled products of queries and keys in float32; keys may be of grouped heads."""
     query, key = query.float(), key.float()
     batch, heads, count, width = query.shape
+    if heads == key.shape[1]:
+        return query @ key.mT * scaling
     groups = heads // key.shape[1]
     grouped = query.reshape(batch, key.shape[1], groups * count, width)
     return (grouped @ key.mT).reshape(batch, heads, count, -1) * scaling

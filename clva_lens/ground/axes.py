@@ -169,8 +169,12 @@ class TokenSpans:
 
     def first(self, length: int) -> "TokenSpans":
         """Return the spans of the first ``length`` positions."""
-        parts = (self.system, self.image, self.text, self.generated)
-        return TokenSpans(*[part[:, :length] for part in parts])
+        return TokenSpans(
+            self.system[:, :length],
+            self.image[:, :length],
+            self.text[:, :length],
+            self.generated[:, :length],
+        )
 
     def with_room(self, more: int) -> "TokenSpans":
         """Return spans with this many more positions, all of them generated."""

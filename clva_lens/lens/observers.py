@@ -112,7 +112,9 @@ class Observer(Session):
         if call.step.number == 0:
             if call.layer == self.layers[0]:
                 self._prompt, self._generated, self._guessed = {}, [], {}
-            self._prompt[call.layer] = read_prompt_rows(call)
+            found = read_prompt_rows(call)
+            # The map may be a view of all keys' means, which all layers together would keep.
+            self._prompt[call.layer] = found._replace(map=found.map.clone())
             if self.each_row:
                 self._rows[call.layer] = read_text_rows(call)
             if call.new_rows:

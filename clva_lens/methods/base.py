@@ -339,9 +339,9 @@ def row_bias(
     this pass (None: as ``prompt``); all other rows and keys get 0. Float32; a ``KeyBias`` unless
     the rows differ.
     """
+    step, new = call.step, call.new_rows if generated is None else generated.shape[1]
     if generated is None:
-        generated = prompt[:, None].expand(-1, call.new_rows, -1)
-    step, new = call.step, call.new_rows
+        generated = prompt[:, None].expand(-1, new, -1)
     old = call.query.shape[2] - new
     if old == 0 and new == 1:
         known = step.of_prompt[prompt.device]

@@ -344,8 +344,8 @@ class ClvaSession(Session):
             self._prompt_weights = self._log_weights(*maps)
         prompt, generated = at(self._prompt_weights, here), None
         if self.method.refresh == "step" and call.new_rows > 0:
-            maps = [self._generated[layer] for layer in anchors]
-            generated = at(self._log_weights(*maps), here)
+            positive, negative = self._generated[anchors[0]], self._generated[anchors[1]]
+            generated = at(self._log_weights(positive, negative), here)
         return row_bias(call, self.method.rows, prompt, generated)
 
     @property

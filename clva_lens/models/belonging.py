@@ -73,7 +73,10 @@ class Owned:
                 "on this model, and one run cannot follow two of them. Open cl.intervening() or "
                 "cl.observing() in the function that the thread or task runs."
             )
-        for code in (one.f_code for one in self.frames if not _is_running(one)):
+        for frame in self.frames:
+            if _is_running(frame):
+                continue
+            code = frame.f_code
             raise InterventionError(
                 f"a half-finished generator, {code.co_name} ({code.co_filename}:"
                 f"{code.co_firstlineno}), has a run open on this model, so it is unclear whether "

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clva_lens.ground.errors import InterventionError
+from clva_lens.models.tree import tree
 
 FACTORS = {"logit_scale": "times", "logits_scaling": "over", "output_multiplier": "times"}
 """Settings that logits are multiplied by or divided by, where a model's code names them."""
@@ -81,10 +82,11 @@ def final_logits(model: nn.Module, head: nn.Module) -> FinalLogits:
 
 def _runner(model: nn.Module, head: nn.Module) -> PreTrainedModel | None:
     """Return the model that runs an unembedding: the outermost whose code names it."""
-    for part in model.modules():
+    for part in tree(model):
         if isinstance(part, PreTrainedModel):
-            paths = [path for path, one in part.named_modules() if one is head]
-            if any(path.rpartition(".")[2] in _names(part) for path in paths):
+            below = (hung for one in tree(part) for hung in one._modules.items())
+            names = {name for name, child in below if child is head}
+            if names and names & _names(part):
                 return part
     return None
 

@@ -61,11 +61,13 @@ class Passes(ABC):
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # nnsight's scan() leaves the inputs real, but whatever is computed from them is fake.
-        given = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
-        if given is not None and isinstance(given[:0], FakeTensor):
-            self.step = None
-        else:
-            self.watch(args, kwargs)
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, Tensor):
+                if isinstance(given[:0], FakeTensor):
+                    self.step = None
+                    return
+                break
+        self.watch(args, kwargs)
 
     @abstractmethod
     def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

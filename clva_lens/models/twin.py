@@ -1,7 +1,8 @@
 """The same module a second time, sharing every weight, so that it can be run beside itself."""
 
 import copy
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -24,29 +25,33 @@ def twin(model: SomeModule) -> SomeModule:
         InterventionError: if a module has a ``forward`` of its own, as that of a model split over
             devices.
     """
-    known: dict[int, Any] = {}
+    return _again(model, {})
 
-    def again(module: nn.Module) -> Any:
-        if id(module) not in known:
-            other = known[id(module)] = object.__new__(type(module))
-            vars(other).update(_attributes(module))
-            vars(other)["_modules"] = {
-                name: None if child is None else again(child)
-                for name, child in module._modules.items()
-            }
-            if "config" in vars(other):
-                vars(other)["config"] = own_config(vars(other)["config"])
-        return known[id(module)]
 
-    def own_config(config: Any) -> Any:
-        if id(config) not in known:
-            other = known[id(config)] = copy.copy(config)
-            kernel = getattr(config, "_attn_implementation", None)
-            if isinstance(kernel, str) and kernel.startswith("clva_"):
-                other._attn_implementation = kernel.removeprefix("clva_")
-        return known[id(config)]
+def _again(module: nn.Module, known: dict[int, Any]) -> Any:
+    """Return a module's twin, one of ``known`` if it has one.
 
-    return again(model)
+    A closure would be a cycle, which keeps a twin until it is collected.
+    """
+    if id(module) not in known:
+        other = known[id(module)] = object.__new__(type(module))
+        vars(other).update(_attributes(module))
+        vars(other)["_modules"] = {
+            name: None if child is None else _again(child, known)
+            for name, child in module._modules.items()
+        }
+        if "config" in vars(other):
+            vars(other)["config"] = _own_config(vars(other)["config"], known)
+    return known[id(module)]
+
+
+def _own_config(config: Any, known: dict[int, Any]) -> Any:
+    if id(config) not in known:
+        other = known[id(config)] = copy.copy(config)
+        kernel = getattr(config, "_attn_implementation", None)
+        if isinstance(kernel, str) and kernel.startswith("clva_"):
+            other._attn_implementation = kernel.removeprefix("clva_")
+    return known[id(config)]
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -60,11 +65,32 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
             "over devices or offloaded, or a patch), so it cannot be run a second time with the "
             "same weights. Load the model on one device, without patches."
         )
-    kept = {name: value for name, value in kept.items() if "nnsight" not in name}
-    kept.pop(CAPTURES, None)
-    for name, value in kept.items():
-        if name in ("_parameters", "_buffers"):
-            kept[name] = value.copy()
-        elif name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
-            kept[name] = type(value)()
+    own = _own_names(tuple(kept))
+    for name in own.dropped:
+        del kept[name]
+    for name in ("_parameters", "_buffers"):
+        kept[name] = kept[name].copy()
+    for name in own.emptied:
+        kept[name] = type(kept[name])()
     return kept
+
+
+class _Names(NamedTuple):
+    """Which attributes a twin does not have, and which are empty in it."""
+
+    dropped: tuple[str, ...]
+    emptied: tuple[str, ...]
+
+
+@lru_cache(maxsize=1024)
+def _own_names(names: tuple[str, ...]) -> _Names:
+    """Sort the names of a module's attributes, of which most modules have the same.
+
+    To ask this of every module would be most of what a twin costs.
+    """
+    dropped = tuple(name for name in names if "nnsight" in name or name == CAPTURES)
+    hooks = [
+        n for n in names if n.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+    ]
+    # Nobody saves or loads a twin.
+    return _Names(dropped, tuple(n for n in hooks if "state_dict" not in n and n not in dropped))

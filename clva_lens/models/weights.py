@@ -1,8 +1,12 @@
 """Whether a model is still the one it was: its weights, and which adapters are switched on."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from clva_lens.models.tree import tree
 
 _VALUES = 4
 # Of a value: what bfloat16 leaves of it, twice over.
@@ -14,17 +18,17 @@ def weights_state(model: nn.Module) -> int:
 
     It reads no weights: torch counts what is written in place (not through ``parameter.data``).
     """
-    weights = tuple(
-        (id(one), one.data_ptr(), 0 if one.is_inference() else one._version)
-        for one in model.parameters()
-    )
     switches = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
-    adapters = tuple(
-        str([getattr(one, switch, None) for switch in switches])
-        for one in model.modules()
-        if hasattr(one, "merged_adapters")  # a PEFT layer
-    )
-    return hash((weights, adapters))
+    found: list[Any] = []
+    for module in tree(model):
+        for one in module._parameters.values():
+            if one is not None:
+                version = 0 if one.is_inference() else one._version
+                found.append((id(one), one.data_ptr(), version))
+        # A PEFT layer. To ask the module itself would raise an error in every other one.
+        if "merged_adapters" in vars(module) or hasattr(type(module), "merged_adapters"):
+            found.append(str([getattr(module, switch, None) for switch in switches]))
+    return hash(tuple(found))
 
 
 def weights_sample(model: nn.Module) -> Float[Tensor, "parameter value"]:

@@ -167,6 +167,7 @@ def forward_cases(model: PreTrainedModel, handle: LensModel, batch: int) -> list
     every: dict[str, Any] = {**options, "output_attentions": True}
     cases = [
         Case("forward", "forward", "sdpa", lambda: model(**options)),
+        Case("forward, no cache", "forward", "sdpa", lambda: model(**options, use_cache=False)),
         Case("trace_attention", "forward", "sdpa", lambda: trace_attention(model, prompt)),
         Case("output_attentions", "forward", "eager", lambda: model(**every)),
     ]
