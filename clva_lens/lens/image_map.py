@@ -98,14 +98,14 @@ def image_map(
     Where a Q-Former reads the picture, the decoder's image tokens lie nowhere: what a formula gives
     each of them is passed on to the patches that their queries look at, as ``composed_saliency``
     does, averaged over the heads and layers of the Q-Former. What mixes the queries otherwise is
-    left out.
+    left out; "bi-modal-relevancy" follows all of it by itself.
 
     Args:
         model: what ``cl.load`` returned, or a transformers model.
         prompt: what is asked; lists make a batch.
-        by: a formula's name, or an instance of one: "relevancy" (gradient × attention), "rollout",
-            "grad-cam" (on the projector), "integrated-gradients", "relative-attention",
-            "visual-ratio", "token-activation".
+        by: a formula's name, or an instance of one: "relevancy" (gradient × attention),
+            "bi-modal-relevancy" (through a Q-Former too), "rollout", "grad-cam" (on the projector),
+            "integrated-gradients", "relative-attention", "visual-ratio", "token-activation".
         tokens: a token (a text that is one, or an id) whose logit is explained, or two, the first's
             logit minus the second's; ("yes", "no") takes the likeliest spelling of each. None is
             the likeliest token. Rollout and the two attention maps ask for none.
@@ -128,7 +128,7 @@ def image_map(
     reading = Reading(model, asked, tokens, method)
     values = values_of(formula, reading)
     own = shape_of(reading.model)
-    if own.site != "decoder":
+    if own.site != "decoder" and not formula.on_patches:
         queries = QueryObserver("all", own)
         with intervening(model, method), running(reading.model, [queries]):
             last_logits(reading.model, asked)

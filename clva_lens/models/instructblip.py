@@ -111,6 +111,11 @@ class InstructBlip(ModelFamily):
         asked = isinstance(model, InstructBlipForConditionalGeneration)
         return (inner.vision_model,) if asked else (inner.vision_model, inner.qformer)
 
+    def asking(self, model: PreTrainedModel) -> tuple[nn.Module, ...]:
+        """Return the Q-Former's self-attention, layer by layer: of queries and question."""
+        inner: Any = model
+        return tuple(layer.attention.attention for layer in inner.qformer.encoder.layer)
+
     def activations(self, model: PreTrainedModel) -> activations.Activations:
         """Return the names of the vision tower, of the Q-Former and of the language model.
 

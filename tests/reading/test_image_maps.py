@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from tiny_models import QUESTIONS, blip_of, double_of, lens_of, picture
+from tiny_models import QUESTIONS, blip_of, double_of, exact_blip, lens_of, picture
 
 import clva_lens as cl
 from clva_lens.experiments.map_judging import judge_maps
@@ -23,7 +23,7 @@ SETTINGS = {
     "relative-attention": {"general": QUESTIONS[2]},
     "integrated-gradients": {"steps": 2},  # enough for laws
 }
-GRADIENTS = ("relevancy", "grad-cam", "integrated-gradients")
+GRADIENTS = ("relevancy", "bi-modal-relevancy", "grad-cam", "integrated-gradients")
 
 
 def found(lens, prompt, name, **options):
@@ -69,6 +69,53 @@ def relevancy(heads):
     for pattern, slope in zip(patterns, slopes, strict=True):
         whole = whole + (slope * pattern).clamp(min=0)[0].mean(dim=0) @ whole
     return whole.detach()[-1, result.image]
+
+
+def through_queries(inputs):
+    """Eqs. 5 to 11 of arXiv:2103.15679 with whole matrices, of all attention of an eager model."""
+    model, kept = exact_blip(), {}
+    layers = model.qformer.encoder.layer
+    read = [layer for layer in layers if layer.has_cross_attention]
+    modules = {
+        "within": [layer.attention.attention for layer in layers],
+        "across": [layer.crossattention.attention for layer in read],
+        "decoder": [layer.self_attn for layer in model.language_model.model.layers],
+    }
+    several = [(kind, at, one) for kind, all_ in modules.items() for at, one in enumerate(all_)]
+
+    def keep(kind, at):
+        return lambda module, args, output: kept.__setitem__((kind, at), output[1])
+
+    hooks = [one.register_forward_hook(keep(kind, at)) for kind, at, one in several]
+    doubles = {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
+    last = model(**doubles).logits[0, -1]
+    for hook in hooks:
+        hook.remove()
+    slopes = torch.autograd.grad(last[TOKENS[0]] - last[TOKENS[1]], list(kept.values()))
+    bar = {
+        place: (slope * kept[place]).clamp(min=0)[0].mean(dim=0).detach()
+        for place, slope in zip(kept, slopes, strict=True)
+    }
+    own = torch.eye(len(bar["within", 0])).double()
+    patches = torch.zeros(len(own), bar["across", 0].shape[1]).double()
+    queries = len(bar["across", 0])
+    for at, layer in enumerate(layers):
+        own, patches = own + bar["within", at] @ own, patches + bar["within", at] @ patches
+        if layer.has_cross_attention:
+            beside = own - torch.eye(len(own))
+            for row in beside:
+                if row.sum() > 0:
+                    row /= row.sum()
+            weighed = torch.zeros_like(patches)
+            weighed[:queries] = bar["across", read.index(layer)]
+            patches = patches + (beside + torch.eye(len(own))).T @ weighed
+    image = (inputs["input_ids"][0] == model.config.image_token_index).nonzero()[:, 0]
+    whole = torch.eye(len(bar["decoder", 0])).double()
+    begun = torch.zeros(len(whole), patches.shape[1]).double()
+    begun[image] = patches[:queries]
+    for at in range(len(modules["decoder"])):
+        begun = begun + bar["decoder", at] @ begun  # Eq. 7
+    return begun[-1, 1:]  # the first key is the tower's CLS
 
 
 def rollout(heads):
@@ -149,6 +196,7 @@ def token_activation(heads):
 
 
 REFERENCES = {
+    "bi-modal-relevancy": relevancy,  # a decoder alone has no cross-attention
     "grad-cam": grad_cam,
     "integrated-gradients": integrated_gradients,
     "relative-attention": relative_attention,
@@ -237,6 +285,29 @@ def test_a_q_formers_maps_are_passed_on_as_composed_saliency_is():
     assert prompt.on_grid(cl.image_map(blip, prompt).values).shape == (4, 4)
     with pytest.raises(ParameterError, match="encoder-decoder"):
         cl.image_map(blip_of("sdpa", "t5"), blip_of("sdpa", "t5").prompt(picture(0), QUESTIONS[0]))
+
+
+def test_bi_modal_relevancy_goes_through_a_q_former_by_all_rules_in_float64():
+    blip = blip_of("sdpa")
+    prompt = blip.prompt(picture(0), QUESTIONS[0])
+    made = found(blip, prompt, "bi-modal-relevancy")
+    wanted = through_queries(prompt.inputs)
+    effect = float(wanted.max() - wanted.min())
+    error = float((made.values.double() - wanted).abs().max())
+    plain = found(blip, prompt, "relevancy").values
+    apart = float((plain / plain.sum() - wanted / wanted.sum()).abs().max())
+    print(f"error {error:.1e}, of values {effect:.3g} apart; shares {apart:.2g} from relevancy's")
+    assert error < 2e-4 * effect and bool((made.values >= 0).all()) and apart > 0.01
+    # A longer question pads the first one, in the Q-Former on its right.
+    several = [QUESTIONS[0], QUESTIONS[0] + " and " + QUESTIONS[2]]
+    both = found(blip, blip.prompt([picture(0)] * 2, several), "bi-modal-relevancy")
+    torch.testing.assert_close(both[0].values, made.values, rtol=0, atol=1e-3 * effect)
+    acted = found(blip, prompt, "bi-modal-relevancy", method=cl.CLVA())
+    assert float((acted.values - made.values).abs().max()) > 1e-2 * effect
+    assert not any(layer._forward_hooks for layer in blip.family.asking(blip.hf_model))
+    asked = blip_of("sdpa", "opt")  # BLIP-2's Q-Former need not read the question
+    other = found(asked, asked.prompt(picture(0), QUESTIONS[0]), "bi-modal-relevancy")
+    assert other.values.shape == (16,) and float(other.values.max()) > 0
 
 
 def test_it_draws_itself(one, ask):

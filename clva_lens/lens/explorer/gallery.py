@@ -68,7 +68,8 @@ def gallery_of(
             parts.append(_section(kind, count, cards))
     heading = f"<h1>{html.escape(report.title)}</h1>\n<p>{_summary(report, against)}</p>\n"
     css = (files("clva_lens.lens.explorer") / "gallery.css").read_text(encoding="utf-8")
-    return write_page(folder / "index.html", framed(report.title, css, heading + "".join(parts)))
+    body = f"<main>\n{heading}{''.join(parts)}</main>\n"
+    return write_page(folder / "index.html", framed(report.title, css, body))
 
 
 def method_of(record: Mapping[str, Any]) -> Method:

@@ -3,6 +3,7 @@
 Importing this folder registers them. One more is its own file and its line here.
 """
 
+from clva_lens.lens.maps import bimodal_relevancy as bimodal_relevancy
 from clva_lens.lens.maps import grad_cam as grad_cam
 from clva_lens.lens.maps import integrated_gradients as integrated_gradients
 from clva_lens.lens.maps import relative_attention as relative_attention

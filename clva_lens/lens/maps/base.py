@@ -117,12 +117,14 @@ class Reading:
 class MapFormula(ABC):
     """A formula for a map over the image tokens that the decoder reads; its fields are settings.
 
-    ``signed``: values below 0 speak against the answer; otherwise there are none.
+    ``signed``: values below 0 speak against the answer; otherwise there are none. ``on_patches``:
+    where a Q-Former reads the picture, values are over the patches that it reads.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     signed: ClassVar[bool] = False
+    on_patches: ClassVar[bool] = False
 
     @abstractmethod
     def over(self, reading: Reading) -> Float[Tensor, "batch visual"]:
