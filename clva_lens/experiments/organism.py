@@ -39,7 +39,7 @@ from clva_lens.toy.train import RECIPE, Recipe
 LAST = 3
 """Over how many last layers a map is averaged: analysis 13's number."""
 TWINS, START = "random weights", "its initial weights"
-COLUMNS = ("model", "layers", "captions", "early", "weight_decay", "steps")
+COLUMNS = ("model", "seed", "layers", "captions", "early", "weight_decay", "steps")
 TOLD = ("what", "run", "value", "low", "high", "n")
 
 
@@ -73,8 +73,9 @@ class Trained(NamedTuple):
     def facts(self) -> Row:
         """Return what tells trainings apart."""
         recipe = self.recipe
-        told = (self.name, recipe.layers, recipe.captions, recipe.early, recipe.weight_decay)
-        return dict(zip(COLUMNS, (*told, recipe.decoder_steps), strict=True))
+        told = (self.name, recipe.seed, recipe.layers, recipe.captions, recipe.early)
+        ends = recipe.weight_decay, recipe.decoder_steps
+        return dict(zip(COLUMNS, (*told, *ends), strict=True))
 
 
 def asked_of(recipe: Recipe, scenes: int, seed: int) -> list[Sample]:
