@@ -22,8 +22,9 @@ crops the photo itself, w = 336 of its pixels, so that the crop shows what the m
 is too coarse for; a run of a method holds the picture as the model is given it, and w is half of
 its shorter side. The crop's image tokens follow the picture's at once. Both maps are read without
 other methods, and a token that neither question looks at has M = 0, where there 0 is divided by 0.
-Layer 14 of 32 lies at the same fraction of other depths. The release decodes greedily; beams and
-sampling work too. Its other maps (gradients) are not here.
+Layer 14 of 32 lies at the same fraction of other depths. Words of q′ that a tokenizer does not know
+(the toys') are read as unknown ones: give ``general`` one of its own. The release decodes greedily;
+beams and sampling work too. Its other maps (gradients) are not here.
 
 Attention is left alone; two passes of the prompt more, and a pass of the longer one for each token
 beside the model's own, whose logits are not used.

@@ -4,7 +4,7 @@ No part of the suite: it wants the file ``transformers/generation/beam_search.py
 4.31.0, from a clone, a folder or a wheel (``pip download --no-deps transformers==4.29.2``), and
 reads nothing else of it:
 
-    python tests/parity_with_releases.py transformers-4.29.2-py3-none-any.whl [more ...]
+    python tests/parity/beam_length.py transformers-4.29.2-py3-none-any.whl [more ...]
 
 The same language model, a table of random logits for each sequence, is searched by the old scorer
 and by ``methods/beams.py``, under both rules. Counted are prompts with equal answers.

@@ -301,22 +301,20 @@ def compare(name: str, clone: Path, python: str) -> list[str]:
             f"{name}: {clone} has no {release.file}. Pass the path of a clone of "
             f"{release.repository}."
         )
-    lens = cl.load((build(), processor()))
-    inputs = prompts()
-    with TemporaryDirectory() as folder:
-        hand_over(name, clone, lens, inputs, Path(folder))
-        subprocess.run(
-            [python, str(HERE / "released.py"), name, str(clone), folder],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        found = load_file(Path(folder) / "released.safetensors")
-    version = "".join(chr(letter) for letter in found.pop("version").tolist())
+    other = [python, str(HERE / "released.py"), name, str(clone)]
+    asked = subprocess.run([*other, "version"], check=True, capture_output=True, text=True)
+    version = asked.stdout.split()[-1]
     if not version.startswith(release.transformers):
         raise SystemExit(
             f"{name}: {python} has transformers {version}, but {release.repository} stands on "
             f"{release.transformers}. Pass a Python that has it."
         )
+    lens = cl.load((build(), processor()))
+    inputs = prompts()
+    with TemporaryDirectory() as folder:
+        hand_over(name, clone, lens, inputs, Path(folder))
+        subprocess.run([*other, folder], check=True, stdout=subprocess.DEVNULL)
+        found = load_file(Path(folder) / "released.safetensors")
     lines = [f"{name}: {release.repository}, transformers {version}"]
     for number, (given, method) in enumerate([({}, None), *release.settings]):
         mine = [ours(lens, method, one) for one in inputs]
