@@ -58,7 +58,7 @@ def test_what_a_method_adds(found: dict[str, Any], name: str, of: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["CLVA", "KnockOut"])
-@pytest.mark.parametrize(("of", "each"), [("prefill", 4), ("step", 3)])
+@pytest.mark.parametrize(("of", "each"), [("prefill", 3), ("step", 2)])
 def test_layers_that_are_edited_alike_are_asked_once(
     found: dict[str, Any], name: str, of: str, each: int
 ) -> None:
