@@ -274,19 +274,20 @@ def test_a_case_that_is_not_there_is_named():
 
 
 def test_workers_are_compared_round_by_round():
-    one = [Spent(100.0, 90.0), Spent(200.0, 100.0), Spent(120.0, 100.0)]
+    one = [Spent(100.0, 90.0, 90.0), Spent(200.0, 100.0, 99.0), Spent(120.0, 100.0, 99.0)]
     several = [
-        Spent(55.0, 0.5, [40.0, 45.0]),
-        Spent(100.0, 1.0, [60.0, 40.0]),
-        Spent(78.0, 0.8, [50.0, 30.0]),
+        Spent(55.0, 1.0, 0.5, [40.0, 45.0]),
+        Spent(100.0, 2.0, 1.0, [60.0, 40.0]),
+        Spent(78.0, 1.6, 0.8, [50.0, 30.0]),
     ]
-    wall, busiest, writer = _rows("toy", one, several)
+    wall, busiest, writer, beside = _rows("toy", one, several)
     # 55/100, 100/200, 78/120; 45/90, 60/100, 50/100; 0.5/42.5, 1/50, 0.8/40
     assert (wall.case, wall.ratio, wall.value) == ("2 workers", 0.55, 78.0)
     assert (busiest.ratio, busiest.value, busiest.over) == (0.5, 50.0, "1 process")
     assert (writer.ratio, writer.value) == (0.02, 0.8)
-    assert [row.target for row in (wall, busiest, writer)] == [0.6, 0.6, 0.02]
-    assert BenchReport((wall, busiest, writer), 3, {}).met
+    assert (beside.ratio, beside.value) == (0.04, 1.6)
+    assert [row.target for row in (wall, busiest, writer, beside)] == [0.6, 0.6, 0.02, None]
+    assert BenchReport((wall, busiest, writer, beside), 3, {}).met
 
 
 def test_peak_counts_what_is_alive_at_once():

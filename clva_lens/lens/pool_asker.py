@@ -124,6 +124,7 @@ class PoolAsker:
         """Take over what the workers said."""
         self.record = {key: value for key, value in told.record.items() if key != PICTURES}
         self._pool, self._schedule, self._place, self._told = pool, schedule, place, told
+        self._who = digest_of(told.record)
         self._benchmark, self._samples = benchmark, samples
         self._failures = Failures(len(samples), max_failed)
         self._progress = progress and place == 0
@@ -177,7 +178,7 @@ class PoolAsker:
         ]
 
     def _require_same(self, who: str) -> None:
-        if who != digest_of(self._told.record):
+        if who != self._who:
             raise BenchmarkError(
                 "a worker that was started again has other packages, weights, pictures or another "
                 "device than before, so the answers would be of two kinds. Every batch before is "

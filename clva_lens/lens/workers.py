@@ -93,20 +93,20 @@ class _Worker:
         if Path(folder).is_dir():  # on another machine there may be no such folder
             os.chdir(folder)
         self._model: LensModel | None = None
-        self._ready: tuple[int, list[tuple[Answering, Told]]] | None = None
+        self._ready: tuple[int, list[tuple[Answering, Told, str]]] | None = None
 
     def told(self, work: _Work) -> list[Told]:
         """Say how each asking is asked here."""
-        return [told for _, told in self._prepared(work)]
+        return [told for _, told, _ in self._prepared(work)]
 
     def ask(self, work: _Work, jobs: Jobs) -> list[Asked]:
         """Ask batches, each of one asking, one after the other."""
         found = []
         for place, part in jobs:
-            asker, told = self._prepared(work)[place]
+            asker, _, who = self._prepared(work)[place]
             asker.seconds, asker.likeliest = 0.0, []
             answers = [answer for _, some in asker.batches([part]) for answer in some]
-            found.append(Asked(digest_of(told.record), answers, asker.likeliest, asker.seconds))
+            found.append(Asked(who, answers, asker.likeliest, asker.seconds))
         return found
 
     def processor_seconds(self) -> float:
@@ -118,7 +118,7 @@ class _Worker:
         assert self._model is not None
         return [self._model.words.decode([one]) for one in ids]
 
-    def _prepared(self, work: _Work) -> list[tuple[Answering, Told]]:
+    def _prepared(self, work: _Work) -> list[tuple[Answering, Told, str]]:
         if self._ready is None or self._ready[0] != work.key:
             if self._model is None:
                 self._model = _import_ray().get(work.source[0])()
@@ -128,7 +128,8 @@ class _Worker:
                 samples = work.benchmark.samples(asking.limit, asking.seed)
                 one = prepare(self._model, work.benchmark, asking, samples, prefixes=prefixes)
                 record = {**plain(one.record), PICTURES: _pictures_of(samples)}
-                made.append((one, Told(record, one.stretches(), one.asking.margin)))
+                told = Told(record, one.stretches(), one.asking.margin)
+                made.append((one, told, digest_of(record)))
             self._ready = (work.key, made)
         return self._ready[1]
 

@@ -27,10 +27,14 @@ EFFICIENCY, WRITER = 1.2, 0.02
 
 
 class Spent(NamedTuple):
-    """Seconds of asking: by the wall clock, and of processor time here and in each worker."""
+    """Seconds of asking: by the wall clock, and of processor time.
+
+    ``here`` is this process's, ``writer`` that of the thread that gives out and writes.
+    """
 
     wall: float
     here: float
+    writer: float
     workers: Sequence[float] = ()
 
 
@@ -40,9 +44,9 @@ def measure_workers(
     """Return what ``workers`` of Ray take for a toy's questions, over one process of one thread.
 
     The workers are started, and the model is loaded, before anything is measured; answers are
-    written as in any run. Three ratios: of wall time, which others on the machine disturb; of the
-    busiest worker's processor time to the process's, below which the first cannot lie; and of the
-    writer's processor time to a worker's.
+    written as in any run. Ratios: of wall time, which others on the machine disturb; of the busiest
+    worker's processor time to the process's, below which the first cannot lie; and of the writer's
+    to a worker's, alone and with Ray's threads beside it, which wait by the wall.
 
     Raises:
         ParameterError: if Ray is not installed.
@@ -85,28 +89,31 @@ def _asked(asker: Asker, samples: Sequence[Sample], out: Path, pool: Pool | None
     with open_run(out, asker.record, samples, asker.stretches()) as run:
         asker.begin(run.due)
         before = () if pool is None else pool.processor_seconds()
-        wall, here = time.perf_counter(), time.process_time()
+        began = time.perf_counter(), time.process_time(), time.thread_time()
         for place, batch in asker.batches(run.due):
             run.write(place, batch)
-        wall, here = time.perf_counter() - wall, time.process_time() - here
+        ended = time.perf_counter(), time.process_time(), time.thread_time()
         after = () if pool is None else pool.processor_seconds()
-    return Spent(wall, here, [b - a for a, b in zip(before, after, strict=True)])
+    wall, here, writer = (b - a for a, b in zip(began, ended, strict=True))
+    return Spent(wall, here, writer, [b - a for a, b in zip(before, after, strict=True)])
 
 
 def _rows(model: str, one: Sequence[Spent], several: Sequence[Spent]) -> tuple[BenchRow, ...]:
     """Return medians over rounds, with quartiles, of which each gives a ratio."""
     count = len(several[0].workers)
     first, name = "1 process", f"{count} workers"
-    busiest, writer = f"{name}, processor time of the busiest", f"{name}, the writer"
-    worker = f"{name}, processor time of one"
+    busiest, worker = (f"{name}, processor time of {which}" for which in ("the busiest", "one"))
+    writer = f"{name}, the writer"
     walls = [(s.wall, o.wall) for o, s in zip(one, several, strict=True)]
     most = [(max(s.workers), o.here) for o, s in zip(one, several, strict=True)]
-    written = [(s.here, sum(s.workers) / count) for s in several]
+    written = [(s.writer, sum(s.workers) / count) for s in several]
+    beside = [(s.here, sum(s.workers) / count) for s in several]
     found = []
     for case, over, pairs, target in (
         (name, first, walls, EFFICIENCY / count),
         (busiest, first, most, EFFICIENCY / count),
         (writer, worker, written, WRITER),
+        (f"{writer} with Ray's threads", worker, beside, None),
     ):
         own, base = np.array(pairs).T
         low, middle, high = np.quantile(own / base, [0.25, 0.5, 0.75]).tolist()
