@@ -28,6 +28,7 @@ list of lists. Decodings, seeds, limit and batch size may be left out.
 """
 
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
@@ -38,6 +39,7 @@ from clva_lens.benchmarks.base import BENCHMARKS
 from clva_lens.experiments.reproduce.needs import Run
 from clva_lens.experiments.reproduce.subjects import Subject
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.parameters import is_integer
 from clva_lens.ground.registry import did_you_mean
 from clva_lens.ground.settings import parse_settings
 from clva_lens.lens.decoding import DECODINGS
@@ -45,13 +47,14 @@ from clva_lens.methods.base import METHODS
 
 _KINDS: dict[str, tuple[Any, str]] = {
     "models": (list, "a list of names"),
-    "seeds": (list, "a list of numbers"),
+    "seeds": (list, "a list of integers from 0"),
     "benchmarks": (list, "tables [[benchmarks]] with a name"),
     "methods": (list, "tables [[methods]] with a name"),
     "decodings": (list, "tables [[decodings]] with a name"),
-    "limit": (int, "a number"),
-    "batch_size": (int, "a number"),
+    "limit": (int, "an integer from 1"),
+    "batch_size": (int, "an integer from 1"),
 }
+_LEAST = {"seeds": 0, "limit": 1, "batch_size": 1}
 
 
 def read_sweep(path: Path) -> list[Run]:
@@ -76,6 +79,13 @@ def read_sweep(path: Path) -> list[Run]:
     for subject, benchmark, how in product(subjects, benchmarks, decodings):
         decoding = None if how is None else how(benchmark.max_new_tokens)
         runs += [Run(subject, benchmark, method, decoding, limit) for method in methods]
+    folders = Counter(str(run.folder(Path())) for run in runs)
+    twice = [name for name, count in folders.items() if count > 1]
+    if twice:
+        raise ParameterError(
+            f"'{path}' names runs more than once, '{twice[0]}' for one. Leave out "
+            "what is there twice."
+        )
     return runs
 
 
@@ -91,10 +101,20 @@ def _read(path: Path) -> dict[str, Any]:
         kind, words = _KINDS[key]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ParameterError(f"'{key}' of '{path}' is {words}, but is {value!r}. Write it so.")
+        several = value if isinstance(value, list) else [value]
+        if not several or not all(_fits(key, one) for one in several):
+            raise ParameterError(f"'{key}' of '{path}' is {words}, but is {value!r}. Write it so.")
     for key in ("models", "benchmarks", "methods"):
         if not told.get(key):
             raise ParameterError(f"'{path}' names no {key}. Write {_KINDS[key][1]}.")
     return told
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether one of a key's values is of its kind; tables are looked at where they are made."""
+    if key in _LEAST:
+        return is_integer(value) and value >= _LEAST[key]
+    return key != "models" or (isinstance(value, str) and value != "")
 
 
 def _each(told: Mapping[str, Any], key: str, make: Callable[..., Any]) -> Iterator[Any]:
@@ -103,6 +123,12 @@ def _each(told: Mapping[str, Any], key: str, make: Callable[..., Any]) -> Iterat
         if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
             raise ParameterError(f"one of {key} is {table!r}. Write {_KINDS[key][1]}.")
         rest = {name: value for name, value in table.items() if name != "name"}
+        empty = [name for name, value in rest.items() if value == []]
+        if empty:
+            raise ParameterError(
+                f"{empty[0]} of '{table['name']}' is an empty list, so nothing would be run. Write "
+                "values, or leave it out."
+            )
         listed = [value if isinstance(value, list) else [value] for value in rest.values()]
         for values in product(*listed):
             yield make(table["name"], dict(zip(rest, values, strict=True)))

@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from clva_lens.ground.errors import ParameterError
+
 Row = dict[str, Any]
 """A row of a table that is kept, compared or drawn: a value for each column."""
 
@@ -30,6 +32,8 @@ def taking_place(path: Path, *, hidden: bool = False) -> Iterator[Path]:
         yield part
         if part.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        elif path.is_dir():
+            raise ParameterError(f"'{path}' is a folder. Pass the path of a file in it.")
         part.replace(path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

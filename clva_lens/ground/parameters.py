@@ -71,6 +71,11 @@ def _check_choices(owner: Any) -> None:
             )
 
 
+def is_integer(value: Any) -> bool:
+    """Return whether a value is an integer of any library, and none of True and False."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_arguments(function: Any, **given: Any) -> None:
     """Check arguments against the annotations of the function that they were given to.
 

@@ -1,6 +1,6 @@
 """Direct logit attribution: what each head, MLP and image token adds to an answer's logit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -16,6 +16,7 @@ from clva_lens.figures.patch_maps import MOST_MAPS
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.drawn import SelfDrawn
 from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.ground.parameters import is_integer
 from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
 from clva_lens.lens.logit_parts import LogitParts
 from clva_lens.lens.margins import answer_tokens
@@ -268,9 +269,17 @@ def chosen_tokens(standing: CacheModel, words: Any, tokens: Any) -> tuple[list[l
     Raises:
         ParameterError: if there are not one or two tokens, or one of them is none.
     """
-    wanted = [tokens] if isinstance(tokens, str | int) else list(tokens)
-    if len(wanted) not in (1, 2):
-        raise ParameterError(f"tokens are {wanted}, but 1 or 2 are needed. Pass ('yes', 'no').")
+    plain = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    several = isinstance(plain, Iterable) and not isinstance(plain, str | bytes)
+    wanted = list(plain) if several else [plain]
+    if len(wanted) not in (1, 2) or len(set(map(repr, wanted))) < len(wanted):
+        raise ParameterError(
+            f"tokens are {wanted}, but 1 or 2 are needed, each once. Pass ('yes', 'no')."
+        )
+    if not all(isinstance(one, str) or is_integer(one) for one in wanted):
+        raise ParameterError(
+            f"tokens are {wanted}, but each is a text or the id of a token. Pass ('yes', 'no')."
+        )
     label = " − ".join(f"logit({one})" for one in wanted)
     if wanted == ["yes", "no"] and words is not None:
         spelled = answer_tokens(words)

@@ -21,14 +21,17 @@ from clva_lens.methods.base import MethodLike
 from clva_lens.methods.target import shape_of
 from clva_lens.models.prompt import Asked, Prompt, as_prompt
 
+NO_LOGIT = "attention alone, whatever the answer"
+"""The label of a map that explains no logit."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageMap(SelfDrawn):
     """What each image token is for an answer, by the formula ``by``.
 
     ``values`` are over the image tokens, in the formula's own unit; ``signed`` ones may be below 0,
-    which speaks against the answer. ``label`` says which logit is explained. ``prompt`` is what was
-    asked. With ``batched`` there is a batch axis first.
+    which speaks against the answer. ``label`` says which logit is explained, if one is. ``prompt``
+    is what was asked. With ``batched`` there is a batch axis first.
     """
 
     values: Float[Tensor, "*batch visual"]
@@ -136,7 +139,7 @@ def image_map(
     return ImageMap(
         values if asked.batched else values[0],
         formula,
-        reading.label,
+        reading.label if formula.explains else NO_LOGIT,
         formula.signed,
         asked,
         asked.batched,

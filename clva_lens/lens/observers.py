@@ -1,6 +1,6 @@
 """What every head of every layer looks at, from one forward pass, with no pattern ever kept."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from clva_lens.engine.row_reading import (
 )
 from clva_lens.engine.session import AttentionCall, Session
 from clva_lens.ground.errors import InterventionError, ParameterError
+from clva_lens.ground.parameters import is_integer
 from clva_lens.lens.attention_trace import AttentionTrace
 from clva_lens.methods.base import check_layers
 from clva_lens.methods.target import Shape
@@ -29,15 +30,18 @@ def chosen_layers(layers: Sequence[int] | str, shape: Shape) -> tuple[int, ...]:
     """Return the layers of a site that "all" or 0-based indices name.
 
     Raises:
-        ParameterError: if a layer does not exist.
+        ParameterError: if a layer does not exist, or none is named.
     """
-    if isinstance(layers, str):
-        if layers != "all":
-            raise ParameterError(
-                f"layers must be 'all' or layer indices, but is {layers!r}. Pass layers='all'."
-            )
-        layers = shape.layers
-    return check_layers("layers", tuple(layers), shape)
+    if isinstance(layers, str) and layers == "all":
+        return shape.layers
+    several = isinstance(layers, Iterable) and not isinstance(layers, str | Mapping)
+    numbers = tuple(layers) if several else ()
+    if not numbers or not all(map(is_integer, numbers)):
+        raise ParameterError(
+            f"layers must be 'all' or one or more layer indices, but is {layers!r}. Pass "
+            "layers='all', or layers=[6]."
+        )
+    return check_layers("layers", tuple(map(int, numbers)), shape)
 
 
 class Written(NamedTuple):

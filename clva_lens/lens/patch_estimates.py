@@ -24,6 +24,7 @@ from clva_lens.engine.stream import Stream, StreamCall
 from clva_lens.ground.ambient import exact
 from clva_lens.ground.drawn import SelfDrawn
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.parameters import check_arguments
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.margins import MARGIN
 from clva_lens.lens.patching import Each, LogitMetric, PatchingResult, columns_of, reader_of
@@ -71,8 +72,11 @@ class PatchEstimates(SelfDrawn):
                 f"part is {part!r}, but {', '.join(self.parts)} were estimated. Pass one of these."
             )
         known = self.parts[part]
+        check_arguments(PatchEstimates.patching, spans=spans, layers=layers)
         numbers = tuple(known) if layers is None else tuple(layers)
         names = (spans,) if isinstance(spans, str) else tuple(spans)
+        if not names:
+            raise ParameterError("spans is empty. Pass spans='image', for example.")
         source, target = self.prompts
         columns = list(columns_of(self.model, source, target, names, each, part, self.shape))
         if not numbers or set(numbers) - known.keys():
@@ -194,6 +198,11 @@ def attribution_patching(
 def check_aligned(source: Prompt, target: Prompt) -> None:
     """Raise ParameterError unless each position of the target is one of the source."""
     own, other = target.spans, source.spans
+    if len(other.image) not in (1, len(own.image)):
+        raise ParameterError(
+            f"the source is a batch of {len(other.image)} prompts and the target of "
+            f"{len(own.image)}. Pass as many of each, or one source for all."
+        )
     pairs = [(own.image, other.image), (own.text, other.text), (own.system, other.system)]
     if own.image.shape[1] != other.image.shape[1] or not all(
         bool((mine == theirs).all()) for mine, theirs in pairs
@@ -221,12 +230,17 @@ def gradients(values: Float[Tensor, " batch"], of: Sequence[Tensor]) -> tuple[Te
     """Return the gradient of each sample's value with respect to what is its own.
 
     Raises:
-        ParameterError: if the values have no gradient.
+        ParameterError: if the values have no gradient, or are not finite.
     """
     if not values.requires_grad:
         raise ParameterError(
             "the metric has no gradient with respect to the logits. Write it in torch operations, "
             "without .item() or .tolist()."
+        )
+    if not bool(values.detach().isfinite().all()):
+        raise ParameterError(
+            f"the metric is {values.detach().tolist()}, which has no gradient. Where a method "
+            "makes logits infinite, leave it out; else pass a metric= that is finite."
         )
     return torch.autograd.grad(values.sum(), of, materialize_grads=True)
 

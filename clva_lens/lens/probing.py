@@ -3,10 +3,10 @@
 A probe says that something *can* be read off linearly, not that the model uses it (Belinkov,
 arXiv:2102.12452): steer along it, or patch it, to see. Its null are the same probes on labels that
 were shuffled (Hewitt & Liang, arXiv:1909.03368): with many dimensions and few prompts they are
-above chance too.
+above chance too. Where all prompts of a group have one label, groups are shuffled.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.drawn import SelfDrawn
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.files import Row
+from clva_lens.ground.parameters import check_arguments, is_integer
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.stream_reading import span_states, stack_layers_of
@@ -149,12 +150,19 @@ def probe(
     torch.Size([1, 1])
     """
     refuse_in_trace("probe", "")
+    check_arguments(probe, span=span, folds=folds, strength=strength, shuffles=shuffles, seed=seed)
+    labels, groups = _named("labels", labels), None if groups is None else _named("groups", groups)
     found = transformers_model(model)
-    numbers = stack_layers_of(found, stack, part, (layer,) if isinstance(layer, int) else layer)
+    numbers = stack_layers_of(found, stack, part, (layer,) if is_integer(layer) else layer)
     spans = (span,) if isinstance(span, str) else tuple(span)
     with undisturbed(), intervening(model, method):
         states = span_states(
             model, prompts, numbers, spans, part=part, stack=stack, progress=progress
+        )
+    if len(set(labels)) != len(set(map(str, labels))):
+        raise ParameterError(
+            f"labels are {list(dict.fromkeys(labels))}, some of which are told apart by their type "
+            "only. Pass all as texts, or all as integers."
         )
     kinds, given = np.unique(np.asarray([str(one) for one in labels]), return_inverse=True)
     fitting = _Fitting(given, groups, len(states), folds, strength, shuffles, seed)
@@ -165,6 +173,40 @@ def probe(
     }  # fmt: skip
     chance = float(np.bincount(given).max() / len(given))
     return Probe(*values, numbers, spans, len(states), chance, settings)
+
+
+def _named(name: str, given: Any) -> list[Hashable]:
+    """Return labels or groups as a list, of Python's own where they are of another library.
+
+    Raises:
+        ParameterError: if one is nothing by which prompts can be told apart.
+    """
+    plain = given.tolist() if hasattr(given, "tolist") else given
+    several = list(plain) if isinstance(plain, Iterable) else [plain]
+    several = [one.tolist() if hasattr(one, "tolist") else one for one in several]
+    strange = [one for one in several if not isinstance(one, Hashable) or one != one]
+    if strange:
+        raise ParameterError(
+            f"{name} has {strange[0]!r}, by which no prompts can be told apart. Pass a text or an "
+            "integer for each prompt."
+        )
+    return several
+
+
+def shuffled_labels(
+    labels: np.ndarray, groups: np.ndarray | None, rng: np.random.Generator
+) -> np.ndarray:
+    """Return labels in another order: by group where all of a group have the same.
+
+    What a group has in common then stays with one label, as in the labels themselves; prompt by
+    prompt the null would be as narrow as if there were as many groups as prompts.
+    """
+    if groups is not None:
+        own = np.zeros(int(groups.max()) + 1, dtype=labels.dtype)
+        own[groups] = labels
+        if bool((own[groups] == labels).all()):
+            return rng.permutation(own)[groups]
+    return rng.permutation(labels)
 
 
 def _judged(
@@ -201,10 +243,11 @@ class _Fitting:
                 f"{'no' if groups is None else len(groups)} groups. Pass one label, and group, for "
                 "each prompt."
             )
-        if shuffles < 1 or folds < 2 or not strength > 0:
+        if shuffles < 1 or folds < 2 or not strength > 0 or seed < 0:
             raise ParameterError(
-                f"folds={folds}, strength={strength} and shuffles={shuffles}, but at least 2 folds,"
-                " a positive strength and 1 shuffle are needed. Pass folds=5, strength=0.1."
+                f"folds={folds}, strength={strength}, shuffles={shuffles} and seed={seed}, but at "
+                "least 2 folds, a positive strength, 1 shuffle and a seed from 0 are needed. Pass "
+                "folds=5, strength=0.1."
             )
         units = range(count) if groups is None else groups
         fewest = min(
@@ -222,7 +265,7 @@ class _Fitting:
         self.labels, self.folds, self.strength, self.seed = labels, folds, strength, seed
         self.index = None if groups is None else cluster_index(groups, count)
         rng = np.random.default_rng(seed)
-        self.shuffled = [rng.permutation(labels) for _ in range(shuffles)]
+        self.shuffled = [shuffled_labels(labels, self.index, rng) for _ in range(shuffles)]
 
     def judge(self, states: np.ndarray) -> tuple[float, float, float, list[float]]:
         """Return accuracy, the ends of its interval, and the accuracies on shuffled labels."""

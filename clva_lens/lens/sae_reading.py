@@ -1,5 +1,6 @@
 """What a sparse autoencoder's features say of a prompt, drawn on its picture."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from clva_lens.engine.stream import stream_hooks
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.drawn import SelfDrawn, on_photo
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.parameters import is_integer
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.sae import SparseAutoencoder
@@ -24,8 +26,8 @@ class FeatureReading(SelfDrawn):
     """Features at the positions of a span, [batch, position, feature].
 
     ``explained`` is the share of the rows' variance that the autoencoder rebuilds (1 − residual /
-    total, over all rows; it can be negative), ``active`` how many features are above 0 in a row, on
-    average.
+    total, over all rows; it can be negative, and of rows that are all alike it is not a number),
+    ``active`` how many features are above 0 in a row, on average.
     """
 
     values: Float[Tensor, "batch position feature"]
@@ -45,7 +47,8 @@ class FeatureReading(SelfDrawn):
         """Return features at the image tokens, drawn on the photo; None are the four largest.
 
         Raises:
-            ParameterError: if this is of a batch, or of another span than the image's.
+            ParameterError: if this is of a batch, or of another span than the image's, or a feature
+                does not exist.
             PromptError: if it is unknown where on the photo the tokens lie.
         """
         if self.span != "image" or len(self.values) > 1:
@@ -54,6 +57,11 @@ class FeatureReading(SelfDrawn):
                 "Call sae_features(model, prompt, sae, span='image')."
             )
         chosen = [i for i, _ in self.top(4)] if features is None else list(features)
+        count = self.values.shape[-1]
+        if not chosen or not all(is_integer(i) and 0 <= i < count for i in chosen):
+            raise ParameterError(
+                f"features are {chosen}, but there are 0 to {count - 1}. Pass some of these."
+            )
         maps = self.values[0][:, chosen].T
         titles = [f"feature {i}" for i in chosen]
         return on_photo()(self.prompt, maps, titles=titles, label="feature (its own unit)")
@@ -67,8 +75,11 @@ class FeatureReading(SelfDrawn):
     def __repr__(self) -> str:
         """Return how much is rebuilt, and the largest features."""
         largest = ", ".join(f"{i} ({value:.2f})" for i, value in self.top(3))
+        rebuilt = f"{self.explained:.1%} of the variance"
+        if math.isnan(self.explained):
+            rebuilt = "no variance to rebuild"
         return (
-            f"FeatureReading({self.span}: {self.explained:.1%} of the variance, {self.active:.1f} "
+            f"FeatureReading({self.span}: {rebuilt}, {self.active:.1f} "
             f"features a row; largest {largest})"
         )
 
@@ -118,7 +129,7 @@ def sae_features(
     return FeatureReading(
         values=values,
         places=asked.spans.places(span),
-        explained=1 - left / total if total > 0 else 0.0,
+        explained=1 - left / total if total > 0 else math.nan,
         active=float((values > 0).sum(dim=-1).float().mean()),
         span=span if isinstance(span, str) else ", ".join(map(str, span)),
         prompt=asked,

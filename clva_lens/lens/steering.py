@@ -144,6 +144,15 @@ def pair_differences(
         WithoutPicture(own) if other is None else as_prompt(model, other)
         for own, (_, other) in zip(first, pairs, strict=True)
     ]
+    for number, (own, other) in enumerate(zip(first, second, strict=True)):
+        if isinstance(other, WithoutPicture):
+            continue
+        rows = [len(one.inputs["input_ids"]) for one in (own, other)]
+        if rows[0] != rows[1]:
+            raise ParameterError(
+                f"pair {number} holds {rows[0]} prompts against {rows[1]}, but each is told from "
+                "one. Pass batches of the same size, or prompts one by one."
+            )
     states = span_states(
         model,
         [*first, *second],

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from clva_lens.engine.stream import Part, stream_hooks
 from clva_lens.ground.axes import TokenSpans
-from clva_lens.ground.errors import ParameterError, PromptError
+from clva_lens.ground.errors import LogitsError, ParameterError, PromptError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.observers import chosen_layers
 from clva_lens.methods.contrast import text_only
@@ -61,16 +61,27 @@ def span_states(
     is taken out. ``each`` keeps the positions apart; the tower has all of its tokens in "all".
 
     Raises:
-        ParameterError: if a span is not in a prompt, or a part or layer not in the model.
+        ParameterError: if a span is not in a prompt, or a part or layer not in the model, or there
+            is nothing to read.
+        LogitsError: if what is read is not finite.
         PromptError: if a prompt is none.
     """
+    if not prompts or not spans:
+        raise ParameterError("there is no prompt or no span to read. Pass some.")
     found: Any = getattr(model, "hf_model", model)
     rows = []
     with progress_bar(what, len(prompts), wanted=progress and len(prompts) > 1) as advance:
         for one in prompts:
             rows.append(_read(model, found, one, tuple(layers), spans, part, stack, each))
             advance(1)
-    return torch.cat(rows)
+    states = torch.cat(rows)
+    if not bool(states.isfinite().all()):
+        raise LogitsError(
+            f"what was read of '{part}' is not finite in {found.dtype} (not a number, or "
+            "infinite). Load the model with dtype='bfloat16' or 'float32', and check its weights "
+            "and what methods add."
+        )
+    return states
 
 
 class WithoutPicture:
@@ -91,6 +102,11 @@ def _read(
     stack: Stack,
     each: bool,
 ) -> Float[Tensor, "prompt span layer *position width"]:
+    if stack == "vision" and isinstance(asked, WithoutPicture):
+        raise ParameterError(
+            "the vision tower reads nothing of a prompt without its picture. Pass pairs of prompts "
+            "with pictures."
+        )
     inputs, known = _inputs(model, found, asked)
     places = None if stack == "vision" else [known.places(span) for span in spans]
     kept: dict[int, Tensor] = {}

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.parameters import check_arguments
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
@@ -89,10 +90,13 @@ def vti(
     ['no']
     """
     refuse_in_trace("vti", "")
-    if not 0 <= masked <= 1 or trials < 1:
+    check_arguments(
+        vti, text=text, vision=vision, masked=masked, trials=trials, question=question, seed=seed
+    )
+    if not 0 <= masked <= 1 or trials < 1 or seed < 0:
         raise ParameterError(
-            f"masked must be in [0, 1] and trials at least 1, but they are {masked} and {trials}. "
-            "Pass masked=0.99, trials=50."
+            f"masked must be in [0, 1] and trials at least 1, and seed at least 0, but they are "
+            f"{masked}, {trials} and {seed}. Pass masked=0.99, trials=50."
         )
     shown = [Demo(*one) for one in (_toy_demos() if demos is None else demos)]
     if not shown:

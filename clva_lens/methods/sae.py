@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
@@ -26,6 +27,7 @@ from clva_lens.engine.session import Session
 from clva_lens.engine.stream import Part, Stream
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.files import taking_place
+from clva_lens.ground.parameters import Parameters, check_arguments, is_integer
 from clva_lens.methods.base import Kernel, Method, check_layers
 from clva_lens.methods.steering_vector import SteeringVector
 from clva_lens.methods.stream_rows import StreamSession, check_span
@@ -49,7 +51,7 @@ _ONLY = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SparseAutoencoder:
+class SparseAutoencoder(Parameters):
     """A sparse autoencoder of a part of one layer's stream; ``layer`` is 0-based.
 
     >>> import tempfile
@@ -79,6 +81,8 @@ class SparseAutoencoder:
         Raises:
             ParameterError: if they do not.
         """
+        if self.W_enc.ndim != 2:
+            raise ParameterError(f"W_enc is {tuple(self.W_enc.shape)}. Pass [width, feature].")
         width, features = self.W_enc.shape
         shapes = (tuple(self.W_dec.shape), tuple(self.b_enc.shape), tuple(self.b_dec.shape))
         if shapes != ((features, width), (features,), (width,)):
@@ -94,6 +98,19 @@ class SparseAutoencoder:
             )
         if self.part not in get_args(Part):
             raise ParameterError(f"part must be one of {', '.join(get_args(Part))}. Pass one.")
+        own = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
+        if self.threshold is not None:
+            own["threshold"] = self.threshold
+        strange = [name for name, one in own.items() if not bool(one.isfinite().all())]
+        if strange:
+            raise ParameterError(f"{strange[0]} has values that are not finite. Load it anew.")
+        if self.threshold is not None and self.threshold.shape != (features,):
+            raise ParameterError(
+                f"threshold is {tuple(self.threshold.shape)}, but there are {features} features. "
+                "Pass a threshold for each."
+            )
+        if self.k is not None and not 1 <= self.k <= features:
+            raise ParameterError(f"k is {self.k}. Pass 1 to {features}, which features there are.")
 
     def encode(self, rows: Float[Tensor, "*axes width"]) -> Float[Tensor, "*axes feature"]:
         """Return the features of rows of the stream, in float32 or wider."""
@@ -127,15 +144,17 @@ class SparseAutoencoder:
 
     def check(self, *features: int) -> None:
         """Raise ParameterError if a feature does not exist."""
-        unknown = [one for one in features if not 0 <= one < len(self.b_enc)]
+        known = range(len(self.b_enc))
+        unknown = [one for one in features if not is_integer(one) or one not in known]
         if unknown:
             raise ParameterError(
-                f"feature {unknown[0]} was named, but there are 0 to {len(self.b_enc) - 1}. Pass "
+                f"feature {unknown[0]!r} was named, but there are 0 to {len(self.b_enc) - 1}. Pass "
                 "one of these."
             )
 
     def random(self, seed: int = 0) -> "SparseAutoencoder":
         """Return the null: random directions as long, with the same biases."""
+        check_arguments(SparseAutoencoder.random, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(self.W_dec.shape, generator=generator, dtype=torch.float32)
         unit = drawn / drawn.norm(dim=1, keepdim=True)
@@ -198,7 +217,10 @@ class SparseAutoencoder:
                 f"'{file.name}' has {', '.join(sorted(tensors))}, but no {missing[0]}, so it is no "
                 "standard, JumpReLU or top-k autoencoder. Pass one of these."
             )
-        told = {**said, **(said.get("metadata") or said.get("meta") or {})}
+        about = (said.get("metadata") or said.get("meta") or {}) if isinstance(said, dict) else None
+        if not isinstance(about, dict):
+            raise ParameterError(f"'{beside}' holds no settings. Pass a folder of SAELens' layout.")
+        told = {**said, **about}
         where = _where(told, tensors, layer, part)
         return cls(**where, **_settings(told, tensors), record={"from": path.name})
 
@@ -247,6 +269,13 @@ def _settings(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
             f"{SETTINGS} says architecture={kind!r}, but {', '.join(get_args(Kind))} are computed "
             "here. Pass one of these."
         )
+    sizes = dict(zip(("d_in", "d_sae"), tensors["W_enc"].shape, strict=False))
+    for name, size in sizes.items():
+        if told.get(name) not in (None, size):
+            raise ParameterError(
+                f"{SETTINGS} says {name}={told[name]!r}, but the weights have {size}, so the "
+                "files are not of one autoencoder. Pass a folder whose files belong together."
+            )
     names = ("W_enc", "W_dec", "b_enc", "b_dec")
     kwargs = told.get("activation_fn_kwargs") or {}
     return {
@@ -254,7 +283,7 @@ def _settings(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
         "kind": kind,
         "threshold": tensors.get("threshold") if kind == "jumprelu" else None,
         "k": (told.get("k") or kwargs.get("k")) if kind == "topk" else None,
-        "apply_b_dec_to_input": bool(told.get("apply_b_dec_to_input", True)),
+        "apply_b_dec_to_input": told.get("apply_b_dec_to_input", True),
     }
 
 
@@ -291,9 +320,13 @@ class SetFeatures(Method):
         """Check what can be checked without a model."""
         self.sae.check(*self.features)
         check_span(self.span)
-        strange = [value for value in self.features.values() if not math.isfinite(value)]
+        strange = [
+            value
+            for value in self.features.values()
+            if not isinstance(value, Real) or not math.isfinite(value)
+        ]
         if strange:
-            raise ParameterError(f"a feature's value is {strange[0]}. Pass finite ones.")
+            raise ParameterError(f"a feature's value is {strange[0]!r}. Pass finite numbers.")
 
     def sessions(self, target: Target) -> list[Session]:
         """Return what sets the features; nothing without any.

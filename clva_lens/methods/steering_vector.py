@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clva_lens.engine.stream import Part
 from clva_lens.ground.errors import ModelLoadError, ParameterError
 from clva_lens.ground.files import taking_place
+from clva_lens.ground.parameters import Parameters, check_arguments
 from clva_lens.methods.stream_rows import Stack
 from clva_lens.models.weights import is_sample_of
 
@@ -22,7 +23,7 @@ FORMAT = "clva_lens steering vector 1"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SteeringVector:
+class SteeringVector(Parameters):
     """A direction for each of ``layers`` (0-based); made by ``cl.steering_vector``.
 
     ``values`` may have an axis of positions, for a vision tower. ``part`` of ``stack`` is what they
@@ -64,6 +65,17 @@ class SteeringVector:
                 f"{len(self.layers)} layers, but are [layer, width], or [layer, position, width]. "
                 "Pass a row for each layer."
             )
+        numbers = self.layers
+        if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
+            raise ParameterError(
+                f"layers are {numbers}, but are one or more indices from 0, each once. Pass a row "
+                "of values for each of these."
+            )
+        if not self.values.is_floating_point() or self.values.is_meta:
+            raise ParameterError(
+                f"the values of a steering vector are {self.values.dtype} on {self.values.device}, "
+                "but must be real numbers that are there. Pass values.float()."
+            )
         if not bool(self.values.isfinite().all()):
             raise ParameterError("a steering vector has values that are not finite. Make it anew.")
 
@@ -74,6 +86,7 @@ class SteeringVector:
 
     def random(self, seed: int = 0) -> "SteeringVector":
         """Return random directions of the same lengths: the control of what this one does."""
+        check_arguments(SteeringVector.random, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(self.values.shape, generator=generator, dtype=torch.float32)
         drawn = drawn / drawn.norm(dim=-1, keepdim=True) * self.norms[..., None].cpu()
@@ -123,14 +136,16 @@ class SteeringVector:
                 f"no steering vector can be read from '{path}' ({error}). Pass a file that "
                 "SteeringVector.save() wrote."
             ) from None
-        if told.get("format") != FORMAT or "values" not in tensors:
+        whole = isinstance(told, dict) and {"layers", "part", "stack", "record"} <= told.keys()
+        if not whole or told.get("format") != FORMAT or "values" not in tensors:
             raise ParameterError(
                 f"'{path}' is a safetensors file, but no steering vector ('{FORMAT}'). Pass a file "
                 "that SteeringVector.save() wrote."
             )
         sample = tensors.get("weights_sample")
-        layers, record = tuple(told["layers"]), told["record"]
-        found = cls(tensors["values"], layers, told["part"], told["stack"], record, sample)
+        layers = tuple(told["layers"]) if isinstance(told["layers"], list) else told["layers"]
+        settings = (layers, told["part"], told["stack"], told["record"])
+        found = cls(tensors["values"], *settings, sample)
         if model is not None:
             found.check(getattr(model, "hf_model", model))
         return found

@@ -138,3 +138,25 @@ def test_the_command_says_how_far_it_is(spec, tmp_path):
     assert "2 runs: 2 left; what is left takes unknown" in run(*asked, "--dry-run")
     assert "2 runs: 2 done; what is left takes about 0 s" in run(*asked)
     assert "there is no engine 'dask'" in run(*asked, "--engine", "dask", code=1)
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("seeds = [-1]", "integers from 0"),
+        ("seeds = [1.5]", "integers from 0"),
+        ("seeds = []", "integers from 0"),
+        ("limit = 0", "integer from 1"),
+        ("batch_size = 0", "integer from 1"),
+        ("seeds = [0, 0]", "more than once"),
+        ('[[methods]]\nname = "none"', "more than once"),
+        ('[[methods]]\nname = "clva"\nalpha = []', "alpha of 'clva' is an empty list"),
+    ],
+)
+def test_what_runs_nothing_or_twice_is_refused(line, match, tmp_path):
+    path = tmp_path / "sweep.toml"
+    tables = '[[benchmarks]]\nname = "pope/toy/random"\n[[methods]]\nname = "none"\n'
+    early, late = ("", line) if line.startswith("[[") else (line, "")
+    path.write_text(f'models = ["toy-llava"]\n{early}\n{tables}{late}\n')
+    with pytest.raises(ParameterError, match=match):
+        read_sweep(path)

@@ -321,3 +321,31 @@ def test_python_of_a_view_can_be_read_back(told):
     """Names of methods are Python, too."""
     for name in told.names[1:]:
         assert isinstance(ast.parse(name, mode="eval").body, ast.Call)
+
+
+@pytest.mark.parametrize("name", [*synthetic()._arrays(), "object"])
+def test_an_array_that_is_missing_or_of_another_size_is_refused(name, tmp_path):
+    """Its page would show one thing under the name of another."""
+    whole = synthetic().save(tmp_path / "new" / "whole.npz")
+    with np.load(whole) as file:
+        arrays = dict(file)
+    key = "outline: object" if name == "object" else name
+    if name != "photo":
+        np.savez(tmp_path / "short.npz", **{**arrays, key: arrays[key][..., :-1]})
+        with pytest.raises(ParameterError, match=r"fits the maps|are named"):
+            Exploration.load(tmp_path / "short.npz")
+    if name != "object":
+        arrays.pop(key)
+        np.savez(tmp_path / "less.npz", **arrays)
+        with pytest.raises(ParameterError, match=r"is no exploration \(KeyError\)"):
+            Exploration.load(tmp_path / "less.npz")
+
+
+def test_maps_that_are_no_numbers_and_an_empty_file_are_refused(tmp_path):
+    told = synthetic()
+    with pytest.raises(ParameterError, match="not numbers"):
+        replace(told, maps=np.full_like(told.maps, np.nan))
+    (tmp_path / "empty.npz").write_bytes(b"")
+    with pytest.raises(ParameterError, match="is no exploration"):
+        Exploration.load(tmp_path / "empty.npz")
+    assert told.to_html(tmp_path / "not" / "yet" / "there.html").is_file()

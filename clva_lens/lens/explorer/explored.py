@@ -15,7 +15,7 @@ from clva_lens.science.heads import SomeHeads, head_mask
 
 FORMAT = 1
 CLASSES = ("all", "sensitive", "insensitive")
-_TEXT = "text"
+_TEXT, _OUTLINE = "text", "outline: "
 
 Kind = TypeVar("Kind", bound="Explored")
 
@@ -86,8 +86,41 @@ class Explored:
                 f"the maps have {looks} looks, {layers} layers and {patches} patches, but "
                 f"{', '.join(map(str, wanted))} are named. Make explorations with cl.explore()."
             )
+        self._check_sizes(looks, layers, heads)
         for array in (*self._arrays().values(), *self.outlines.values()):
             array.flags.writeable = False
+
+    def _check_sizes(self, looks: int, layers: int, heads: int) -> None:
+        """Raise ParameterError if an array, or what names its axes, is of another size."""
+        words, read = len(self.words), len(self.lens_layers)
+        by_head = (looks, layers, heads)
+        wanted = {
+            "mass": self.maps.shape[:-1],
+            "probabilities": (looks, 2, words),
+            "margins": (looks, 2, words),
+            "knocked": (looks, layers),
+            "sensitive": by_head,
+            "insensitive": by_head,
+            "curves": (looks, *self.curves.shape[1:2], layers),
+            "lens": (looks, read, 2),
+        }
+        found = {name: one.shape for name, one in self._arrays().items()}
+        told = {"answers": (self.answers, looks), "lens_words": (self.lens_words, looks)}
+        wanted |= {name: (size,) for name, (_, size) in told.items()}
+        found |= {name: (len(one),) for name, (one, _) in told.items()}
+        for name, mask in self.outlines.items():
+            found[name], wanted[name] = mask.shape, self.maps.shape[-1:]
+        for name, size in wanted.items():
+            if found[name] != size:
+                raise ParameterError(
+                    f"'{name}' is {found[name]}, but {size} fits the maps and the words. Make "
+                    "explorations with cl.explore()."
+                )
+        if self.maps.shape[3] not in (1, words) or not np.isfinite(self.maps).all():
+            raise ParameterError(
+                f"there are maps of {self.maps.shape[3]} words for {words}, or some are not "
+                "numbers. Make explorations with cl.explore()."
+            )
 
     def map(
         self, word: int = 0, layer: int | None = None, heads: SomeHeads | str = "all", look: int = 0
@@ -147,11 +180,12 @@ class Explored:
             ParameterError: if the name does not end in ``.npz``.
         """
         path = npz_path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         arrays = self._arrays()
         text = {one.name: getattr(self, one.name) for one in fields(self)}
         text = {name: one for name, one in text.items() if name not in {*arrays, "outlines"}}
         said = json.dumps({"format": FORMAT, **text}, ensure_ascii=False)
-        marks = {f"outline: {name}": mask for name, mask in self.outlines.items()}
+        marks = {f"{_OUTLINE}{name}": mask for name, mask in self.outlines.items()}
         with taking_place(path) as part, part.open("wb") as file:
             given: Any = {**arrays, **marks, _TEXT: np.frombuffer(said.encode(), dtype=np.uint8)}
             np.savez_compressed(file, **given)
@@ -170,7 +204,13 @@ class Explored:
                 arrays = {name: file[name] for name in file.files}
             told = json.loads(arrays.pop(_TEXT).tobytes().decode())
             version = told.pop("format")
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            marks = {one: arrays.pop(one) for one in list(arrays) if one.startswith(_OUTLINE)}
+            outlines = {name.removeprefix(_OUTLINE): mask for name, mask in marks.items()}
+            given = {**{name: _frozen(one) for name, one in told.items()}, **arrays}
+            if version == FORMAT:
+                names = [one.name for one in fields(cls) if one.name != "outlines"]
+                given = {name: given[name] for name in names}
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
             raise ParameterError(
                 f"'{path}' is no exploration ({type(error).__name__}). Pass a file that "
                 "Exploration.save() wrote."
@@ -179,9 +219,7 @@ class Explored:
             raise ParameterError(
                 f"'{path}' is of format {version}, and {FORMAT} is read. Make it again."
             )
-        marks = {one: arrays.pop(one) for one in list(arrays) if one.startswith("outline: ")}
-        outlines = {name.removeprefix("outline: "): mask for name, mask in marks.items()}
-        return cls(**{**{k: _frozen(v) for k, v in told.items()}, **arrays, "outlines": outlines})
+        return cls(**given, outlines=outlines)
 
 
 def npz_path(path: str | Path) -> Path:

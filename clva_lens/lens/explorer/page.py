@@ -75,6 +75,7 @@ def write_page(path: str | Path, text: str) -> Path:
         ParameterError: if the name does not end in ``.html``.
     """
     path = html_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with taking_place(path) as part:
         part.write_text(text, encoding="utf-8")
     return path

@@ -13,6 +13,7 @@ from clva_lens.engine.run import running
 from clva_lens.engine.session import Session
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import ParameterError, PromptError
+from clva_lens.ground.parameters import Parameters
 from clva_lens.ground.registry import Registry
 from clva_lens.lens.attribution import chosen_tokens
 from clva_lens.lens.intervene import intervening
@@ -114,17 +115,19 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapFormula(ABC):
+class MapFormula(Parameters, ABC):
     """A formula for a map over the image tokens that the decoder reads; its fields are settings.
 
     ``signed``: values below 0 speak against the answer; otherwise there are none. ``on_patches``:
-    where a Q-Former reads the picture, values are over the patches that it reads.
+    where a Q-Former reads the picture, values are over the patches that it reads. ``explains``:
+    whether the map is of the logit that is asked for; what follows attention alone has none.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     signed: ClassVar[bool] = False
     on_patches: ClassVar[bool] = False
+    explains: ClassVar[bool] = True
 
     @abstractmethod
     def over(self, reading: Reading) -> Float[Tensor, "batch visual"]:

@@ -40,6 +40,7 @@ class RelativeAttention(MapFormula):
 
     name: ClassVar[str] = "relative-attention"
     paper: ClassVar[str] = "arXiv:2502.17422"
+    explains: ClassVar[bool] = False
     layer: int | None = None
     general: str = "Write a general description of the image."
 

@@ -17,6 +17,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from clva_lens.ground.errors import ParameterError
 from clva_lens.lens.maps.base import MapFormula, Reading, register_map
 from clva_lens.lens.maps.passes import Patterns, carried
 
@@ -27,12 +28,20 @@ class Rollout(MapFormula):
     """Attention rollout.
 
     Args:
-        residual: how much of each layer is the stream itself, in [0, 1); the paper's is a half.
+        residual: how much of each layer is the stream itself, in [0, 1]; the paper's is a half.
     """
 
     name: ClassVar[str] = "rollout"
     paper: ClassVar[str] = "arXiv:2005.00928"
-    residual: float = 0.5
+    explains: ClassVar[bool] = False
+    residual: float | int = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not 0 <= self.residual <= 1:
+            raise ParameterError(
+                f"residual must be in [0, 1], but is {self.residual}. Pass residual=0.5."
+            )
 
     def over(self, reading: Reading) -> Float[Tensor, "batch visual"]:
         """Return the map, from one pass."""

@@ -34,6 +34,7 @@ class VisualRatio(MapFormula):
 
     name: ClassVar[str] = "visual-ratio"
     paper: ClassVar[str] = "arXiv:2411.16724, Eq. 3"
+    explains: ClassVar[bool] = False
     layers: Sequence[int] | None = None
 
     def over(self, reading: Reading) -> Float[Tensor, "batch visual"]:
