@@ -128,15 +128,9 @@ def _attend(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         # To ask the sessions again at every steady layer would be most of what a step costs, and
         # to call what looks here for one that is like it a good part of the rest.
+        like = (acting.sessions, query.shape, key.shape, query.dtype, query.device)
         for known in run.merging.ready if acting.steady and run.merging.step is step else ():
-            if (
-                known.formed.mask is attention_mask
-                and known.sessions == acting.sessions
-                and known.query == query.shape
-                and known.key == key.shape
-                and known.dtype == query.dtype
-                and known.device == query.device
-            ):
+            if known.formed.mask is attention_mask and known.like == like:
                 ready = known.formed
         if ready is not None and not (count > 1 and checkpointed()):
             if ready.form == "masked":

@@ -76,13 +76,12 @@ class Formed(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """What a pass put on the scores of one steady layer, for the next ones that are like it."""
+    """What a pass put on the scores of one steady layer, for the next ones that are like it.
 
-    sessions: tuple[Session, ...]
-    query: torch.Size
-    key: torch.Size
-    dtype: torch.dtype
-    device: torch.device
+    ``like``: their sessions, and the shapes, type and device of their queries and keys.
+    """
+
+    like: tuple[tuple[Session, ...], torch.Size, torch.Size, torch.dtype, torch.device]
     formed: Formed
 
 
@@ -109,8 +108,8 @@ class Merging:
         if acting is not None and acting.steady:
             if self.step is not call.step:
                 self.step, self.ready = call.step, []
-            like = (query.shape, key.shape, query.dtype, query.device)
-            self.ready.append(Ready(acting.sessions, *like, formed))
+            like = (acting.sessions, query.shape, key.shape, query.dtype, query.device)
+            self.ready.append(Ready(like, formed))
         return formed.attend(kernel, query, key, value, call.scaling)
 
     def _form(self, call: AttentionCall) -> Formed:
