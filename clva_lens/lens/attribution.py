@@ -271,7 +271,7 @@ def chosen_tokens(standing: CacheModel, words: Any, tokens: Any) -> tuple[list[l
     """
     plain = tokens.tolist() if hasattr(tokens, "tolist") else tokens
     several = isinstance(plain, Iterable) and not isinstance(plain, str | bytes)
-    wanted = list(plain) if several else [plain]
+    wanted: list[Any] = list(plain) if several else [plain]
     if len(wanted) not in (1, 2) or len(set(map(repr, wanted))) < len(wanted):
         raise ParameterError(
             f"tokens are {wanted}, but 1 or 2 are needed, each once. Pass ('yes', 'no')."

@@ -153,7 +153,8 @@ def probe(
     check_arguments(probe, span=span, folds=folds, strength=strength, shuffles=shuffles, seed=seed)
     labels, groups = _named("labels", labels), None if groups is None else _named("groups", groups)
     found = transformers_model(model)
-    numbers = stack_layers_of(found, stack, part, (layer,) if is_integer(layer) else layer)
+    layers: Any = (layer,) if is_integer(layer) else layer
+    numbers = stack_layers_of(found, stack, part, layers)
     spans = (span,) if isinstance(span, str) else tuple(span)
     with undisturbed(), intervening(model, method):
         states = span_states(
