@@ -150,7 +150,7 @@ def probe(
     torch.Size([1, 1])
     """
     refuse_in_trace("probe", "")
-    told = {"folds": folds, "strength": strength, "shuffles": shuffles, "seed": seed}
+    told: Any = {"folds": folds, "strength": strength, "shuffles": shuffles, "seed": seed}
     check_arguments(probe, span=span, **told)
     labels = _written_apart(labels)
     groups = groups if groups is None else _named("groups", groups)
@@ -163,10 +163,9 @@ def probe(
     kinds, given = np.unique(np.asarray([str(one) for one in labels]), return_inverse=True)
     fitting = _Fitting(given, groups, len(states), folds, strength, shuffles, seed)
     values = _judged(fitting, states, progress)
-    rest = {"labels": kinds.tolist(), "groups": groups is not None}
-    settings = {"part": part, "stack": stack, **told, **rest}
+    told |= {"part": part, "stack": stack, "labels": kinds.tolist(), "groups": groups is not None}
     chance = float(np.bincount(given).max() / len(given))
-    return Probe(*values, numbers, spans, len(states), chance, settings)
+    return Probe(*values, numbers, spans, len(states), chance, told)
 
 
 def _several(layer: Any) -> Any:
