@@ -26,7 +26,7 @@ from clva_lens.figures import patching as draw_patching
 from clva_lens.ground.ambient import exact
 from clva_lens.ground.drawn import SelfDrawn
 from clva_lens.ground.errors import ModelLoadError, ParameterError
-from clva_lens.ground.parameters import check_arguments
+from clva_lens.ground.parameters import is_integer
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.intervene import refuse_in_trace
 from clva_lens.lens.margins import MARGIN
@@ -133,8 +133,7 @@ def edge_attribution(
     torch.Size([1, 109, 25])
     """
     refuse_in_trace("edge_attribution", "")
-    check_arguments(edge_attribution, steps=steps)
-    if how not in ("eap", "eap-ig") or steps < 1:
+    if how not in ("eap", "eap-ig") or not is_integer(steps) or steps < 1:
         raise ParameterError(
             f"how is {how!r} and steps is {steps}, but how is 'eap' or 'eap-ig', and steps >= 1. "
             "Pass how='eap'."

@@ -150,30 +150,26 @@ def probe(
     torch.Size([1, 1])
     """
     refuse_in_trace("probe", "")
-    check_arguments(probe, span=span, folds=folds, strength=strength, shuffles=shuffles, seed=seed)
-    labels, groups = _named("labels", labels), None if groups is None else _named("groups", groups)
+    told: Any = {"folds": folds, "strength": strength, "shuffles": shuffles, "seed": seed}
+    check_arguments(probe, span=span, **told)
+    labels = _written_apart(labels)
+    groups = groups if groups is None else _named("groups", groups)
     found = transformers_model(model)
-    layers: Any = (layer,) if is_integer(layer) else layer
-    numbers = stack_layers_of(found, stack, part, layers)
+    numbers = stack_layers_of(found, stack, part, _several(layer))
     spans = (span,) if isinstance(span, str) else tuple(span)
     with undisturbed(), intervening(model, method):
-        states = span_states(
-            model, prompts, numbers, spans, part=part, stack=stack, progress=progress
-        )
-    if len(set(labels)) != len(set(map(str, labels))):
-        raise ParameterError(
-            f"labels are {list(dict.fromkeys(labels))}, some of which are told apart by their type "
-            "only. Pass all as texts, or all as integers."
-        )
+        options: Any = {"part": part, "stack": stack, "progress": progress}
+        states = span_states(model, prompts, numbers, spans, **options)
     kinds, given = np.unique(np.asarray([str(one) for one in labels]), return_inverse=True)
     fitting = _Fitting(given, groups, len(states), folds, strength, shuffles, seed)
     values = _judged(fitting, states, progress)
-    settings = {
-        "part": part, "stack": stack, "folds": folds, "strength": strength, "shuffles": shuffles,
-        "seed": seed, "labels": kinds.tolist(), "groups": groups is not None,
-    }  # fmt: skip
+    told |= {"part": part, "stack": stack, "labels": kinds.tolist(), "groups": groups is not None}
     chance = float(np.bincount(given).max() / len(given))
-    return Probe(*values, numbers, spans, len(states), chance, settings)
+    return Probe(*values, numbers, spans, len(states), chance, told)
+
+
+def _several(layer: Any) -> Any:
+    return (layer,) if is_integer(layer) else layer
 
 
 def _named(name: str, given: Any) -> list[Hashable]:
@@ -192,6 +188,17 @@ def _named(name: str, given: Any) -> list[Hashable]:
             "integer for each prompt."
         )
     return several
+
+
+def _written_apart(given: Any) -> list[Hashable]:
+    """Return labels that are told apart by how they are written, or raise ParameterError."""
+    labels = _named("labels", given)
+    if len(set(labels)) != len(set(map(str, labels))):
+        raise ParameterError(
+            f"labels are {list(dict.fromkeys(labels))}, some of which are told apart by their type "
+            "only. Pass all as texts, or all as integers."
+        )
+    return labels
 
 
 def shuffled_labels(

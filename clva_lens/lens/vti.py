@@ -90,14 +90,8 @@ def vti(
     ['no']
     """
     refuse_in_trace("vti", "")
-    check_arguments(
-        vti, text=text, vision=vision, masked=masked, trials=trials, question=question, seed=seed
-    )
-    if not 0 <= masked <= 1 or trials < 1 or seed < 0:
-        raise ParameterError(
-            f"masked must be in [0, 1] and trials at least 1, and seed at least 0, but they are "
-            f"{masked}, {trials} and {seed}. Pass masked=0.99, trials=50."
-        )
+    told: dict[str, Any] = {"masked": masked, "trials": trials, "question": question, "seed": seed}
+    _check(text=text, vision=vision, **told)
     shown = [Demo(*one) for one in (_toy_demos() if demos is None else demos)]
     if not shown:
         raise ParameterError("there is no demonstration. Pass (picture, true, false) captions.")
@@ -105,10 +99,7 @@ def vti(
         "how": "vti",
         "demos": len(shown),
         "scenes": "of the toy world, seed 0" if demos is None else "given",
-        "masked": masked,
-        "trials": trials,
-        "question": question,
-        "seed": seed,
+        **told,
         "model": model.name,
     }
     parts: list[Method] = []
@@ -121,6 +112,15 @@ def vti(
             read = _text(model, shown, question, progress)
         parts.append(_steer(_vector(model, read, "decoder", told), text, "all"))
     return compose(*parts)
+
+
+def _check(masked: Any, trials: Any, seed: Any, **given: Any) -> None:
+    check_arguments(vti, masked=masked, trials=trials, seed=seed, **given)
+    if not 0 <= masked <= 1 or trials < 1 or seed < 0:
+        raise ParameterError(
+            f"masked must be in [0, 1] and trials at least 1, and seed at least 0, but they are "
+            f"{masked}, {trials} and {seed}. Pass masked=0.99, trials=50."
+        )
 
 
 def _steer(vector: SteeringVector, strength: float | int, span: str) -> Steer:
