@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +124,16 @@ def test_drift_is_told_beside_both_nulls(folder, tmp_path):
     assert found["recall", "blind in all layers"]["n"] == "2"
     with pytest.raises(ParameterError, match="no finished training"):
         Trained.read(tmp_path)
+
+
+def test_the_page_has_the_numbers_of_its_rows():
+    docs = Path(__file__).parents[2] / "docs"
+    with (docs / "organism.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["low"]]
+    told = {
+        " ".join(f"{float(row[name]):+.3f}" for name in ("value", "low", "high")) for row in rows
+    }
+    page = (docs / "organism.md").read_text(encoding="utf-8").replace("\N{MINUS SIGN}", "-")
+    shown = re.findall(r"([+-]\d\.\d{3}) \[([+-]\d\.\d{3}), ([+-]\d\.\d{3})\]", page)
+    assert len(shown) >= 40
+    assert {" ".join(one) for one in shown} <= told
