@@ -24,9 +24,6 @@ pairs = 10
 edges = 24
 steps = 5
 seed = 7
-batch_size = 1
-clva = {}
-settings = {}
 
 # %%
 from dataclasses import replace
@@ -38,11 +35,13 @@ from IPython.display import Markdown
 
 import clva_lens as cl
 from clva_lens.benchmarks.statistics import FEWEST
+from clva_lens.experiments.measuring import require_several
 from clva_lens.lens.edge_attribution import patch_edges
 from clva_lens.science.ranks import rank_correlation
 from clva_lens.toy.scenes import render, sample_scenes
 
 record = cl.new_record()
+require_several("this analysis", pairs, pairs)
 lens = cl.load(model)
 record.uses(lens)
 spans = ("image", "text", "last")

@@ -25,7 +25,6 @@ strength = 1.0
 trials = 50
 seed = 0
 batch_size = 32
-clva = {}
 settings = {}
 
 # %%
@@ -40,6 +39,8 @@ from clva_lens.experiments.measuring import (
     measure_methods,
     one,
     points,
+    require_pictures,
+    require_several,
 )
 from clva_lens.lens.asking import Asking
 from clva_lens.methods.base import compose
@@ -51,8 +52,10 @@ record.uses(lens)
 pope, chair = configured(
     [benchmarks_for(lens, "pope")[-1], *benchmarks_for(lens, "chair")], settings
 )
-for benchmark in (pope, chair):
+for benchmark, limit in ((pope, questions), (chair, captions)):
+    require_pictures(benchmark.name, benchmark.samples(limit, seed))
     record.data(benchmark.digests())
+require_several("the probes", 2 * scenes, scenes)
 
 # %% [markdown]
 # ## What can be read

@@ -22,9 +22,6 @@ untrained = 1
 maps = []  # names; all, if it is empty
 general = "describe the image."
 seed = 77
-batch_size = 1
-clva = {}
-settings = {}
 
 # %%
 from dataclasses import replace
@@ -35,11 +32,13 @@ from IPython.display import Markdown
 
 import clva_lens as cl
 from clva_lens.experiments.map_judging import EVEN, judge_maps
+from clva_lens.experiments.measuring import require_several
 from clva_lens.lens.maps import MAPS
 from clva_lens.toy.questions import exist_question
 from clva_lens.toy.scenes import render, sample_scenes
 
 record = cl.new_record()
+require_several("this analysis", pictures, pictures)
 lens = cl.load(model)
 record.uses(lens)
 scenes = [scene for scene in sample_scenes(4 * pictures, seed) if scene.things][:pictures]

@@ -89,12 +89,20 @@ def require_pictures(name: str, samples: Sequence[Sample]) -> None:
     Raises:
         BenchmarkError: saying how many samples are of how many pictures.
     """
-    pictures = len({sample.group or sample.id for sample in samples})
+    require_several(name, len(samples), len({sample.group or sample.id for sample in samples}))
+
+
+def require_several(name: str, samples: int, pictures: int) -> None:
+    """Return silently if there are two pictures or more, which intervals are over.
+
+    Raises:
+        BenchmarkError: saying how many samples are of how many pictures.
+    """
     if pictures < 2:
         raise BenchmarkError(
-            f"the {len(samples)} samples of {name} are of {pictures} picture, and intervals are "
-            f"over pictures: nothing was run. Ask {len(samples) + 1} or more; below {FEWEST} "
-            "pictures no interval is shown."
+            f"the {samples} samples of {name} are of {pictures} picture, and intervals are over "
+            f"pictures: nothing was run. Ask {samples + 1} or more; below {FEWEST} pictures no "
+            "interval is shown."
         )
 
 

@@ -161,5 +161,7 @@ def test_trace_misuse(one, ask, untyped):
         trace[0]
     with pytest.raises(cl.ClvaLensError, match=r"layers names layer 12.*layers 0 to 11"):
         cl.trace_attention(one, ask(one), layers=(12,))
-    with pytest.raises(cl.ClvaLensError, match=r"layers must be 'all' or layer indices"):
+    with pytest.raises(
+        cl.ClvaLensError, match=r"layers must be 'all' or one or more layer indices"
+    ):
         cl.trace_attention(one, ask(one), layers="most")

@@ -35,7 +35,7 @@ SMALL = {
     "12_paper_arithmetic": [],
     "13_is_there_drift": ["scenes=2", "questions=7", 'models=["toy-llava"]'],
     "14_method_zoo": ["questions=7", "captions=2", 'only=["CLVA", "VCD", "VISTA", "beam"]'],
-    "15_attribution": ["pairs=1", "edges=4", "steps=2"],
+    "15_attribution": ["pairs=2", "edges=4", "steps=2"],
     "16_steering": ["questions=7", "captions=2", "scenes=6", "trials=1"],
     "17_maps_judged": ["pictures=2", 'maps=["relevancy"]'],
 }

@@ -1,5 +1,6 @@
 """What every analysis takes: CLVA's parameters, settings, device, dtype and batch size."""
 
+import json
 import shutil
 
 import pytest
@@ -27,6 +28,13 @@ ASKING = sorted(
 )
 # One picture after the other is looked at there, so there is no batch.
 SINGLE = {"02_saliency"}
+# They act otherwise than by CLVA, or ask no benchmark: what they cannot use they do not take.
+WITHOUT = {
+    "15_attribution": {"clva", "settings", "batch_size"},
+    "16_steering": {"clva"},
+    "17_maps_judged": {"clva", "settings", "batch_size"},
+}
+USED = {"clva": "cl.CLVA(**clva)", "settings": ", settings", "batch_size": "batch_size=batch_size"}
 # A picture a task there, so that there are always several.
 SEVERAL = {"06_mme"}
 
@@ -39,20 +47,21 @@ def test_the_analyses_that_ask_a_model_are_those():
 def test_each_takes_what_all_take_and_uses_it(slug):
     source = notebooks.read_source(ARCHIVE.source(slug))
     defaults = notebooks.parameters(source)
-    assert defaults["clva"] == {} == defaults["settings"]
-    assert ("batch_size" in defaults) == (slug not in SINGLE)
+    taken = USED.keys() - WITHOUT.get(slug, {"batch_size"} if slug in SINGLE else set())
+    assert taken == USED.keys() & defaults.keys()
     code = "\n".join(cell.source for cell in source.cells if cell.cell_type == "code")
-    for used in (
-        "cl.CLVA(**clva)",
-        ", settings)",
-        *(["batch_size=batch_size"] * (slug not in SINGLE)),
-    ):
-        assert used in code, used
+    assert [name for name, used in USED.items() if (used in code) != (name in taken)] == []
     # No other CLVA and no benchmark as registered: what is given holds for the whole analysis.
-    assert code.count("cl.CLVA(") == 1 and "BENCHMARKS.get(" not in code
-    given = ['clva={"tau": 1.5}', 'settings={"parser": "lmms"}']
-    read = notebooks.parse_parameters(slug, defaults, given)
-    assert read == {"clva": {"tau": 1.5}, "settings": {"parser": "lmms"}}
+    assert code.count("cl.CLVA(") == ("clva" in taken) and "BENCHMARKS.get(" not in code
+    values = {"clva": {"tau": 1.5}, "settings": {"parser": "lmms"}}
+    for name, value in values.items():
+        given = [f"{name}={json.dumps(value)}"]
+        if name in taken:
+            assert defaults[name] == {}
+            assert notebooks.parse_parameters(slug, defaults, given) == {name: value}
+        else:
+            with pytest.raises(ParameterError, match=f"'{name}'"):
+                notebooks.parse_parameters(slug, defaults, given)
 
 
 def checkout(tmp_path):
@@ -81,7 +90,7 @@ def test_one_picture_fails_before_anything_is_run(slug, tmp_path, no_kernel, mon
     """Six questions are of one picture; intervals are over pictures."""
     passes = []
     defaults = notebooks.parameters(notebooks.read_source(ARCHIVE.source(slug)))
-    few = {"questions": 6, "captions": 1, "pictures": 1, "scenes": 1}
+    few = {"questions": 6, "captions": 1, "pictures": 1, "scenes": 1, "pairs": 1}
     given = [f"{name}={count}" for name, count in few.items() if name in defaults]
     assert given
 
