@@ -7,6 +7,7 @@ import shape_checks  # It checks what is imported after it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # Here and in subprocesses; threads that wait burn time.
 
+import math
 import subprocess
 from collections.abc import Callable, Iterator
 
@@ -14,7 +15,18 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
-from tiny_models import HEADS, KERNELS, QUESTIONS, SITES, blip_of, double_of, lens_of, picture
+from tiny_models import (
+    HEADS,
+    KERNELS,
+    QUESTIONS,
+    SHARED,
+    SITES,
+    blip_of,
+    double_of,
+    lens_of,
+    picture,
+    size_of,
+)
 from transformers import LlavaForConditionalGeneration
 
 from clva_lens.lens.load import LensModel
@@ -117,6 +129,13 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
     yield
     assert started == []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_models():
+    """No test changes a weight of a model that others use."""
+    yield
+    assert all(math.isclose(size_of(model), size, rel_tol=1e-12) for model, size in SHARED)
 
 
 @pytest.fixture(autouse=True)

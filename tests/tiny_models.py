@@ -7,6 +7,7 @@ logits. What is cached here is shared by the whole session: tests must leave it 
 
 import copy
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,18 +150,34 @@ def feed(model: torch.nn.Module, by: float) -> None:
             parameter.mul_(by)
 
 
+SHARED: list[tuple[torch.nn.Module, float]] = []
+"""The models that several tests use, each with what its weights come to."""
+
+
+def shared(model: Any) -> Any:
+    """Hold a model to its weights: conftest.py looks at them after each file."""
+    SHARED.append((model, size_of(model)))
+    return model
+
+
+def size_of(model: torch.nn.Module) -> float:
+    """One number that tells of a change of any parameter or buffer."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(float(one.detach().double().abs().sum()) for one in tensors)
+
+
 @cache
 def lens_of(heads: str, kernel: str, fed: float = 1) -> LensModel:
     model = tiny_model(heads, kernel)
     feed(model, fed)
-    return cl.load((model, make_processor()))
+    return cl.load((shared(model), make_processor()))
 
 
 @cache
 def double_of(heads: str, fed: float = 1) -> LlavaForConditionalGeneration:
     model = copy.deepcopy(tiny_model(heads))
     feed(model, fed)
-    return model.double()
+    return shared(model.double())
 
 
 # ── InstructBLIP and BLIP-2 ──
@@ -280,7 +297,7 @@ def blip_of(kernel: str, language: str = "llama", fed: float = 1) -> LensModel:
     model = tiny_blip(language, kernel)
     if fed != 1:
         feed(model.language_model, fed)
-    return cl.load((model, blip_processor(language)))
+    return cl.load((shared(model), blip_processor(language)))
 
 
 @cache
@@ -288,4 +305,4 @@ def exact_blip(fed: float = 1) -> InstructBlipForConditionalGeneration:
     """The float64 copy, eager."""
     model = copy.deepcopy(tiny_blip(kernel="eager"))
     feed(model.language_model, fed)
-    return model.double()
+    return shared(model.double())
