@@ -113,25 +113,28 @@ def order(estimate, exact):
     return own.estimate, float(low), float(high)
 
 
+def kept(of, how, values, exact):
+    """A row on how well values order what exact patching finds."""
+    value, low, high = order(values, exact)
+    single = [one.estimate for one in map(rank_correlation, values, exact)]
+    return {
+        "of": of,
+        "how": how,
+        "rho": value,
+        "low": low,
+        "high": high,
+        "median_of_pairs": float(np.nanmedian(single)),
+        "largest_exact": float(np.abs(exact).max()),
+        "largest_estimate": float(np.abs(values).max()),
+    }
+
+
 rows, curves = [], []
 names = {"z": "heads", "resid_pre": "layers"}
 for (part, span), exact in measured.items():
     estimate = guessed[part, span]
     for how, values in (("estimate", estimate), ("shuffled", shuffled(estimate))):
-        value, low, high = order(values, exact)
-        single = [one.estimate for one in map(rank_correlation, values, exact)]
-        rows.append(
-            {
-                "of": f"{names[part]}, {span}",
-                "how": how,
-                "rho": value,
-                "low": low,
-                "high": high,
-                "median_of_pairs": float(np.nanmedian(single)),
-                "largest_exact": float(np.abs(exact).max()),
-                "largest_estimate": float(np.abs(values).max()),
-            }
-        )
+        rows.append(kept(f"{names[part]}, {span}", how, values, exact))
         for layer in range(exact.shape[1]) if part == "z" and span != "text" else ():
             value, low, high = order(values[:, layer], exact[:, layer])
             if np.isfinite([value, low, high]).all():
@@ -168,21 +171,7 @@ for there, gone in asked:
         found[how].append([float(one.scores[0, u, v]) for u, v in chosen])
 exact_edges = np.array(exact_edges)
 for how, values in {**found, "shuffled": dealt.permuted(found["eap"], axis=1)}.items():
-    values = np.array(values)
-    value, low, high = order(values, exact_edges)
-    single = [one.estimate for one in map(rank_correlation, values, exact_edges)]
-    rows.append(
-        {
-            "of": "edges",
-            "how": how,
-            "rho": value,
-            "low": low,
-            "high": high,
-            "median_of_pairs": float(np.nanmedian(single)),
-            "largest_exact": float(np.abs(exact_edges).max()),
-            "largest_estimate": float(np.abs(values).max()),
-        }
-    )
+    rows.append(kept("edges", how, np.array(values), exact_edges))
 record.keep_rows("orders", rows)
 pd.DataFrame(rows).round(2)
 

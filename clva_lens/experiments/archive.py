@@ -104,9 +104,9 @@ class Archive:
 
     def take_in(self, record: Record) -> None:
         """List a record, show its notebook, and thin the versions before it."""
-        inventory.enlist(self.folder, record)
         from clva_lens.experiments.notebook import shown
 
+        inventory.enlist(self.folder, record)
         slug, executed = record.folder.parent.name, record.folder / NOTEBOOK
         *older, newest = self.records(slug)
         if record.version != newest.version or not executed.is_file():

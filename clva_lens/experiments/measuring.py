@@ -206,8 +206,9 @@ def _rows_of(benchmark: Benchmark, name: str, report: Report, first: Report) -> 
 
 
 def _metric_rows(report: Report, first: Report, against: Comparison | None) -> list[Row]:
+    # A sweep does not tell what one of its runs took.
     values, before = (
-        {**one.metrics, **{key: one.record[key] for key in ("seconds",) if key in one.record}}
+        one.metrics | {key: value for key, value in one.record.items() if key == "seconds"}
         for one in (report, first)
     )
     rows = []

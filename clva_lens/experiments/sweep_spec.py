@@ -99,10 +99,9 @@ def _read(path: Path) -> dict[str, Any]:
             hint, known = did_you_mean(key, list(_KINDS)), ", ".join(_KINDS)
             raise ParameterError(f"a sweep has no '{key}'.{hint} It has: {known}.")
         kind, words = _KINDS[key]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ParameterError(f"'{key}' of '{path}' is {words}, but is {value!r}. Write it so.")
         several = value if isinstance(value, list) else [value]
-        if not several or not all(_fits(key, one) for one in several):
+        fits = isinstance(value, kind) and all(_fits(key, one) for one in several)
+        if not fits or not several:
             raise ParameterError(f"'{key}' of '{path}' is {words}, but is {value!r}. Write it so.")
     for key in ("models", "benchmarks", "methods"):
         if not told.get(key):

@@ -55,7 +55,8 @@ from clva_lens.models.family import Inputs, find_family
 from clva_lens.models.twin import twin
 
 RATIOS = (1, 1.2, 1.4, 1.6, 1.8, 2)
-GENERAL = "Write a general description of the image."
+LAYER, GENERAL = 14, "Write a general description of the image."
+"""The release's: the layer whose attention is asked, of 32, and q′."""
 ALONE = {"input_ids", "attention_mask", "pixel_values"}
 
 
@@ -103,8 +104,7 @@ class ViCrop(Method):
             raise ParameterError(
                 f"window must be in (0, 1], but is {self.window}. Pass window=0.5."
             )
-        if not self.general.strip():
-            raise ParameterError("general is empty. Pass a question about no object.")
+        check_general(self.general)
 
     def sessions(self, target: Target) -> list[Session]:
         """Return what answers to both pictures.
@@ -127,7 +127,7 @@ class ViCrop(Method):
                 "ViCrop has to tokenize its general question, but a bare transformers model has no "
                 "processor. Pass the model that cl.load((hf_model, processor)) returns."
             )
-        layer = released_layer(14, shape.depth) if self.layer is None else self.layer
+        layer = released_layer(LAYER, shape.depth) if self.layer is None else self.layer
         (layer,) = check_layers("layer", (layer,), shape)
         second = _Both(self, model, processor, layer)
         return [ContrastSession(model, second, _Instead(), whole=True)]
@@ -216,8 +216,7 @@ class _Both:
                 f"ViCrop needs one image token for each cell of a grid of {grid[0]} × {grid[1]}, "
                 f"but the prompt has {own.shape[1]}. Ask about one picture."
             )
-        tiny = torch.finfo(own.dtype).tiny
-        return torch.where(own > 0, own / general.clamp(min=tiny), 0.0).unflatten(1, grid)
+        return over_general(own, general).unflatten(1, grid)
 
     def _attention(self, inputs: Inputs) -> Float[Tensor, "batch visual"]:
         other, row = twin(self.model), _LastRow(self.layer)
@@ -234,6 +233,19 @@ class _Both:
             for one, value in ((rows, pad), ([torch.ones_like(row) for row in rows], 0))
         )
         return {"input_ids": ids, "attention_mask": mask}
+
+
+def check_general(general: str) -> None:
+    """Raise ParameterError if q′ says nothing."""
+    if not general.strip():
+        raise ParameterError("general is empty. Pass a question about no object.")
+
+
+def over_general(
+    own: Float[Tensor, "batch visual"], general: Float[Tensor, "batch visual"]
+) -> Float[Tensor, "batch visual"]:
+    """Return A(q) / A(q′), 0 where q does not look."""
+    return torch.where(own > 0, own / general.clamp(min=torch.finfo(own.dtype).tiny), 0.0)
 
 
 def _real(inputs: Inputs) -> list[Int[Tensor, " position"]]:

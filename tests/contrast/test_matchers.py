@@ -37,6 +37,17 @@ def pictures(count=2):
     return shown.permute(0, 3, 1, 2).float() / 255
 
 
+def grown(kind, config):
+    """A model of random weights that tells pictures and texts apart."""
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    return model
+
+
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory):
     """A BLIP of 2 layers, 4 × 4 patches and a word list of the tiny tokenizer's."""
@@ -51,12 +62,7 @@ def blip(tmp_path_factory):
         projection_dim=16,
         image_text_hidden_size=16,
     )
-    torch.manual_seed(0)
-    model = BlipForImageTextRetrieval(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
+    model = grown(BlipForImageTextRetrieval, config)
     model.save_pretrained(folder)
     images = BlipImageProcessor(size={"height": 32, "width": 32})
     BlipProcessor(images, BertTokenizerFast(str(folder / "vocab.txt"))).save_pretrained(folder)
@@ -121,12 +127,7 @@ def clip(tmp_path_factory):
         vision_config=SMALL | {"image_size": 32, "patch_size": 8},
         projection_dim=16,
     )
-    torch.manual_seed(0)
-    model = CLIPModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
+    model = grown(CLIPModel, config)
     model.save_pretrained(folder)
     images = CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}

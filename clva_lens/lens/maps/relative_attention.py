@@ -14,15 +14,15 @@ look at is 0 here. Its layer 14 of 32 lies at the same fraction of other depths.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clva_lens.ground.errors import ParameterError, PromptError
+from clva_lens.ground.errors import PromptError
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.maps.base import MapFormula, Reading, register_map
 from clva_lens.lens.observers import Observer
 from clva_lens.methods.scores import released_layer
+from clva_lens.methods.vicrop import GENERAL, LAYER, check_general, over_general
 
 
 @register_map
@@ -42,12 +42,11 @@ class RelativeAttention(MapFormula):
     paper: ClassVar[str] = "arXiv:2502.17422"
     explains: ClassVar[bool] = False
     layer: int | None = None
-    general: str = "Write a general description of the image."
+    general: str = GENERAL
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        if not self.general.strip():
-            raise ParameterError("general is empty. Pass a question about no object.")
+        check_general(self.general)
 
     def over(self, reading: Reading) -> Float[Tensor, "batch visual"]:
         """Return the map, from two passes."""
@@ -67,11 +66,11 @@ class RelativeAttention(MapFormula):
             reading.method,
         )
         own, general = (self._attention(one) for one in (reading, other))
-        return torch.where(own > 0, own / general.clamp(min=torch.finfo(own.dtype).tiny), 0.0)
+        return over_general(own, general)
 
     def _attention(self, reading: Reading) -> Float[Tensor, "batch visual"]:
         depth = reading.shape.depth
-        layer = released_layer(14, depth) if self.layer is None else self.layer
+        layer = released_layer(LAYER, depth) if self.layer is None else self.layer
         observer = Observer([layer], reading.shape)
         reading.run(observer)
         return observer.trace(batched=True).maps[:, 0].mean(dim=1)
