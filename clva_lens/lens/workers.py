@@ -100,12 +100,17 @@ class _Worker:
         return [told for _, told, _ in self._prepared(work)]
 
     def ask(self, work: _Work, jobs: Jobs) -> list[Asked]:
-        """Ask batches, each of one asking, one after the other."""
+        """Ask batches, each of one asking, one after the other; those before one that fails."""
         found = []
         for place, part in jobs:
             asker, _, who = self._prepared(work)[place]
             asker.seconds, asker.likeliest = 0.0, []
-            answers = [answer for _, some in asker.batches([part]) for answer in some]
+            try:
+                answers = [answer for _, some in asker.batches([part]) for answer in some]
+            except Exception:
+                if not found:
+                    raise
+                break  # it is asked again, first then
             found.append(Asked(who, answers, asker.likeliest, asker.seconds))
         return found
 
@@ -238,7 +243,7 @@ class Pool:
                 return done[0]
 
     def get(self, one: Any) -> list[Asked]:
-        """Return what a worker answered, or raise what it raised."""
+        """Return what a worker answered, jobs from the first on, or raise what the first raised."""
         return self._get(one)
 
     def words(self, ids: Sequence[int]) -> list[str]:
