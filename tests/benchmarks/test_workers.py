@@ -229,6 +229,32 @@ def test_settings_that_start_nothing_are_refused(monkeypatch):
         Pool(cl.Ray(), lambda: None).__enter__()
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("Invalid address format: x"), "at 'x' (Invalid address format: x)"),
+        (ConnectionError("no instance"), "at 'x' (no instance)"),
+        (SystemExit(15), "at 'x' (nothing answers)"),  # so it ends, after two minutes
+    ],
+)
+def test_a_ray_that_is_not_there_is_told(error, said, monkeypatch):
+    """Ray is played by what it raises; without an address it is told to look for none."""
+    given = []
+
+    def init(**options):
+        given.append(options)
+        raise error
+
+    fake = type("", (), {"init": staticmethod(init), "is_initialized": staticmethod(bool)})
+    monkeypatch.setattr("clva_lens.lens.workers._import_ray", lambda: fake)
+    for address in ("x", None):
+        with pytest.raises(ParameterError, match="start says it") as raised:
+            Pool(cl.Ray(address=address), lambda: None).__enter__()
+        assert (said if address else "could not be had here (") in str(raised.value)
+    assert [one["address"] for one in given] == ["x", "local"]
+    assert ["num_cpus" in one for one in given] == [False, True]
+
+
 @pytest.mark.parametrize("command", ["run", "sweep", "reproduce"])
 def test_commands_take_an_engine_alike(command, tmp_path, monkeypatch):
     """What is passed is what Ray is made with, before anything is loaded."""
