@@ -233,7 +233,7 @@ def clearsight(case: Case, settings: Case) -> list[list]:
         if index > 8 and index < 15:
             new = adapter(model.config, settings["enhance"], settings["suppress"])
             new.load_state_dict(layer.self_attn.state_dict())
-            layer.self_attn = new.eval()
+            layer.self_attn = new.eval().to(model.dtype)
     return [greedy(model, case, prompt) for prompt in case["prompts"]]
 
 

@@ -78,7 +78,7 @@ def ours(lens: Any, method: Method | None, given: dict, settings: dict, image: i
             logits_processor=[watched],
             **({} if search is None else {"custom_generate": search.decode}),
         )
-    penalties = [] if search is None else search.penalties
+    penalties = [] if search is None else [method.weight * x for x in search.penalties]
     answer = out[0, ids.shape[1] :].tolist()
     return Search(answer, watched.beams, watched.log_probs, penalties)
 
@@ -89,7 +89,7 @@ def compared(found: list[Search], mine: list[Search], plain: list[Search], label
     Rounds are compared up to the first one whose best beam is another.
     """
     equal = sum(a.answer == b.answer for a, b in zip(found, mine, strict=True))
-    changed = sum(a.answer != b.answer for a, b in zip(mine, plain, strict=True))
+    changed = sum(a.answer != b.answer for a, b in zip(mine, plain, strict=False))
     error, beams, rows, spread = 0.0, 0, 0, [0.0]
     for theirs, own in zip(found, mine, strict=True):
         for old, new, old_scores, new_scores in zip(
