@@ -36,6 +36,7 @@ from .lens.sae_reading import sae_features as sae_features
 from .lens.scan import scan as scan
 from .lens.statistics import trace_statistics as trace_statistics
 from .lens.steering import steering_vector as steering_vector
+from .lens.text_centric import text_centric_heads as text_centric_heads
 from .lens.trace import composed_saliency as composed_saliency
 from .lens.trace import head_means as head_means
 from .lens.trace import trace_attention as trace_attention

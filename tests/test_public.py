@@ -91,6 +91,7 @@ def test_public_names():
         "scan",
         "score",
         "steering_vector",
+        "text_centric_heads",
         "to_transformer_lens",
         "trace_attention",
         "trace_statistics",
