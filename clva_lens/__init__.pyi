@@ -63,6 +63,7 @@ from .methods.only import ONLY as ONLY
 from .methods.opera import OPERA as OPERA
 from .methods.pai import PAI as PAI
 from .methods.patching import PatchActivations as PatchActivations
+from .methods.post_hoc import PostHocDebias as PostHocDebias
 from .methods.sid import SID as SID
 from .methods.steering import Steer as Steer
 from .methods.steering_vector import SteeringVector as SteeringVector

@@ -44,6 +44,7 @@ def test_public_names():
         "KnockOut",
         "MemVR",
         "PatchActivations",
+        "PostHocDebias",
         "Ray",
         "Sampling",
         "Shuffled",
