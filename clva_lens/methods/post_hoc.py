@@ -130,8 +130,8 @@ def _words(target: Target) -> AnswerTokens:
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
         raise InterventionError(
-            "post-hoc debiasing moves the tokens that say yes or no, but the model came without a "
-            "processor. Pass the model that cl.load() returns."
+            "post-hoc debiasing moves the tokens that say yes or no, but a bare transformers "
+            "model has no processor. Pass the model that cl.load((hf_model, processor)) returns."
         )
     tokens = answer_tokens(tokenizer, prompt_end(find_family(target.model), processor))
     if not (tokens.yes and tokens.no):

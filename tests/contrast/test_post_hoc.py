@@ -183,7 +183,7 @@ def test_a_run_records_it_and_is_read_by_it(readout):
 def test_refusals(asked):
     lens = asked[0]
     with (
-        pytest.raises(InterventionError, match="came without a processor"),
+        pytest.raises(InterventionError, match="has no processor"),
         cl.intervening(lens.hf_model, cl.PostHocDebias()),
     ):
         pass

@@ -1,6 +1,7 @@
 """Text-centric heads are those of whole attention matrices in float64, counted one by one."""
 
 import copy
+import json
 from collections import Counter
 from functools import cache
 
@@ -10,6 +11,7 @@ from tiny_models import QUESTIONS, double_of, lens_of, picture
 
 import clva_lens as cl
 from clva_lens.ground.errors import InterventionError
+from clva_lens.lens.provenance import describe
 
 IMAGE = 5
 PICTURES = 12
@@ -112,6 +114,8 @@ def test_ascd_takes_them_and_lists_them():
     found = cl.text_centric_heads(lens, asked(), count=6, progress=False).heads
     method = cl.ASCD(heads=found)
     assert method.heads == found
+    recorded = json.loads(json.dumps(describe(method)))["heads"]
+    assert cl.ASCD(heads=recorded) == method
     by_hand = cl.ASCD(heads=[list(one) for one in found])
     prompt = lens.prompt(picture(20), QUESTIONS[0])
     logits = []
