@@ -66,6 +66,7 @@ class PostHocDebias(Method):
     kernel: ClassVar[Kernel] = "none"
     forwards: ClassVar[float | int] = 2
     sites: ClassVar[tuple[str, ...]] = ()
+    extended: ClassVar[tuple[str, ...]] = ("beam", "sampling")
     without: Without = "nothing"
     temperature: float | int = 0.2
 
