@@ -14,7 +14,7 @@ from clva_lens.benchmarks.run_writing import decisive
 from clva_lens.ground.errors import BenchmarkError, ClvaLensError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.answering import Failures, others_among, warn_of
-from clva_lens.lens.margins import AnswerTokens
+from clva_lens.models.answer_tokens import AnswerTokens
 
 AHEAD = 2
 """Calls that a worker has at once, so that it does not wait for the driver."""
