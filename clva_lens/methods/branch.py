@@ -50,7 +50,10 @@ class Branch:
             read, given = self.reader, self.inputs
         else:
             self.generated += ids.shape[1]
-            self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
+            # Tokens that were read with the prompt's, in one batch, are not in the mask yet.
+            length = self.inputs["attention_mask"].shape[1] + self.generated
+            more = ids.new_ones(len(ids), length - self.mask.shape[1])
+            self.mask = torch.cat([self.mask, more], dim=1)
             read, given = self.entry, {"input_ids": ids, "attention_mask": self.mask}
         if self.counts:
             given = given | self._positions(given["input_ids"].shape[1])
