@@ -273,7 +273,7 @@ class ContrastSession(Session):
         seen = dict(self._seen)
         self._seen.clear()
         whole = None if step.offset > 0 else whole_inputs(step, seen)
-        alike = True
+        alike, edited = whole is not None, False
         for number, make in enumerate(self.seconds):
             # Sessions act on all passes of a model, so each second input has a twin of its own.
             other = self._twin if number == 0 else twin(self.model)
@@ -288,11 +288,12 @@ class ContrastSession(Session):
             sessions += self.impair(other)
             branch = Branch(other, second, sessions, cache, counts=step.offset > 0)
             self._branches.append(branch)
-            given = {"input_ids": step.ids} if whole is None else whole
-            alike = alike and not sessions and has_tokens_of(second, given)
-        masks = (step.spans.real, *(branch.mask for branch in self._branches))
-        if alike and all(bool(mask.all()) for mask in masks):
-            self._one_batch.start(self._branches)
+            edited = edited or bool(sessions)
+            if whole is not None:
+                alike = alike and has_tokens_of(second, whole)
+        if not edited:
+            full = bool(step.spans.real.all()) and all(one.full for one in self._branches)
+            self._one_batch.start(self._branches, alike=alike and full)
 
     def _continued(self, step: Step, make: Second) -> tuple[Inputs, DynamicCache | None]:
         """Return a second input's question, and a cache with all that is before it.

@@ -7,11 +7,13 @@ where nobody could tell, but by the rounding of another batch size: single token
 in the decoder, no hooks where rows are many, no trace.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules import module as everywhere
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache
@@ -22,38 +24,58 @@ from clva_lens.models import belonging
 from clva_lens.models.kv_cache import cache_of
 from clva_lens.models.tree import tree
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+EVERYBODYS = (
+    everywhere._global_forward_pre_hooks,
+    everywhere._global_forward_hooks,
+    everywhere._global_backward_pre_hooks,
+    everywhere._global_backward_hooks,
+)
 KEPT = ("output_hidden_states", "output_attentions")
 BY_ROW = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 
 
 class JoinedLayer(DynamicLayer):
-    """One layer of several caches, as rows of one batch; each cache has its rows as well."""
+    """One layer of several caches, as rows of one batch; each cache has its rows as well.
+
+    Shorter ones begin with padding here, which is not theirs.
+    """
+
+    _layer_type = None  # transformers lists by it what caches are made of
+    is_initialized = True
 
     def __init__(self, parts: Sequence[Any]) -> None:
         """Name the layers of the caches; nothing is taken yet."""
-        super().__init__()
         self.parts = parts
-        self._given: Sequence[Tensor | None] = [None for _ in parts]
+        self._given: Sequence[Any] = [None for _ in parts]
+        self._starts = [0 for _ in parts]
 
-    def join(self) -> None:
-        """Take what the caches hold, unless that is what they were given here."""
-        held = [part.keys for part in self.parts]
-        if any(one is not given for one, given in zip(held, self._given, strict=True)):
-            self.keys = torch.cat(held)
-            self.values = torch.cat([part.values for part in self.parts])
-            self.dtype, self.device, self.is_initialized = held[0].dtype, held[0].device, True
+    def get_seq_length(self) -> int:
+        """Return the length of the longest."""
+        return max(part.keys.shape[2] for part in self.parts)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add a pass's keys and values, and give each cache its rows."""
+        held = [part.keys for part in self.parts]
+        if not all(map(is_, held, self._given)):
+            longest = self.get_seq_length()
+            self._starts = [longest - one.shape[2] for one in held]
+            self.keys = self._joined(held)
+            self.values = self._joined([part.values for part in self.parts])
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        rows = len(keys) // len(self.parts)
-        self._given = keys.split(rows)
-        for part, own, content in zip(self.parts, self._given, values.split(rows), strict=True):
+        self._given, contents = self._apart(keys), self._apart(values)
+        for part, own, content in zip(self.parts, self._given, contents, strict=True):
             part.keys, part.values = own, content
         return keys, values
+
+    def _joined(self, held: Sequence[Tensor]) -> Tensor:
+        pairs = zip(held, self._starts, strict=True)
+        return torch.cat([functional.pad(one, (0, 0, start, 0)) for one, start in pairs])
+
+    def _apart(self, joined: Tensor) -> Sequence[Tensor]:
+        pairs = zip(joined.chunk(len(self.parts)), self._starts, strict=True)
+        return [one[:, :, start:] for one, start in pairs]
 
 
 class OneBatch:
@@ -83,12 +105,16 @@ class OneBatch:
             handle.remove()
         self.stop()
 
-    def start(self, branches: Sequence[Branch]) -> None:
-        """Read single tokens from now on with branches whose tokens are the prompt's, unpadded."""
+    def start(self, branches: Sequence[Branch], *, alike: bool) -> None:
+        """Read single tokens with these branches from now on, if their positions are known.
+
+        ``alike``: they differ from the prompt in pixels only, and nothing is padded.
+        """
         configs = (self.entry.config, self.decoder.config)
-        if not any(getattr(config, name, False) for config in configs for name in KEPT):
-            self.branches = branches
-            self._within, self._at = watchers(self.entry, self.decoder)
+        keeps = any(getattr(config, name, False) for config in configs for name in KEPT)
+        if not keeps and (alike or all(one.counts or one.full for one in branches)):
+            self.branches, self.alike = branches, alike
+            self._within = self._at = ()
 
     def stop(self) -> None:
         """Read passes of the prompt's rows only, and forget the branches."""
@@ -103,13 +129,29 @@ class OneBatch:
             return None
         cache, rows = cache_of(kwargs), len(self._run.passes.step.ids)
         many = repeated(kwargs, rows, 1 + len(self.branches))
+        if many is not None and not self.alike:
+            many = self._told_apart(kwargs, rows, many)
         if many is None or type(cache) is not DynamicCache or not self._layers_of(cache):
             return None
-        for layer in self._layers:
-            layer.join()
         self._taken = cache, cache.layers
         cache.layers, self.joined = self._layers, True
         return (), many
+
+    def _told_apart(self, own: Any, rows: int, many: dict[str, Any]) -> dict[str, Any] | None:
+        """Return a decoder's arguments with each row's position and mask; None if unknown."""
+        places, mask = own.get("position_ids"), own.get("attention_mask")
+        if places is None or places.ndim != 2 or (mask is not None and mask.ndim != 2):
+            return None
+        if mask is None:
+            mask = places.new_ones(rows, self._run.passes.step.keys)
+        others = [one.lengths + one.generated for one in self.branches]
+        masks = [mask, *(one.masked(1) for one in self.branches)]
+        longest = max(one.shape[1] for one in masks)
+        padded = [functional.pad(one, (longest - one.shape[1], 0)) for one in masks]
+        return many | {
+            "position_ids": torch.cat([places.expand(rows, -1), *others]),
+            "attention_mask": torch.cat(padded),
+        }
 
     def _part(self, *_: Any) -> None:
         """Have the model's cache again as it was, but for what the pass has added."""
@@ -126,8 +168,10 @@ class OneBatch:
             return False
         if forward is not None and forward.state.active()[0] is not None:  # an nnsight trace
             return False
-        others = (hook for hooks in self._at for hook in hooks.values())
-        own = all(hook.__module__ == belonging.__name__ for hook in others)
+        if not self._at:
+            self._within, self._at = watchers(self.entry, self.decoder)
+        hooks = [hook for hooks in self._at for hook in hooks.values()]
+        own = all(getattr(hook, "__module__", None) == belonging.__name__ for hook in hooks)
         return own and not any(self._within) and len(self._run.sessions) == 1
 
     def _layers_of(self, cache: Any) -> Sequence[JoinedLayer]:
@@ -141,10 +185,9 @@ class OneBatch:
 
 
 def joinable(parts: Sequence[Any]) -> bool:
-    """Whether layers of caches are the usual kind, and of one shape."""
-    if any(type(one) is not DynamicLayer or one.keys is None for one in parts):
-        return False
-    return all(one.keys.shape == parts[0].keys.shape for one in parts)
+    """Whether layers of caches are the usual kind, and of one batch size."""
+    plain = all(type(one) is DynamicLayer and one.keys is not None for one in parts)
+    return plain and len({len(one.keys) for one in parts}) == 1
 
 
 def repeated(given: Mapping[str, Any], rows: int, times: int) -> dict[str, Any] | None:
@@ -157,7 +200,7 @@ def repeated(given: Mapping[str, Any], rows: int, times: int) -> dict[str, Any] 
                 return None
             if value.shape[dim] == rows:
                 value = torch.cat([value] * times, dim=dim)
-        elif name in KEPT and value or not isinstance(value, Cache | bool | int | None):
+        elif (name in KEPT and value) or not isinstance(value, None | bool | int | Cache):
             return None
         found[name] = value
     return found
@@ -168,13 +211,37 @@ Hooks = Sequence[Mapping[int, Any]]
 
 def watchers(entry: nn.Module, decoder: nn.Module) -> tuple[Hooks, Hooks]:
     """Return where hooks would be that see many rows, and where those of a run are too."""
-    above = {child: one for one in tree(entry) for child in one._modules.values()}
-    seeing = [one for one in tree(decoder) if one is not decoder]
-    one = decoder
-    while above[one] is not entry:
-        seeing.append(one := above[one])
     language: Any = entry
-    own = [decoder, language.get_output_embeddings(), language.get_input_embeddings()]
-    everybodys = [vars(everywhere)[f"_global{name}"] for name in HOOKS]
-    within = [getattr(one, name) for one in seeing if one not in own for name in HOOKS]
-    return everybodys + within, [getattr(one, name) for one in own for name in HOOKS]
+    own = (decoder, language.get_output_embeddings(), language.get_input_embeddings())
+    seeing = {*tree(decoder), *between(entry, decoder)}.difference(own)
+    return [*EVERYBODYS, *hooks_of(seeing)], hooks_of(own)
+
+
+def hooks_of(modules: Iterable[nn.Module]) -> Hooks:
+    """Return the hooks of modules, as torch keeps them."""
+    return [
+        hooks
+        for one in modules
+        for hooks in (
+            one._forward_pre_hooks,
+            one._forward_hooks,
+            one._backward_pre_hooks,
+            one._backward_hooks,
+        )
+    ]
+
+
+def between(outer: nn.Module, inner: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that one hangs in, below another one."""
+    above: dict[nn.Module, nn.Module] = {}
+    waiting = [outer]
+    for one in waiting:
+        if inner in above:
+            break
+        children = [child for child in one._modules.values() if child is not None]
+        above |= dict.fromkeys(children, one)
+        waiting += children
+    one = above[inner]
+    while one is not outer:
+        yield one
+        one = above[one]

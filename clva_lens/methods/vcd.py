@@ -16,6 +16,7 @@ nothing at all: the cut-off goes with the contrast. Exact under fused kernels; t
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -101,6 +102,7 @@ class _Noisy:
         return inputs | {"pixel_values": add_noise(inputs["pixel_values"], self.step, self.seed)}
 
 
+@cache
 def noise_weights(step: int) -> tuple[float, float]:
     """Return √ᾱ_t and √(1 − ᾱ_t) of the module's docstring.
 
