@@ -7,7 +7,8 @@ position, l and l′, are combined and cut off (adaptive plausibility, arXiv:221
 keeps a probability if l ≥ max l + ln β. "l" is what the model says without the contrast.
 
 The second input is read by a twin of the model (``models/twin.py``), so traces and hooks see the
-model's own pass only. Methods of the same run act on both inputs, where the second has a picture
+model's own pass only; where there are none, a generated token is read for all inputs in one pass
+(``one_batch.py``). Methods of the same run act on both inputs, where the second has a picture
 at all; ``PatchActivations``, and what is done to activations by hand, in a trace or by hooks, acts
 on the first.
 

@@ -131,10 +131,10 @@ class OneBatch:
         many = repeated(kwargs, rows, 1 + len(self.branches))
         if many is not None and not self.alike:
             many = self._told_apart(kwargs, rows, many)
-        if many is None or type(cache) is not DynamicCache or not self._layers_of(cache):
+        if many is None or not is_plain(cache) or not self._layers_of(cache):
             return None
         self._taken = cache, cache.layers
-        cache.layers, self.joined = self._layers, True
+        cache.layers, self.joined = [*self._layers], True
         return (), many
 
     def _told_apart(self, own: Any, rows: int, many: dict[str, Any]) -> dict[str, Any] | None:
@@ -161,18 +161,17 @@ class OneBatch:
 
     def _alone(self) -> bool:
         """Whether this pass is the next token's, and nobody else looks at it."""
-        step, forward = self._run.passes.step, vars(self.decoder).get("forward")
+        step = self._run.passes.step
         if step is None or step.ids is None or step.ids.shape[1] > 1 or step.number < 1:
             return False
         if step.offset != step.prompt_rows + self.branches[0].generated:
-            return False
-        if forward is not None and forward.state.active()[0] is not None:  # an nnsight trace
             return False
         if not self._at:
             self._within, self._at = watchers(self.entry, self.decoder)
         hooks = [hook for hooks in self._at for hook in hooks.values()]
         own = all(getattr(hook, "__module__", None) == belonging.__name__ for hook in hooks)
-        return own and not any(self._within) and len(self._run.sessions) == 1
+        seen = any(self._within) or is_traced(self.decoder) or len(self._run.sessions) > 1
+        return own and not seen
 
     def _layers_of(self, cache: Any) -> Sequence[JoinedLayer]:
         """Return the layers of all caches, each as one of many rows; none if some are unusual."""
@@ -182,6 +181,18 @@ class OneBatch:
             plain = all(joinable(parts) for parts in layers)
             self._layers = [JoinedLayer(parts) for parts in layers] if plain else ()
         return self._layers
+
+
+def is_traced(module: nn.Module) -> bool:
+    """Whether an nnsight trace is running that sees a module, or its ``forward`` is another's."""
+    forward = vars(module).get("forward")
+    state = getattr(forward, "state", None)
+    return forward is not None and (state is None or state.active()[0] is not None)
+
+
+def is_plain(cache: Any) -> bool:
+    """Whether a cache is transformers' usual one, and stays on its device."""
+    return type(cache) is DynamicCache and not cache.offloading
 
 
 def joinable(parts: Sequence[Any]) -> bool:

@@ -10,7 +10,7 @@ l ≥ max l + ln β. The noise is the forward process of a diffusion model on th
 **Departs from the release**, which has ancestral sampling only and draws new noise from the global
 generator: greedy decoding and beams work too, and ε is drawn once for ``seed``, the same for every
 picture of its size, so that a prompt gets the same answer alone and in any batch. α = 0 edits
-nothing at all: the cut-off goes with the contrast. Exact under fused kernels; twice the passes.
+nothing at all: the cut-off goes with the contrast. Exact under fused kernels; twice the rows.
 """
 
 import math
