@@ -177,8 +177,8 @@ class OneBatch:
         """Return the layers of all caches, each as one of many rows; none if some are unusual."""
         if not self._layers or self._layers[0].parts[0] is not cache.layers[0]:
             stacks = [cache.layers, *(branch.cache.layers for branch in self.branches)]
-            layers = list(zip(*stacks, strict=True))
-            plain = all(joinable(parts) for parts in layers)
+            layers = list(zip(*stacks, strict=False))
+            plain = all(len(one) == len(layers) for one in stacks) and all(map(joinable, layers))
             self._layers = [JoinedLayer(parts) for parts in layers] if plain else ()
         return self._layers
 
