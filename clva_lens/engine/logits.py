@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from clva_lens.models.belonging import hook_after, hook_before
 from clva_lens.models.final_logits import final_logits
 
-Edit = Callable[[Float[Tensor, "batch vocabulary"]], Float[Tensor, "batch vocabulary"]]
+Edit = Callable[[Float[Tensor, "row vocabulary"]], Float[Tensor, "batch vocabulary"]]
 
 
 def watch_logits(entry: nn.Module, edit: Edit) -> list[RemovableHandle]:
@@ -48,7 +48,8 @@ def watch_logits(entry: nn.Module, edit: Edit) -> list[RemovableHandle]:
         if last is own:
             return None
         last = final.before(last)
-        return torch.cat([out[:, :-1], last[:, None].to(out.dtype)], dim=1)
+        # Rows of second inputs, which ``edit`` takes off, come after the prompts'.
+        return torch.cat([out[: len(last), :-1], last[:, None].to(out.dtype)], dim=1)
 
     return [
         hook_before(entry, begin),

@@ -11,7 +11,7 @@ from clva_lens.engine.run import add_sessions
 from clva_lens.engine.session import Session
 from clva_lens.models.family import Inputs, find_site
 from clva_lens.models.kv_cache import CACHE
-from clva_lens.models.positions import positions_of
+from clva_lens.models.positions import counts_positions, positions_of
 
 Logits = Float[Tensor, "batch vocabulary"]
 
@@ -20,7 +20,8 @@ class Branch:
     """A second input, its key-value cache, and how many generated tokens it has read.
 
     With a ``cache`` that is filled, its inputs are what goes on from there. ``counts``: positions
-    are counted from the mask, as there may be padding before the question.
+    are counted from the mask, as there may be padding before the question; so they are where there
+    is padding (the branch is not ``full``) and the model takes them. ``lengths`` are without it.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class Branch:
         self.inputs = inputs
         self.mask = inputs["attention_mask"]
         self.cache = DynamicCache() if cache is None else cache
-        self.counts = counts
+        self.lengths = self.mask.sum(dim=1, keepdim=True)
+        self.full = bool((self.lengths == self.mask.shape[1]).all())
+        self.counts = counts or (not self.full and counts_positions(self.reader))
         self.begun, self.generated = False, 0
         self.close = add_sessions(model, sessions)
 
@@ -49,12 +52,18 @@ class Branch:
             self.begun = True
             read, given = self.reader, self.inputs
         else:
+            self.mask = self.masked(ids.shape[1])
             self.generated += ids.shape[1]
-            self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
             read, given = self.entry, {"input_ids": ids, "attention_mask": self.mask}
         if self.counts:
             given = given | self._positions(given["input_ids"].shape[1])
         return read(**given, **how).logits[:, -1]
+
+    def masked(self, more: int) -> Int[Tensor, "batch position"]:
+        """Return the mask of all that was read, and of so many tokens more."""
+        length = self.inputs["attention_mask"].shape[1] + self.generated + more
+        ones = self.mask.new_ones(len(self.mask), length - self.mask.shape[1])
+        return torch.cat([self.mask, ones], dim=1)
 
     def _positions(self, count: int) -> Inputs:
         """Return the positions of the last tokens."""

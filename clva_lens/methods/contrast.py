@@ -7,7 +7,8 @@ position, l and l′, are combined and cut off (adaptive plausibility, arXiv:221
 keeps a probability if l ≥ max l + ln β. "l" is what the model says without the contrast.
 
 The second input is read by a twin of the model (``models/twin.py``), so traces and hooks see the
-model's own pass only. Methods of the same run act on both inputs, where the second has a picture
+model's own pass only; where there are none, a generated token is read for all inputs in one pass
+(``one_batch.py``). Methods of the same run act on both inputs, where the second has a picture
 at all; ``PatchActivations``, and what is done to activations by hand, in a trace or by hooks, acts
 on the first.
 
@@ -33,7 +34,9 @@ from clva_lens.engine.run import open_sessions
 from clva_lens.engine.session import Session, required_read_before
 from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.methods.branch import Branch
+from clva_lens.methods.one_batch import OneBatch
 from clva_lens.models.beginning import Beginning, read_beginning
+from clva_lens.models.belonging import found_at
 from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import Inputs, find_family, find_site
 from clva_lens.models.norms import wide
@@ -180,7 +183,7 @@ class ContrastSession(Session):
         self.model, self.rule, self.impair, self.gate = model, rule, impair, gate
         self.seconds = tuple(second) if isinstance(second, Sequence) else (second,)
         self.leaves_prefix = not whole
-        passes = find_site(model, "decoder").passes()
+        self._modules, passes = (site := find_site(model, "decoder")).modules, site.passes()
         if not isinstance(passes, DecoderPasses):
             raise InterventionError(
                 "contrastive methods read their second input with a decoder-only language model, "
@@ -192,32 +195,39 @@ class ContrastSession(Session):
         self._handles: list[RemovableHandle] = []
         self._branches: list[Branch] = []
         self._reordering = Reordering(passes.entry, self._reorder)
+        self._one_batch = OneBatch(passes.entry)
         self._last: tuple[Step, list[Logits]] | None = None
 
     def begin(self) -> None:
-        """Watch the pictures that come in, and the key-value cache."""
+        """Watch the pictures that come in, the key-value cache and the decoder."""
         self._handles = find_family(self.model).watch(self.model, self._seen)
         self._reordering.begin()
+        self._one_batch.begin(found_at(self._modules[0]))
 
     def end(self) -> None:
         """Let go of the model, its cache and the second input."""
         for handle in self._handles:
             handle.remove()
         self._reordering.end()
+        self._one_batch.end()
         self._close()
         self._twin = self._last = None
         self._seen.clear()
 
     def _close(self) -> None:
+        self._one_batch.stop()
         for branch in self._branches:
             branch.close()
         self._branches = []
 
-    def logits(self, step: Step, logits: Logits) -> Logits:
+    def logits(self, step: Step, logits: Float[Tensor, "row vocabulary"]) -> Logits:
         """Return the contrast of a pass's last position, cut off."""
-        if self._last is None or self._last[0] is not step:
-            self._last = (step, self._read(step))
         assert step.ids is not None
+        read: list[Logits] = []
+        if self._one_batch.joined:
+            logits, *read = logits.split(len(step.ids))
+        if self._last is None or self._last[0] is not step:
+            self._last = (step, self._read(step, read))
         token = step.offset + step.ids.shape[1] - step.prompt_rows + 1
         others = [one.to(logits.device) for one in self._last[1]]
         contrast = self.rule.uncut(logits, *others, token=token)
@@ -228,8 +238,11 @@ class ContrastSession(Session):
             self.uncut = contrast
         return self.rule.cut(logits, contrast)
 
-    def _read(self, step: Step) -> list[Logits]:
-        """Return the second inputs' logits after the tokens that this pass reads."""
+    def _read(self, step: Step, read: list[Logits]) -> list[Logits]:
+        """Return the second inputs' logits after the tokens that this pass reads.
+
+        ``read`` are they where the pass was of one batch with the second inputs.
+        """
         assert step.ids is not None
         if step.number == 0:
             self._begin_branches(step)
@@ -248,6 +261,10 @@ class ContrastSession(Session):
                 f"{known} generated tokens (the key-value cache was cut, or passes were "
                 "left out). Generate under one method from the prompt on."
             )
+        if read:
+            for branch in self._branches:
+                branch.generated += 1
+            return read
         return [one.read(step.ids) for one in self._branches]
 
     def _begin_branches(self, step: Step) -> None:
@@ -257,6 +274,7 @@ class ContrastSession(Session):
         seen = dict(self._seen)
         self._seen.clear()
         whole = None if step.offset > 0 else whole_inputs(step, seen)
+        alike, edited = whole is not None, False
         for number, make in enumerate(self.seconds):
             # Sessions act on all passes of a model, so each second input has a twin of its own.
             other = self._twin if number == 0 else twin(self.model)
@@ -271,6 +289,12 @@ class ContrastSession(Session):
             sessions += self.impair(other)
             branch = Branch(other, second, sessions, cache, counts=step.offset > 0)
             self._branches.append(branch)
+            edited = edited or bool(sessions)
+            if whole is not None:
+                alike = alike and has_tokens_of(second, whole)
+        if not edited:
+            full = bool(step.spans.real.all()) and all(one.full for one in self._branches)
+            self._one_batch.start(self._branches, alike=alike and full)
 
     def _continued(self, step: Step, make: Second) -> tuple[Inputs, DynamicCache | None]:
         """Return a second input's question, and a cache with all that is before it.
@@ -323,6 +347,11 @@ def whole_inputs(step: Step, seen: Inputs) -> Inputs:
             "features were passed instead), so it has no second input. Pass pixel_values."
         )
     return inputs
+
+
+def has_tokens_of(second: Inputs, first: Inputs) -> bool:
+    """Whether a second input is the first one, but for its pixels."""
+    return all(second.get(name) is first[name] for name in first.keys() - {"pixel_values"})
 
 
 def same(inputs: Inputs) -> Inputs:

@@ -95,7 +95,7 @@ class PAI(Method):
         return ContrastRule(strength=self.guidance, beta=self.beta, form="guidance")
 
     def sessions(self, target: Target) -> list[Session]:
-        """Return one session for the layers of this model, and one for the guidance if any.
+        """Return one session for the layers of this model, if α is not 0, and one for any guidance.
 
         Raises:
             InterventionError: if there is guidance, and the language model is an encoder-decoder.
@@ -105,9 +105,10 @@ class PAI(Method):
         if layers is None:
             layers = [layer for layer in shape.layers if layer >= 2]
         chosen = check_layers("layers", layers, shape)
-        sessions: list[Session] = [
-            BiasSession(shape.site, chosen, self._bias, row=self._row, leaves_prefix=True)
-        ]
+        sessions: list[Session] = []
+        if self.alpha != 0:
+            bias = BiasSession(shape.site, chosen, self._bias, row=self._row, leaves_prefix=True)
+            sessions.append(bias)
         if not self._rule().is_identity:
             without = text_only(find_family(target.model).image_token_id(target.model))
             sessions.append(ContrastSession(target.model, without, self._rule()))

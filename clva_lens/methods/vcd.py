@@ -10,12 +10,13 @@ l ≥ max l + ln β. The noise is the forward process of a diffusion model on th
 **Departs from the release**, which has ancestral sampling only and draws new noise from the global
 generator: greedy decoding and beams work too, and ε is drawn once for ``seed``, the same for every
 picture of its size, so that a prompt gets the same answer alone and in any batch. α = 0 edits
-nothing at all: the cut-off goes with the contrast. Exact under fused kernels; twice the passes.
+nothing at all: the cut-off goes with the contrast. Exact under fused kernels; twice the rows.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -101,6 +102,7 @@ class _Noisy:
         return inputs | {"pixel_values": add_noise(inputs["pixel_values"], self.step, self.seed)}
 
 
+@cache
 def noise_weights(step: int) -> tuple[float, float]:
     """Return √ᾱ_t and √(1 − ᾱ_t) of the module's docstring.
 

@@ -84,9 +84,9 @@ def _runner(model: nn.Module, head: nn.Module) -> PreTrainedModel | None:
     """Return the model that runs an unembedding: the outermost whose code names it."""
     for part in tree(model):
         if isinstance(part, PreTrainedModel):
+            named = _names(part)
             below = (hung for one in tree(part) for hung in one._modules.items())
-            names = {name for name, child in below if child is head}
-            if names and names & _names(part):
+            if any(child is head and name in named for name, child in below):
                 return part
     return None
 

@@ -16,10 +16,20 @@ def positions_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor
     """
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return None
-    inner: Any = getattr(model, "model", model)
-    rope = getattr(inner, "get_rope_index", None)
+    rope = _rope(model)
     if rope is not None:
         taken = inspect.signature(rope).parameters
         return rope(**{name: one for name, one in inputs.items() if name in taken})[0]
     real = inputs["attention_mask"].long()
     return (real.cumsum(dim=1) - 1).clamp_min(0)
+
+
+def counts_positions(model: PreTrainedModel) -> bool:
+    """Whether a model takes positions, one for each token."""
+    takes = "position_ids" in inspect.signature(type(model).forward).parameters
+    return takes and _rope(model) is None
+
+
+def _rope(model: PreTrainedModel) -> Any:
+    inner: Any = getattr(model, "model", model)
+    return getattr(inner, "get_rope_index", None)

@@ -14,4 +14,5 @@ def tree(module: nn.Module) -> Iterator[nn.Module]:
     while waiting:
         one = waiting.pop()
         yield one
-        waiting += [child for child in reversed(one._modules.values()) if child is not None]
+        if one._modules:
+            waiting += [child for child in reversed(one._modules.values()) if child is not None]

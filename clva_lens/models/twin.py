@@ -28,24 +28,28 @@ def twin(model: SomeModule) -> SomeModule:
     return _again(model, {})
 
 
-def _again(module: nn.Module, known: dict[int, Any]) -> Any:
+def _again(module: nn.Module, known: dict[Any, Any]) -> Any:
     """Return a module's twin, one of ``known`` if it has one.
 
-    A closure would be a cycle, which keeps a twin until it is collected.
+    A closure would be a cycle, which keeps a twin until it is collected. What is done here is done
+    for each module, once a generation: each function that is called is felt.
     """
-    if id(module) not in known:
-        other = known[id(module)] = object.__new__(type(module))
-        vars(other).update(_attributes(module))
-        vars(other)["_modules"] = {
-            name: None if child is None else _again(child, known)
-            for name, child in module._modules.items()
-        }
-        if "config" in vars(other):
-            vars(other)["config"] = _own_config(vars(other)["config"], known)
-    return known[id(module)]
+    if module in known:
+        return known[module]
+    other = known[module] = object.__new__(type(module))
+    own = other.__dict__
+    own |= _attributes(module)
+    if module._modules:
+        children = module._modules.items()
+        own["_modules"] = {n: None if one is None else _again(one, known) for n, one in children}
+    else:
+        own["_modules"] = {}
+    if "config" in own:
+        own["config"] = _own_config(own["config"], known)
+    return other
 
 
-def _own_config(config: Any, known: dict[int, Any]) -> Any:
+def _own_config(config: Any, known: dict[Any, Any]) -> Any:
     if id(config) not in known:
         other = known[id(config)] = copy.copy(config)
         kernel = getattr(config, "_attn_implementation", None)
@@ -56,10 +60,10 @@ def _own_config(config: Any, known: dict[int, Any]) -> Any:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Return a module's attributes, without those that belong to this very object."""
-    kept = dict(vars(module))
+    kept = {**module.__dict__}
     forward = kept.pop("forward", None)
-    nnsights = type(forward).__module__.startswith("nnsight")
-    if "_hf_hook" in kept or not (forward is None or nnsights):
+    patched = forward is not None and not type(forward).__module__.startswith("nnsight")
+    if patched or "_hf_hook" in kept:
         raise InterventionError(
             f"a {type(module).__name__} runs a forward function that was put on it (a model split "
             "over devices or offloaded, or a patch), so it cannot be run a second time with the "
@@ -69,7 +73,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     for name in own.dropped:
         del kept[name]
     for name in ("_parameters", "_buffers"):
-        kept[name] = kept[name].copy()
+        kept[name] = {**kept[name]}
     for name in own.emptied:
         kept[name] = type(kept[name])()
     return kept
