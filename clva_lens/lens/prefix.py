@@ -32,8 +32,6 @@ from clva_lens.models.room import Room
 # Inputs with a column for each token. Others come with the pictures.
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _ANY_QUESTION = "?"
-# An answer's further tokens are copied with all before them, as transformers does.
-_ANSWERED_IN_PLACE = 32
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -242,7 +240,7 @@ class Continued(Prompt):
 
     def own_room(self) -> Room:
         """Return room for the questions and the first tokens of their answers."""
-        return Room(self.inputs["input_ids"].shape[1] + _ANSWERED_IN_PLACE)
+        return Room(self.inputs["input_ids"].shape[1])
 
 
 def read(

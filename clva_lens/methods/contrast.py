@@ -41,6 +41,7 @@ from clva_lens.models.decoder_passes import DecoderPasses
 from clva_lens.models.family import Inputs, find_family, find_site
 from clva_lens.models.norms import wide
 from clva_lens.models.positions import positions_of
+from clva_lens.models.room import Room
 from clva_lens.models.step import Step
 from clva_lens.models.twin import twin
 
@@ -313,7 +314,7 @@ class ContrastSession(Session):
         question = step.spans.real[:, step.offset :]
         mask = torch.cat([before.spans.real[rows], question], dim=1).long()
         inputs = {"input_ids": step.ids, "attention_mask": mask}
-        return inputs, before.fork(self.model, rows)
+        return inputs, before.fork(self.model, rows, Room(step.ids.shape[1]))
 
     def _beginning(self, make: Second, before: Beginning) -> Beginning | None:
         """Return a second input's beginning, None where it is text only."""

@@ -14,6 +14,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+ANSWER = 32
+"""Further tokens are copied with all before them, as transformers does."""
+
 
 class Held(NamedTuple):
     """A layer's keys and values, of more positions than are in use."""
@@ -75,12 +78,12 @@ class Room:
     """Room for a beginning's rows, which runs that ask the same use one after another.
 
     Args:
-        size: of how many positions behind the beginning.
+        question: the number of tokens that are asked; there is room for the first of an answer too.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, question: int) -> None:
         """Take no memory yet."""
-        self.size = size
+        self.size = question + ANSWER
         self._held: list[Held | None] = []
         self._of: tuple[DynamicCache, list[int]] | None = None
         self._lent: list[weakref.ref[RoomyLayer]] = []

@@ -13,7 +13,7 @@ import clva_lens as cl
 from clva_lens.lens.prefix import read
 from clva_lens.lens.sharing import Prefixes
 from clva_lens.models.kv_cache import CACHE
-from clva_lens.models.room import Room, RoomyLayer
+from clva_lens.models.room import ANSWER, Room, RoomyLayer
 
 LAYERS, HEADS, LENGTH, KEYS, VALUES = 2, 3, 5, 4, 6
 ROWS = [0, 1, 1]
@@ -40,7 +40,7 @@ def selected():
 
 
 def roomy(room=None):
-    return (room or Room(6)).fork(beginning(), torch.tensor(ROWS))
+    return (room or Room(6 - ANSWER)).fork(beginning(), torch.tensor(ROWS))
 
 
 def same(one, other):
@@ -84,7 +84,7 @@ def test_any_order_of_changes_is_that_of_transformers_own(seed):
 
 
 def test_what_fits_is_written_in_place_and_the_rest_is_copied():
-    cache = roomy(Room(2))
+    cache = roomy(Room(2 - ANSWER))
     (layer, _) = cache.layers
     assert isinstance(layer, RoomyLayer)
     at = layer.keys.data_ptr()
@@ -95,7 +95,7 @@ def test_what_fits_is_written_in_place_and_the_rest_is_copied():
 
 
 def test_two_forks_at_once_have_room_of_their_own_and_two_in_turn_the_same():
-    room, cache, rows = Room(4), beginning(), torch.tensor(ROWS)
+    room, cache, rows = Room(4 - ANSWER), beginning(), torch.tensor(ROWS)
     kept = copy.deepcopy(cache)
     with torch.no_grad():
         first = room.fork(cache, rows)
