@@ -36,6 +36,7 @@ from .lens.sae_reading import sae_features as sae_features
 from .lens.scan import scan as scan
 from .lens.statistics import trace_statistics as trace_statistics
 from .lens.steering import steering_vector as steering_vector
+from .lens.text_centric import text_centric_heads as text_centric_heads
 from .lens.trace import composed_saliency as composed_saliency
 from .lens.trace import head_means as head_means
 from .lens.trace import trace_attention as trace_attention
@@ -62,6 +63,7 @@ from .methods.only import ONLY as ONLY
 from .methods.opera import OPERA as OPERA
 from .methods.pai import PAI as PAI
 from .methods.patching import PatchActivations as PatchActivations
+from .methods.post_hoc import PostHocDebias as PostHocDebias
 from .methods.sid import SID as SID
 from .methods.steering import Steer as Steer
 from .methods.steering_vector import SteeringVector as SteeringVector

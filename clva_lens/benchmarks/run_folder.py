@@ -27,6 +27,7 @@ from clva_lens.benchmarks.sample_rows import as_samples
 from clva_lens.ground.drawn import SelfDrawn, drawing, gallery
 from clva_lens.ground.errors import BenchmarkError
 from clva_lens.ground.files import sha256
+from clva_lens.ground.parameters import check_arguments
 from clva_lens.ground.settings import restore_settings
 
 RUN, SAMPLES, ANSWERS = "run.json", "samples.jsonl", "answers.jsonl"
@@ -152,6 +153,7 @@ def score(folder: str | Path, **settings: Any) -> Report:
     >>> again.metrics["failed"]
     0.0
     """
+    check_arguments(score, folder=folder)
     run = read_run(folder)
     benchmark = benchmark_of(run.record, settings)
     require_margins_for(benchmark.settings, run.record["settings"])

@@ -28,7 +28,6 @@ list of lists. Decodings, seeds, limit and batch size may be left out.
 """
 
 import tomllib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
@@ -79,12 +78,13 @@ def read_sweep(path: Path) -> list[Run]:
     for subject, benchmark, how in product(subjects, benchmarks, decodings):
         decoding = None if how is None else how(benchmark.max_new_tokens)
         runs += [Run(subject, benchmark, method, decoding, limit) for method in methods]
-    folders = Counter(str(run.folder(Path())) for run in runs)
-    twice = [name for name, count in folders.items() if count > 1]
-    if twice:
+    by_folder = {run.folder(Path()): run for run in runs}
+    if len(by_folder) < len(runs):
+        twice = next(run for run in runs if by_folder[run.folder(Path())] is not run)
         raise ParameterError(
-            f"'{path}' names runs more than once, '{twice[0]}' for one. Leave out "
-            "what is there twice."
+            f"'{path}' names runs more than once, for one that of {twice.subject.model} on "
+            f"{twice.benchmark.name} under {twice.method or 'none'} (6 and 6.0 are one number). "
+            "Leave out what is there twice."
         )
     return runs
 

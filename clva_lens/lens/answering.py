@@ -16,8 +16,8 @@ from clva_lens.lens.asking import Asking
 from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.generate import generate_batches
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.margins import AnswerTokens
 from clva_lens.lens.sharing import Prefixes
+from clva_lens.models.answer_tokens import AnswerTokens
 
 FEW = 10
 """Fewer than that may fail whatever their share."""

@@ -8,8 +8,8 @@ from clva_lens.ground.errors import ModelLoadError, ParameterError
 from clva_lens.ground.parameters import Parameters
 from clva_lens.lens.decoding import Decoding, Greedy, check_decoding
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.margins import AnswerTokens
 from clva_lens.methods.base import Method
+from clva_lens.models.answer_tokens import AnswerTokens
 
 Share = Literal["picture", "tower"]
 """What questions share: all that is read of a picture before them, or the vision tower's part."""

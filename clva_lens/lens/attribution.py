@@ -19,10 +19,10 @@ from clva_lens.ground.errors import InterventionError, ParameterError
 from clva_lens.ground.parameters import is_integer
 from clva_lens.lens.intervene import intervening, join_trace, refuse_in_trace
 from clva_lens.lens.logit_parts import LogitParts
-from clva_lens.lens.margins import answer_tokens
 from clva_lens.lens.observers import Observer
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.target import shape_of
+from clva_lens.models.answer_tokens import answer_tokens
 from clva_lens.models.family import find_family, transformers_model
 from clva_lens.models.prompt import (
     Asked,

@@ -28,11 +28,12 @@ from clva_lens.lens.decoding import Decoding, Watch, drawing, settled
 from clva_lens.lens.faults import machine_fault
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.margins import answer_tokens, yes_margins
+from clva_lens.lens.margins import yes_margins
 from clva_lens.lens.prefix import Continued, Prefix
 from clva_lens.lens.sharing import Prefixes, picture_keys, shared
 from clva_lens.lens.towers import pictures_read_once
 from clva_lens.methods.base import MethodLike, as_method
+from clva_lens.models.answer_tokens import answer_tokens
 from clva_lens.models.pictures import ImageLike
 from clva_lens.models.prompt import Prompt, as_prompt, readable
 

@@ -15,9 +15,10 @@ from clva_lens.engine.run import open_sessions
 from clva_lens.engine.session import Session
 from clva_lens.engine.stream import Stream, StreamCall
 from clva_lens.ground.errors import ModelLoadError, ParameterError
-from clva_lens.lens.margins import answer_tokens, margins
+from clva_lens.lens.margins import margins
 from clva_lens.lens.observers import chosen_layers
 from clva_lens.methods.target import shape_of
+from clva_lens.models.answer_tokens import answer_tokens
 from clva_lens.models.family import find_family
 from clva_lens.models.readout import read_out, token_ids
 from clva_lens.models.step import Step

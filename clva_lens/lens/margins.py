@@ -1,19 +1,15 @@
 """The yes−no margin: how much likelier a model finds a yes than a no, whatever it then says."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from clva_lens.benchmarks.readouts import LEGACY, TEXT
 from clva_lens.ground.errors import ParameterError
+from clva_lens.models.answer_tokens import AnswerTokens, answer_tokens
 
 MARGIN = "logit(yes) − logit(no)"
-NEUTRAL = ":"
-"""What a prompt may end with, where no template says it."""
-YES = ("yes", "Yes", "YES", " yes", " Yes")
-NO = ("no", "No", "NO", " no", " No")
 
 
 def margins(
@@ -23,13 +19,6 @@ def margins(
     return logits[:, yes].amax(dim=1) - logits[:, no].amax(dim=1)
 
 
-class AnswerTokens(NamedTuple):
-    """The ids of the tokens that say yes, and of those that say no."""
-
-    yes: list[int]
-    no: list[int]
-
-
 def yes_margins(
     scores: Float[Tensor, "batch vocabulary"], tokens: AnswerTokens
 ) -> list[float | None]:
@@ -37,27 +26,6 @@ def yes_margins(
     if not tokens.yes or not tokens.no:
         return [None] * len(scores)
     return margins(scores, *tokens).tolist()
-
-
-def answer_tokens(tokenizer: Any, before: str = NEUTRAL) -> AnswerTokens:
-    """Return the tokens that are a spelling of yes or no: alone, and after the end of a prompt.
-
-    ``before`` is that end. A sentencepiece tokenizer writes a word after it with and without the
-    mark of a space (LLaVA-1.5: " Yes" is 3869, "Yes" 8241), but alone with it only.
-    """
-    yes, no = (_single_tokens(tokenizer, words, before) for words in (YES, NO))
-    return AnswerTokens(sorted(yes - no), sorted(no - yes))
-
-
-def _single_tokens(tokenizer: Any, words: Sequence[str], before: str) -> set[int]:
-    start = tokenizer(before, add_special_tokens=False).input_ids
-    found = set()
-    for word in words:
-        alone = tokenizer(word, add_special_tokens=False).input_ids
-        after = tokenizer(before + word, add_special_tokens=False).input_ids
-        found |= set(alone) if len(alone) == 1 else set()
-        found |= {after[-1]} if after[:-1] == start else set()
-    return found - {tokenizer.unk_token_id}
 
 
 def readout_tokens(tokenizer: Any, readout: str, before: str) -> AnswerTokens:

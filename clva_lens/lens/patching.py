@@ -20,12 +20,13 @@ from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.cache import run_with_cache
 from clva_lens.lens.intervene import refuse_in_trace
-from clva_lens.lens.margins import MARGIN, AnswerTokens, answer_tokens, margins
+from clva_lens.lens.margins import MARGIN, margins
 from clva_lens.lens.observers import chosen_layers
 from clva_lens.lens.patch_sweep import sweep
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.patching import PatchActivations, PatchedPart
 from clva_lens.methods.target import Shape, shape_of
+from clva_lens.models.answer_tokens import AnswerTokens, answer_tokens
 from clva_lens.models.family import transformers_model
 from clva_lens.models.prompt import Asked, Prompt, as_prompt
 

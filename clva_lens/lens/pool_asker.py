@@ -11,13 +11,15 @@ from clva_lens.benchmarks.base import Answer, Benchmark, Sample, judge
 from clva_lens.benchmarks.readouts import TEXT
 from clva_lens.benchmarks.run_folder import Report
 from clva_lens.benchmarks.run_writing import decisive
-from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.errors import BenchmarkError, ClvaLensError
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.answering import Failures, others_among, warn_of
-from clva_lens.lens.margins import AnswerTokens
+from clva_lens.models.answer_tokens import AnswerTokens
 
 AHEAD = 2
-"""Batches that a worker is given at once, so that it does not wait for the driver."""
+"""Calls that a worker has at once, so that it does not wait for the driver."""
+CALL_SECONDS = 1.0
+"""Batches are given to a worker together up to about so long: more is lost with a process."""
 PICTURES = "pictures"
 
 Jobs = list[tuple[int, range]]
@@ -58,7 +60,7 @@ class Hands(Protocol):
         ...
 
     def get(self, one: Any) -> list[Asked]:
-        """Return what a worker answered, or raise what it raised."""
+        """Return what a worker answered, jobs from the first on, or raise what the first raised."""
         ...
 
     def words(self, ids: Sequence[int]) -> list[str]:
@@ -79,31 +81,57 @@ class Schedule:
     work: Any
     groups: dict[int, Jobs] = field(default_factory=dict)
     found: dict[tuple[int, int], Asked] = field(default_factory=dict)
-    waiting: deque[int] | None = None
+    waiting: deque[Jobs] | None = None
     pending: dict[Any, tuple[int, Jobs]] = field(default_factory=dict)
+    at_once: int = 1
+    ended: ClvaLensError | None = None
 
     def add(self, place: int, part: range) -> None:
         """Note a batch that is due in the asking of this place."""
         self.groups.setdefault(part.start, []).append((place, part))
 
     def answer(self, place: int, part: range) -> Asked:
-        """Return the answers to a batch as soon as they are there, and keep the workers busy."""
+        """Return the answers to a batch as soon as they are there, and keep the workers busy.
+
+        Raises:
+            ClvaLensError: what a worker raised, once what the others still ask is of no more use.
+        """
         if self.waiting is None:
-            self.waiting = deque(sorted(self.groups))
+            self.waiting = deque(self.groups[start] for start in sorted(self.groups))
             for _ in range(AHEAD):
                 for worker in range(self.pool.count):
-                    self._give(worker)
+                    self._give(worker, self._next())
         while (place, part.start) not in self.found:
+            if self.ended is not None and not self.pending:
+                raise self.ended
             done = self.pool.ready(list(self.pending))
-            worker, jobs = self.pending.pop(done)
-            self._give(worker)
-            for (one, stretch), asked in zip(jobs, self.pool.get(done), strict=True):
-                self.found[one, stretch.start] = asked
+            self._take(done, *self.pending.pop(done))
         return self.found.pop((place, part.start))
 
-    def _give(self, worker: int) -> None:
-        if self.waiting:
-            jobs = self.groups[self.waiting.popleft()]
+    def _take(self, done: Any, worker: int, jobs: Jobs) -> None:
+        """Keep what a worker answered, and give it the rest, if it came to an error, or more."""
+        try:
+            answered = self.pool.get(done)
+        except ClvaLensError as error:
+            self.ended, self.waiting = self.ended or error, deque()
+            return
+        asked, rest = jobs[: len(answered)], jobs[len(answered) :]
+        for (place, part), one in zip(asked, answered, strict=True):
+            self.found[place, part.start] = one
+        batches = len({part.start for _, part in asked})
+        seconds = sum(one.seconds for one in answered) / batches
+        self.at_once = int(CALL_SECONDS / max(seconds, 1e-3))
+        self._give(worker, rest or self._next())
+
+    def _next(self) -> Jobs:
+        """Return what is asked next: less together when little is left, so that all end at once."""
+        assert self.waiting is not None
+        share = len(self.waiting) // (AHEAD * self.pool.count)
+        count = min(len(self.waiting), max(1, min(self.at_once, share)))
+        return [job for _ in range(count) for job in self.waiting.popleft()]
+
+    def _give(self, worker: int, jobs: Jobs) -> None:
+        if jobs:
             self.pending[self.pool.ask(worker, self.work, jobs)] = (worker, jobs)
 
 

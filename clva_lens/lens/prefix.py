@@ -27,10 +27,13 @@ from clva_lens.models.once import Prepared
 from clva_lens.models.pictures import ImageLike
 from clva_lens.models.positions import positions_of
 from clva_lens.models.prompt import Prompt, readable, visual_tokens
+from clva_lens.models.room import Room
 
 # Inputs with a column for each token. Others come with the pictures.
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _ANY_QUESTION = "?"
+# An answer's further tokens are copied with all before them, as transformers does.
+_ANSWERED_IN_PLACE = 32
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,17 +68,17 @@ class Prefix:
         count = "1 picture" if len(self) == 1 else f"{len(self)} pictures"
         return f"Prefix({count}, {self.ids.shape[1]} positions)"
 
-    def fork(self, pictures: int | Sequence[int] = 1) -> DynamicCache:
+    def fork(self, pictures: int | Sequence[int] = 1, room: Room | None = None) -> DynamicCache:
         """Return a cache of its own with a row for each question.
 
         ``pictures`` names the picture that each is about, or is the number of questions about the
-        only one.
+        only one. In ``room`` what follows is written in place.
 
         Raises:
             PromptError: if it is a number, but there are several pictures; if there is no such
                 picture; or if the model has other weights or adapters than when it read them.
         """
-        return self.beginning.fork(self.model.hf_model, self._rows(pictures))
+        return self.beginning.fork(self.model.hf_model, self._rows(pictures), room)
 
     def _rows(self, pictures: int | Sequence[int]) -> Int[Tensor, " row"]:
         if isinstance(pictures, int):
@@ -188,6 +191,8 @@ class Continued(Prompt):
 
     prefix: Prefix
     pictures: list[int]
+    room: Room | None = None
+    """What its runs use one after another; each makes its own without."""
 
     @property
     def reader(self) -> PreTrainedModel:
@@ -224,12 +229,20 @@ class Continued(Prompt):
             images=self.images[rows],
             questions=self.questions[rows],
             pictures=self.pictures[rows],
+            room=None,
         )
 
     def by_beam(self, beams: int) -> dict[str, Any]:
         """Return the model's inputs with a cache that has as many rows for each prompt."""
-        rows = [picture for picture in self.pictures for _ in range(beams)]
-        return {**self.inputs, CACHE: self.prefix.fork(rows)}
+        if beams > 1:  # their cache is copied whenever they are reordered
+            rows = [picture for picture in self.pictures for _ in range(beams)]
+            return {**self.inputs, CACHE: self.prefix.fork(rows)}
+        room = self.room or self.own_room()
+        return {**self.inputs, CACHE: self.prefix.fork(self.pictures, room)}
+
+    def own_room(self) -> Room:
+        """Return room for the questions and the first tokens of their answers."""
+        return Room(self.inputs["input_ids"].shape[1] + _ANSWERED_IN_PLACE)
 
 
 def read(

@@ -12,15 +12,12 @@ from clva_lens.ground.checkout import origin
 from clva_lens.lens.answering import Answering
 from clva_lens.lens.asking import Asking
 from clva_lens.lens.decoding import told
-from clva_lens.lens.facts import QUESTION
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.margins import AnswerTokens, readout_tokens
+from clva_lens.lens.margins import readout_tokens
 from clva_lens.lens.provenance import describe, identity, machine
 from clva_lens.lens.sharing import Prefixes, picture_keys, shared
 from clva_lens.methods.target import Target
-
-_END = 16
-"""Characters of a prompt's end, after which an answer begins."""
+from clva_lens.models.answer_tokens import AnswerTokens, prompt_end
 
 
 def prepare(
@@ -82,7 +79,7 @@ def _with_margin(asking: Asking, model: LensModel, benchmark: Benchmark) -> Aski
     if readout is None:
         return asking
     processor: Any = model.processor
-    end = model.family.ask(processor, QUESTION, None)[-_END:]
+    end = prompt_end(model.family, processor)
     return replace(asking, margin=readout_tokens(model.words, readout, end))
 
 

@@ -115,6 +115,7 @@ def sae_features(
     refuse_in_trace("sae_features", "")
     found: Any = transformers_model(model)
     asked = as_prompt(model, prompt)
+    sae.compare_model(model)
     with intervening(model, method):
         rows = span_rows_of(found, asked, sae, span)
     if rows.shape[-1] != len(sae.b_dec):

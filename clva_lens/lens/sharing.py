@@ -1,6 +1,7 @@
 """Whether the questions about a picture may share what the model reads of it, and the sharing."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -60,6 +61,7 @@ class Prefixes:
         keys = picture_keys(images)
         what = (model, keys, list(questions), system, share)
         if self._asked is None or self._asked[0] != what:
+            self._asked = None  # its memory is free before another picture is read
             self._asked = (what, self._prompt(model, images, questions, system, share, keys))
         return self._asked[1]
 
@@ -86,7 +88,8 @@ class Prefixes:
             # The pictures are kept: an id names an object for as long as it lives.
             reading = read(model, pictures, system=system, prepared=prepared)
             self._last = (known, system, pictures, reading)
-        return self._last[3].ask(questions, [known.index(key) for key in keys])
+        asked = self._last[3].ask(questions, [known.index(key) for key in keys])
+        return replace(asked, room=asked.own_room())
 
 
 def shared(

@@ -40,8 +40,9 @@ class Ray(Parameters):
 
     ``workers`` processes each keep a model, with ``threads`` threads on a CPU, a number that
     decides last digits and stands in the record, and ``gpus`` of Ray's GPUs (1, or a part of one).
-    ``address`` is that of a running Ray ("auto", "ray://…"); None starts one on this machine and
-    ends it with the run. A worker that dies is started again up to ``restarts`` times.
+    ``address`` is that of a running Ray ("auto", "HOST:PORT"); None starts one on this machine,
+    whatever else runs there, and ends it with the run. A worker that dies is started again up to
+    ``restarts`` times.
 
     >>> cl.Ray(workers=4).threads
     1
@@ -100,12 +101,17 @@ class _Worker:
         return [told for _, told, _ in self._prepared(work)]
 
     def ask(self, work: _Work, jobs: Jobs) -> list[Asked]:
-        """Ask batches, each of one asking, one after the other."""
+        """Ask batches, each of one asking, one after the other; those before one that fails."""
         found = []
         for place, part in jobs:
             asker, _, who = self._prepared(work)[place]
             asker.seconds, asker.likeliest = 0.0, []
-            answers = [answer for _, some in asker.batches([part]) for answer in some]
+            try:
+                answers = [answer for _, some in asker.batches([part]) for answer in some]
+            except Exception:
+                if not found:
+                    raise
+                break  # it is asked again, first then
             found.append(Asked(who, answers, asker.likeliest, asker.seconds))
         return found
 
@@ -154,15 +160,16 @@ class Pool:
         self._works = 0
 
     def __enter__(self) -> "Pool":
-        """Start Ray, if it is not running, and the workers."""
+        """Start Ray, if this process has none yet, and the workers.
+
+        Raises:
+            ParameterError: if Ray is not installed, or there is none at the address.
+        """
         self._ray = _import_ray()
         self._began = not self._ray.is_initialized()
         engine = self.engine
         if self._began:
-            count = max(os.cpu_count() or 1, engine.workers * engine.threads)
-            own = {} if engine.address else {"num_cpus": count, "include_dashboard": False}
-            quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-            self._ray.init(address=engine.address, **own, **quiet)
+            self._start()
         options = {
             "num_cpus": engine.threads,
             "num_gpus": engine.gpus,
@@ -174,6 +181,21 @@ class Pool:
         made = range(engine.workers)
         self._workers = [kind.remote(engine.threads, str(Path.cwd())) for _ in made]
         return self
+
+    def _start(self) -> None:
+        engine = self.engine
+        count = max(os.cpu_count() or 1, engine.workers * engine.threads)
+        own = {} if engine.address else {"num_cpus": count, "include_dashboard": False}
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        try:
+            self._ray.init(address=engine.address or "local", **own, **quiet)
+        except (OSError, ValueError, RuntimeError, SystemExit) as error:  # it exits if none answers
+            where = "here" if engine.address is None else f"at '{engine.address}'"
+            said = error if str(error) and not isinstance(error, SystemExit) else "nothing answers"
+            raise ParameterError(
+                f"Ray could not be had {where} ({said}). Pass the address of one that runs (ray "
+                "start says it), or leave it out (--address), and one is started here."
+            ) from error
 
     def __exit__(self, *_: object) -> None:
         """End the workers, and Ray if it was started or found here."""
@@ -238,7 +260,7 @@ class Pool:
                 return done[0]
 
     def get(self, one: Any) -> list[Asked]:
-        """Return what a worker answered, or raise what it raised."""
+        """Return what a worker answered, jobs from the first on, or raise what the first raised."""
         return self._get(one)
 
     def words(self, ids: Sequence[int]) -> list[str]:

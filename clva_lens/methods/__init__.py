@@ -24,6 +24,7 @@ from clva_lens.methods import only as only
 from clva_lens.methods import opera as opera
 from clva_lens.methods import pai as pai
 from clva_lens.methods import patching as patching
+from clva_lens.methods import post_hoc as post_hoc
 from clva_lens.methods import sid as sid
 from clva_lens.methods import steering as steering
 from clva_lens.methods import vcd as vcd

@@ -10,8 +10,9 @@ a tenth being that of each head and row (57 of 576). Then (1 + α)·l⁺ − α�
 l⁺ ≥ max l⁺ + ln β. No pass is left as it is. p = 0.625, n = 1 (so that a positive score becomes 0),
 α = 1, β = 0.1.
 
-Text-centric heads look most at text for what they look at the image. The release ranks heads by
-that on 500 pictures and takes the 32 of 1024 that lead most often. Pass such a list as ``heads``.
+Text-centric heads look most at text for what they look at the image. The paper ranks heads by that
+on 500 pictures and takes the 32 of 1024 that lead most often: ``heads`` of
+``cl.text_centric_heads(model, prompts)``.
 
 **Departs from it**: without ``heads``, each prompt finds its own, in each layer 1 of 32 heads (one
 at least), by the attention of its text rows to text over that to the image. The official repository
@@ -57,8 +58,8 @@ class ASCD(Method):
         positive: p, by how much of their size text-centric heads' scores of the image are raised,
             >= 0.
         negative: n, by how much the largest scores of the second pass are lowered, >= 0.
-        heads: the text-centric heads: pairs (layer, head), {layer: [heads]} or a mask. None: each
-            prompt's own (see above).
+        heads: the text-centric heads: pairs (layer, head), {layer: [heads]} or a mask, such as
+            ``cl.text_centric_heads(model, prompts).heads``. None: each prompt's own (see above).
 
     Raises:
         ParameterError: if a parameter is out of range.

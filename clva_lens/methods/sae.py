@@ -11,6 +11,7 @@ refused by name.
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
@@ -32,12 +33,13 @@ from clva_lens.methods.base import Kernel, Method, check_layers
 from clva_lens.methods.steering_vector import SteeringVector
 from clva_lens.methods.stream_rows import StreamSession, check_span
 from clva_lens.methods.target import Target
+from clva_lens.models.family import transformers_model
 from clva_lens.models.norms import wide
 
 Kind = Literal["standard", "jumprelu", "topk"]
 """What makes features sparse."""
 
-WEIGHTS, SETTINGS = "sae_weights.safetensors", "cfg.json"
+WEIGHTS, SETTINGS, MODEL = "sae_weights.safetensors", "cfg.json", "model_name"
 # Settings of SAELens that change what is computed, and the only value computed here.
 _ONLY = {
     "normalize_activations": ("none", None),
@@ -152,6 +154,21 @@ class SparseAutoencoder(Parameters):
                 "one of these."
             )
 
+    def compare_model(self, model: Any) -> None:
+        """Warn if the files name another model than this; they may name its language model."""
+        hf_model = transformers_model(model)
+        text = hf_model.config.get_text_config()
+        named = (getattr(model, "name", None), hf_model.name_or_path, text._name_or_path)
+        known = {Path(one).name.casefold() for one in named if one}
+        said = self.record.get(MODEL)
+        if said and known and Path(said).name.casefold() not in known:
+            warnings.warn(
+                f"the autoencoder's files say that it is of '{said}', but this model is "
+                f"{' or '.join(sorted(known))}. Its features mean something only if that is this "
+                "model's language model.",
+                stacklevel=3,
+            )
+
     def random(self, seed: int = 0) -> "SparseAutoencoder":
         """Return the null: random directions as long, with the same biases."""
         check_arguments(SparseAutoencoder.random, seed=seed)
@@ -200,6 +217,7 @@ class SparseAutoencoder(Parameters):
         Raises:
             ParameterError: if it cannot be read, or says what is not computed here.
         """
+        check_arguments(SparseAutoencoder.load, path=path)
         path = Path(path)
         file = path / WEIGHTS if path.is_dir() else path
         try:
@@ -221,8 +239,10 @@ class SparseAutoencoder(Parameters):
         if not isinstance(about, dict):
             raise ParameterError(f"'{beside}' holds no settings. Pass a folder of SAELens' layout.")
         told = {**said, **about}
-        where = _where(told, tensors, layer, part)
-        return cls(**where, **_settings(told, tensors), record={"from": path.name})
+        where, record = _where(told, tensors, layer, part), {"from": path.name}
+        if isinstance(told.get(MODEL), str):
+            record[MODEL] = told[MODEL]
+        return cls(**where, **_settings(told, tensors), record=record)
 
     def __repr__(self) -> str:
         """Return its size and where it belongs."""
@@ -336,6 +356,7 @@ class SetFeatures(Method):
         """
         if not self.features:
             return []
+        self.sae.compare_model(target.model)
         shape = target.at("decoder")
         every = shape._replace(layers=tuple(range(shape.depth)))
         layers = check_layers("layer", (self.sae.layer,), every)

@@ -17,6 +17,7 @@ from clva_lens.ground.errors import ModelLoadError, ParameterError
 from clva_lens.ground.files import taking_place
 from clva_lens.ground.parameters import Parameters, check_arguments
 from clva_lens.methods.stream_rows import Stack
+from clva_lens.models.family import transformers_model
 from clva_lens.models.weights import is_sample_of
 
 FORMAT = "clva_lens steering vector 1"
@@ -125,8 +126,9 @@ class SteeringVector(Parameters):
 
         Raises:
             ParameterError: if there is no such file, or it holds something else.
-            ModelLoadError: if it was made on another model.
+            ModelLoadError: if it was made on another model, or ``model`` is none.
         """
+        check_arguments(SteeringVector.load, path=path)
         try:
             with safe_open(str(path), framework="pt") as file:
                 told = json.loads((file.metadata() or {}).get("clva_lens", "{}"))
@@ -147,7 +149,7 @@ class SteeringVector(Parameters):
         settings = (layers, told["part"], told["stack"], told["record"])
         found = cls(tensors["values"], *settings, sample)
         if model is not None:
-            found.check(getattr(model, "hf_model", model))
+            found.check(transformers_model(model))
         return found
 
     def __repr__(self) -> str:

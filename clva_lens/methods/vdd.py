@@ -6,10 +6,9 @@ of the prompt with one ``<unk>`` in their place ("unknown"), or the mean of the 
 and β = 0.1.
 
 **Departs from the release**, which has sampling only (at temperature 0.2): greedy decoding and
-beams work too. Its other half, a calibration of p(yes) and p(no) by those without a picture, is of
-answers that are read out and no decoding, and is not here. α = 0 edits nothing at all: the cut-off
-goes with the contrast. Exact under fused kernels; a second pass for each token, or two, of a prompt
-without image.
+beams work too. Its other half, post-hoc debiasing, is ``cl.PostHocDebias``. α = 0 edits nothing at
+all: the cut-off goes with the contrast. Exact under fused kernels; a second pass for each token, or
+two, of a prompt without image.
 """
 
 from collections.abc import Mapping
@@ -75,13 +74,22 @@ class VDD(Method):
         rule = self._rule()
         if rule.is_identity:
             return []
-        image = find_family(target.model).image_token_id(target.model)
-        seconds: list[Second] = []
-        if self.without != "unknown":
-            seconds.append(text_only(image))
-        if self.without != "nothing":
-            seconds.append(_Unknown(image, _unknown_id(target.processor, self.without)))
-        return [ContrastSession(target.model, seconds, rule)]
+        return [ContrastSession(target.model, without_picture(target, self.without), rule)]
+
+
+def without_picture(target: Target, without: Without) -> list[Second]:
+    """Return what makes the second inputs, in which something else stands for the picture.
+
+    Raises:
+        InterventionError: if there is no unknown token to put in.
+    """
+    image = find_family(target.model).image_token_id(target.model)
+    seconds: list[Second] = []
+    if without != "unknown":
+        seconds.append(text_only(image))
+    if without != "nothing":
+        seconds.append(_Unknown(image, _unknown_id(target.processor, without)))
+    return seconds
 
 
 @dataclass(frozen=True)

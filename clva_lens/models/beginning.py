@@ -18,6 +18,7 @@ from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import PromptError
 from clva_lens.models.context import beside, remember
 from clva_lens.models.kv_cache import CACHE, forked
+from clva_lens.models.room import Room
 from clva_lens.models.weights import weights_state
 
 # What is made of a beginning may be as large as its keys and values: so many are kept.
@@ -45,15 +46,22 @@ class Beginning:
         """The number of positions."""
         return self.spans.image.shape[1]
 
-    def fork(self, model: PreTrainedModel, rows: Int[Tensor, " row"]) -> DynamicCache:
+    def fork(
+        self, model: PreTrainedModel, rows: Int[Tensor, " row"], room: Room | None = None
+    ) -> DynamicCache:
         """Return a cache of its own with these rows, for ``model`` to go on from.
+
+        In ``room``, which has been for the same rows before, what follows is written in place.
 
         Raises:
             PromptError: if the model has other weights or adapters than when it read them.
         """
         self.check(model)
-        cache = forked(self.cache)
-        cache.batch_select_indices(rows)
+        if room is None:
+            cache = forked(self.cache)
+            cache.batch_select_indices(rows)
+        else:
+            cache = room.fork(self.cache, rows)
         remember(cache, self.spans.each(lambda span: span[rows]))
         _READ_BEFORE[cache] = ReadBefore(self, rows)
         return cache

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import QUESTIONS, lens_of, picture
 
 import clva_lens as cl
-from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.errors import ModelLoadError, ParameterError
+from clva_lens.lens.explorer.explored import Explored
 from clva_lens.methods.sae import SETTINGS, SetFeatures, SparseAutoencoder
 from clva_lens.methods.steering_vector import FORMAT
 
@@ -131,3 +132,40 @@ def test_one_row_has_no_variance_to_explain():
     for features in ([width], [-1], [1.5], []):
         with pytest.raises(ParameterError, match="features are"):
             on_image.draw(features)
+
+
+def test_what_is_no_path_and_no_model_is_said(tmp_path):
+    """It was another library's AttributeError or TypeError, or passed without a word."""
+    read(tmp_path, {"format": FORMAT, **GOOD})
+    path = tmp_path / "vector.safetensors"
+    for model in ("text", 5, torch.nn.Linear(2, 2)):
+        with pytest.raises(ModelLoadError):
+            cl.SteeringVector.load(path, model)
+    assert cl.SteeringVector.load(path, lens_of("full", "sdpa")).layers == (1, 2)
+    assert cl.SteeringVector.load(path, lens_of("full", "sdpa").hf_model).layers == (1, 2)
+    for opened in (cl.SteeringVector.load, SparseAutoencoder.load, Explored.load, cl.score):
+        for wrong in (None, 5, [path]):
+            with pytest.raises(ParameterError, match=r"(path|folder) must be"):
+                opened(wrong)
+
+
+def test_an_autoencoder_of_another_model_is_told(tmp_path):
+    """Its features at a model of the same width would be numbers without a meaning."""
+    lens, eye = lens_of("full", "sdpa"), torch.eye(32)
+    sae = SparseAutoencoder(eye, eye, torch.zeros(32), torch.zeros(32), layer=3)
+    folder, prompt = sae.save(tmp_path / "sae"), lens.prompt(picture(0), QUESTIONS[0])
+    quiet = SparseAutoencoder.load(folder)
+    cl.sae_features(lens, prompt, quiet)
+    names = lens.name, "somebody/" + lens.name.upper()
+    for name in (*names, "gpt2-small"):
+        told = json.loads((folder / SETTINGS).read_text())
+        told["metadata"]["model_name"] = name
+        (folder / SETTINGS).write_text(json.dumps(told))
+        loud = SparseAutoencoder.load(folder)
+        assert SparseAutoencoder.load(loud.save(tmp_path / "again")).record["model_name"] == name
+        if name in names:
+            read_at = cl.sae_features(lens, prompt, loud)
+        else:
+            with pytest.warns(UserWarning, match="say that it is of 'gpt2-small', but this model"):
+                read_at = cl.sae_features(lens, prompt, loud)
+        assert torch.equal(read_at.values, cl.sae_features(lens, prompt, quiet).values)

@@ -30,7 +30,8 @@ STRONG = {
 # Methods that refuse models whose image tokens lie on no part of the picture, where they say so.
 PLACED = {"ed", "vicrop"}
 # Methods whose laws are asked in a few places, since they stand on the parts of those before them.
-LATER = {"agla", "ascd", "dlc", "ed", "head-guided", "m3id", "sid", "vdd", "vicrop", "vista"}
+LATER = {"agla", "ascd", "dlc", "ed", "head-guided", "m3id", "post-hoc-debias"}
+LATER |= {"sid", "vdd", "vicrop", "vista"}
 # Methods that edit FFNs, and by how much those are scaled for them.
 FED = {"memvr": 8.0, "vista": 8.0}
 

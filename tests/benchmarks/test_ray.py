@@ -55,12 +55,12 @@ def single(tmp_path_factory, model):
 
 
 class Driver:
-    """The command in a process of its own; it and all that it starts bear a mark."""
+    """A command in a process of its own; it and all that it starts bear a mark."""
 
-    def __init__(self, out, *more):
-        self.mark, self.answers = uuid.uuid4().hex, out / "answers.jsonl"
+    def __init__(self, out, *more, command=COMMAND):
+        self.mark, self.out = uuid.uuid4().hex, out
         self.before = self.count()
-        words = [sys.executable, "-m", "clva_lens", *COMMAND, "--out", out, *more]
+        words = [sys.executable, "-m", "clva_lens", *command, "--out", out, *more]
         self.process = subprocess.Popen(
             [str(word) for word in words],
             env={**os.environ, "MARK": self.mark},
@@ -71,10 +71,10 @@ class Driver:
         )
 
     def count(self):
-        return self.answers.read_bytes().count(b"\n") if self.answers.exists() else 0
+        return sum(path.read_bytes().count(b"\n") for path in self.out.rglob("answers.jsonl"))
 
-    def until_it_answers(self):
-        while self.process.poll() is None and self.count() <= self.before:
+    def until_it_answers(self, count=1):
+        while self.process.poll() is None and self.count() < self.before + count:
             time.sleep(0.02)
         assert self.process.poll() is None, self.process.communicate()
 
@@ -88,8 +88,8 @@ class Driver:
         return found
 
     def all_ends(self):
-        """Whether Ray's processes end too."""
-        for _ in range(120):
+        """Whether Ray's processes end too; its agents first try to tell others for a minute."""
+        for _ in range(360):
             if not self.alive():
                 return True
             time.sleep(0.5)
@@ -193,18 +193,74 @@ def test_two_nodes_are_one_process_to_the_byte(cluster, tmp_path, single, monkey
     assert not (tmp_path / "other").exists()
 
 
-# ── reproduce ──
+# ── many runs ──
+
+SPEC = """
+models = ["toy-llava"]
+limit = 24
+batch_size = 6
+
+[[benchmarks]]
+name = "pope/toy/adversarial"
+
+[[methods]]
+name = "none"
+
+[[methods]]
+name = "clva"
+alpha = [6, 14]
+"""
+REPRODUCE = ("reproduce", "--model", "toy-llava", "--only", "table 6", "--limit", 12)
+WORKERS = ("--engine", "ray", "--workers", 2)
+
+
+def killed_in_the_middle(out, command, answers, of):
+    """Have a command with workers killed once there are so many answers of all."""
+    driver = Driver(out, *WORKERS, command=command)
+    driver.until_it_answers(answers)
+    os.kill(driver.process.pid, signal.SIGKILL)
+    driver.process.communicate()
+    assert answers <= driver.count() < of
+
+
+def runs_in(root):
+    """Every byte of the runs below a folder, by name."""
+    found = (root / "runs").rglob("answers.jsonl")
+    return {path.parent.relative_to(root): files(path.parent) for path in found}
+
+
+def test_a_sweep_by_workers_is_that_of_one_process(tmp_path):
+    """It is killed in the middle; one of its runs is in the way of a file, until that is gone."""
+    spec = tmp_path / "spec.toml"
+    spec.write_text(SPEC)
+    asked, out = ("sweep", spec), tmp_path / "ray"
+    assert "3 runs: 3 done" in run(*asked, "--out", tmp_path / "one")
+    wanted = runs_in(tmp_path / "one")
+    assert len(wanted) == 3 and len({it["answers.jsonl"] for it in wanted.values()}) == 3
+
+    blocked = out / sorted(wanted)[0] / "notes.txt"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("of somebody else")
+    killed_in_the_middle(out, asked, 6, 2 * 24)
+    run(*asked, "--out", out, *WORKERS, code=1)
+    assert "3 runs: 2 done, 1 failed" in run(*asked, "--out", out, "--dry-run")
+    assert "holds 'notes.txt' and no run.json" in (out / "sweep.csv").read_text()
+    assert {**wanted, **runs_in(out)} == wanted and len(runs_in(out)) == 2
+
+    blocked.unlink()
+    assert "3 runs: 3 done" in run(*asked, "--out", out, *WORKERS)
+    assert runs_in(out) == wanted
+    tables = [root / "sweep.csv" for root in (out, tmp_path / "one")]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
 
 
 def test_a_reproduction_by_workers_is_that_of_one_process(tmp_path):
-    asked = ("reproduce", "--model", "toy-llava", "--only", "table 6", "--limit", 12)
-    run(*asked, "--out", tmp_path / "one")
-    run(*asked, "--out", tmp_path / "ray", "--engine", "ray", "--workers", 2)
-    found, wanted = (
-        {path.parent.name: files(path.parent) for path in (root / "runs").rglob("answers.jsonl")}
-        for root in (tmp_path / "ray", tmp_path / "one")
-    )
-    assert len(wanted) == 12 and found == wanted
+    """It is killed in the middle too."""
+    run(*REPRODUCE, "--out", tmp_path / "one")
+    wanted = runs_in(tmp_path / "one")
+    killed_in_the_middle(tmp_path / "ray", REPRODUCE, 24, 12 * 12)
+    run(*REPRODUCE, "--out", tmp_path / "ray", *WORKERS)
+    assert len(wanted) == 12 and runs_in(tmp_path / "ray") == wanted
     cells = [tmp_path / one / "cells.csv" for one in ("one", "ray")]
     assert cells[0].read_bytes() == cells[1].read_bytes()
     assert len({one["answers.jsonl"] for one in wanted.values()}) > 5

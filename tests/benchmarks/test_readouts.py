@@ -16,7 +16,8 @@ from clva_lens.ground.errors import BenchmarkError, ParameterError
 from clva_lens.lens.answering import warn_of_others
 from clva_lens.lens.asking import Asking
 from clva_lens.lens.generate import generate_batches
-from clva_lens.lens.margins import AnswerTokens, answer_tokens, readout_tokens
+from clva_lens.lens.margins import readout_tokens
+from clva_lens.models.answer_tokens import AnswerTokens, answer_tokens
 
 WITH_READOUT = sorted(
     name for name, one in BENCHMARKS.items() if "readout" in one.settings and "toy" in name

@@ -1,8 +1,12 @@
 """Shards of a run: whole batches asked apart, joined to the bytes of a run that was not cut."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pages
@@ -254,6 +258,49 @@ def test_the_slurm_script(tmp_path, loaded):
     run(*asks(words, tmp_path / "run"))
     with pytest.raises(BenchmarkError, match=r"7 of the 8 shards .* missing: 1, 2, 3, 4, 5, 6, 7"):
         merge(tmp_path / "run")
+
+
+TOYS = """#!/bin/bash
+set -- "${@/pope\\/coco/pope/toy}"
+set -- "${@/llava-hf\\/llava-1.5-7b-hf/toy-llava}"
+set -- "${@/cuda/cpu}"
+set -- "${@/float16/float32}"
+exec %s -m clva_lens "$@" --limit 192 --batch-size 6
+"""
+
+
+def test_a_task_of_the_slurm_script_that_is_killed_and_requeued(tmp_path, loaded):
+    """The page's script itself, of a toy; the other seven tasks are asked here, to be quicker."""
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "clva-lens"
+    command.write_text(TOYS % sys.executable)
+    command.chmod(0o755)
+    path = {"PATH": f"{command.parent}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3"}
+    options = {"env": {**os.environ, **path}, "cwd": tmp_path, "start_new_session": True}
+    script, out = ["bash", "-c", block("#!/bin/bash")], tmp_path / "runs" / "clva"
+    asked = ("run", "--benchmark", "pope/toy/adversarial", "--method", "clva", "--limit", 192)
+    asked = (*asked, "--batch-size", 6, "--device", "cpu", "--dtype", "float32")
+    for task in (8, 7, 6, 5, 4, 2, 1):
+        run(*asked, "--out", out, "--shard", f"{task}/8")
+    with pytest.raises(BenchmarkError, match=r"1 of the 8 shards .* missing: 3\."):
+        merge(out)
+    answers = out / "shards" / "3" / "answers.jsonl"
+    first = subprocess.Popen(script, **options, stderr=subprocess.PIPE)
+    while first.poll() is None and not (answers.exists() and answers.stat().st_size):
+        time.sleep(0.005)
+    assert first.poll() is None, first.communicate()
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert 0 < answers.read_bytes().count(b"\n") < 24
+    with pytest.raises(BenchmarkError, match=r"1 of the 8 shards .* not finished: 3/8"):
+        merge(out)
+    subprocess.run(script, **options, check=True, capture_output=True)
+    log = (answers.parent / "log.jsonl").read_text()
+    events = [json.loads(one)["event"] for one in log.splitlines()]
+    assert events == ["started", "continued", "finished"]
+    merge(out)
+    run(*asked, "--out", tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole")
 
 
 def test_what_slurm_runs_afterwards(tmp_path):

@@ -151,6 +151,14 @@ def test_the_command_says_how_far_it_is(spec, tmp_path):
         ("seeds = [0, 0]", "more than once"),
         ('[[methods]]\nname = "none"', "more than once"),
         ('[[methods]]\nname = "clva"\nalpha = []', "alpha of 'clva' is an empty list"),
+        ('[[methods]]\nname = "clva"\nalpha = [6, 6.0]', r"more than once.* under CLVA\(alpha=6"),
+        ('[[methods]]\nname = "clva"\nalpha = [14]\n' * 2, "more than once"),
+        (
+            '[[methods]]\nname = "clva"\nalpha = 6\nbeta = 0.3\n'
+            '[[methods]]\nname = "clva"\nbeta = 0.3\nalpha = 6.0',
+            "more than once",
+        ),
+        ('[[decodings]]\nname = "sampling"\ntop_p = [1, 1.0]', "more than once"),
     ],
 )
 def test_what_runs_nothing_or_twice_is_refused(line, match, tmp_path):
@@ -160,3 +168,55 @@ def test_what_runs_nothing_or_twice_is_refused(line, match, tmp_path):
     path.write_text(f'models = ["toy-llava"]\n{early}\n{tables}{late}\n')
     with pytest.raises(ParameterError, match=match):
         read_sweep(path)
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ("'clva'\nalpha = 6", "'clva'\nalpha = 6.0"),
+        ("'clva'\nalpha = 0", "'clva'\nalpha = -0.0"),
+        ("'clva'", "'clva'\ntau = 2\nalpha = 14"),
+        ("'clva'\nlayers = 9", "'clva'\nlayers = [[9]]"),
+        ("'none'", "'none'\n[[decodings]]\nname = 'greedy'"),
+        (
+            "'none'\n[[decodings]]\nname = 'sampling'",
+            "'none'\n[[decodings]]\nname = 'sampling'\ntemperature = 1",
+        ),
+    ],
+)
+def test_runs_have_one_folder_where_their_records_are_equal(then, now, spec, tmp_path):
+    """What one spelling began the other goes on with, to the same bytes."""
+    path, _ = spec
+    head = 'models = ["toy-llava"]\nlimit = 4\nbatch_size = 2\n'
+    root, found = tmp_path / "out", []
+    for text in (then, now):
+        bench = "[[benchmarks]]\nname = 'pope/toy/adversarial'\n"
+        path.write_text(f"{head}{bench}[[methods]]\nname = {text}\n")
+        (run,) = read_sweep(path)
+        assert [state.word for state in states([run], root)] == ["done" if found else "left"]
+        found.append(run.folder(root))
+        if text == then:
+            quiet([run], root)
+            whole = {one.name: one.read_bytes() for one in found[0].iterdir()}
+    assert found[0] == found[1]
+    (found[0] / "score.json").unlink()
+    lines = whole["answers.jsonl"].splitlines(keepends=True)
+    (found[0] / "answers.jsonl").write_bytes(b"".join(lines[:2]))
+    assert [state.word for state in quiet([run], root)] == ["done"]
+    again = {one.name: one.read_bytes() for one in found[0].iterdir()}
+    assert whole.pop("log.jsonl") != again.pop("log.jsonl") and again == whole
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("alpha = 6", "alpha = 6.5"),
+        ("alpha = 1", "beta = 1"),
+        ("layers = [[9, 10]]", "layers = [[10, 9]]"),  # as their records, which name them in order
+    ],
+)
+def test_runs_have_two_folders_where_their_records_differ(first, second, tmp_path):
+    path = tmp_path / "sweep.toml"
+    tables = "".join(f'[[methods]]\nname = "clva"\n{one}\n' for one in (first, second))
+    path.write_text(f'models = ["toy-llava"]\n[[benchmarks]]\nname = "pope/toy/random"\n{tables}')
+    assert len({run.folder(tmp_path) for run in read_sweep(path)}) == 2

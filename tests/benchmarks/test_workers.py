@@ -5,6 +5,7 @@ import pickle
 import random
 import signal
 from dataclasses import replace
+from typing import ClassVar
 
 import cloudpickle
 import pytest
@@ -19,23 +20,36 @@ from clva_lens.benchmarks.base import BENCHMARKS, read_answers
 from clva_lens.experiments.reproduce import reproducing
 from clva_lens.experiments.speed import several
 from clva_lens.ground.errors import BenchmarkError, ParameterError
+from clva_lens.lens import answering
 from clva_lens.lens import evaluate as evaluating
 from clva_lens.lens.asking import Asking
 from clva_lens.lens.evaluate import run_benchmark, run_side_by_side
-from clva_lens.lens.pool_asker import Asked, PoolAsker, Schedule, Told, digest_of
+from clva_lens.lens.pool_asker import PoolAsker, Schedule, Told, digest_of
 from clva_lens.lens.preparing import prepare
 from clva_lens.lens.shipping import shipped
-from clva_lens.lens.workers import Pool
+from clva_lens.lens.workers import Pool, _Worker
 
 ASKING = Asking(batch_size=2, share="picture")
+
+
+class Many(Small):
+    """Its questions three times."""
+
+    count: ClassVar[int] = 3 * COUNT
+
+    def samples(self, limit=None, seed=0):
+        every = super().samples(limit, seed)
+        return [replace(one, id=f"{one.id}-{turn}") for turn in range(3) for one in every]
 
 
 class Shuffled:
     """Workers of this process whose answers come in any order."""
 
-    def __init__(self, askers, count=3, other=None):
-        self.askers, self.count, self.random, self.other = askers, count, random.Random(0), other
-        self.given = []
+    def __init__(self, askers, count=3, other=None, seconds=1.0, seed=0):
+        self.count, self.random, self.seconds = count, random.Random(seed), seconds
+        self.given, self.worker = [], object.__new__(_Worker)
+        every = [(one, None, other or digest_of(one.record)) for one in askers]
+        self.worker._prepared = lambda work: every
 
     def ask(self, number, work, jobs):
         self.given.append((number, [place for place, _ in jobs]))
@@ -45,13 +59,8 @@ class Shuffled:
         return self.random.choice(pending)
 
     def get(self, one):
-        found = []
-        for place, part in one[1]:
-            asker = self.askers[place]
-            answers = [answer for _, some in asker.batches([part]) for answer in some]
-            who = self.other or digest_of(asker.record)
-            found.append(Asked(who, answers, [7] * len(answers), 1.0))
-        return found
+        found = self.worker.ask(None, list(one[1]))
+        return [it._replace(likeliest=[7] * len(it.answers), seconds=self.seconds) for it in found]
 
     def words(self, ids):
         return [f"word {one}" for one in ids]
@@ -99,6 +108,48 @@ def test_answers_that_come_in_any_order_are_written_in_theirs(one, tmp_path, mon
     run_side_by_side(one, Small(), [ASKING] * 2, folders, progress=False)
     assert all(places == [0, 1] for _, places in made[1].given)  # a picture's methods, by one
     assert files(folders[0]) == files(folders[1]) == files(tmp_path / "one")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("seconds", "most"),
+    [(1.0, 1), (0.6, 1), (0.3, 3), (1e-9, 7)],  # a second's, or a quarter of what two workers lack
+)
+def test_quick_batches_are_given_together_and_few_at_the_end(one, seconds, most, seed, monkeypatch):
+    stub(monkeypatch)
+    made = by_workers(monkeypatch, count=2, seconds=seconds, seed=seed)
+    run_side_by_side(one, Many(), [replace(ASKING, batch_size=1)], [None], progress=False)
+    sizes = [len(places) for _, places in made[0].given]
+    assert sum(sizes) == Many.count and max(sizes) == most
+    assert sizes[:4] == [1] * 4  # how long a batch takes is not known yet
+    assert sizes[-4:] == [1] * 4 and sizes[5:] == sorted(sizes[5:], reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("place", [1, 9, 20, 32])
+def test_a_batch_that_ends_a_run_leaves_all_before_it(one, place, seed, tmp_path, monkeypatch):
+    """As in one process, though it was given to a worker together with others."""
+    stub(monkeypatch)
+    asking = replace(ASKING, batch_size=1)
+    run_benchmark(one, Many(), asking, out=tmp_path / "one", progress=False)
+    canned = answering.generate_batches
+
+    def ends(model, asked, asking, *, first, **options):
+        if first == place:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield from canned(model, asked, asking, first=first, **options)
+
+    options = {"out": tmp_path / "run", "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "generate_batches", ends)
+        made = by_workers(patch, count=2, seconds=0.2, seed=seed)
+        with pytest.raises(BenchmarkError, match=f"memory ran out at sample {place + 1} "):
+            run_benchmark(one, Many(), asking, **options)
+    assert len((tmp_path / "run" / "answers.jsonl").read_bytes().splitlines()) == place
+    assert place == 1 or max(len(places) for _, places in made[0].given) == 5
+    by_workers(monkeypatch, count=2, seconds=0.2, seed=seed)
+    run_benchmark(one, Many(), asking, **options, resume=True)
+    assert files(tmp_path / "run") == files(tmp_path / "one")
 
 
 def test_a_run_of_workers_is_resumed_by_any_engine(one, tmp_path, monkeypatch):
@@ -176,6 +227,32 @@ def test_settings_that_start_nothing_are_refused(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ParameterError, match=r"pip install 'clva-lens\[ray\]'"):
         Pool(cl.Ray(), lambda: None).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("Invalid address format: x"), "at 'x' (Invalid address format: x)"),
+        (ConnectionError("no instance"), "at 'x' (no instance)"),
+        (SystemExit(15), "at 'x' (nothing answers)"),  # so it ends, after two minutes
+    ],
+)
+def test_a_ray_that_is_not_there_is_told(error, said, monkeypatch):
+    """Ray is played by what it raises; without an address it is told to look for none."""
+    given = []
+
+    def init(**options):
+        given.append(options)
+        raise error
+
+    fake = type("", (), {"init": staticmethod(init), "is_initialized": staticmethod(bool)})
+    monkeypatch.setattr("clva_lens.lens.workers._import_ray", lambda: fake)
+    for address in ("x", None):
+        with pytest.raises(ParameterError, match="start says it") as raised:
+            Pool(cl.Ray(address=address), lambda: None).__enter__()
+        assert (said if address else "could not be had here (") in str(raised.value)
+    assert [one["address"] for one in given] == ["x", "local"]
+    assert ["num_cpus" in one for one in given] == [False, True]
 
 
 @pytest.mark.parametrize("command", ["run", "sweep", "reproduce"])

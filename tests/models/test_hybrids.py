@@ -25,6 +25,7 @@ LACKS = {  # by method: what else than a layer it needs
     "memvr": "no 'blocks.4.mlp.hook_in'",  # of several streams
     "only": "has more or others",
     "opera": "beam search of its own",
+    "post-hoc-debias": "has no processor",
     "sid": "where its pictures come in",
     "vcd": "where its pictures come in",
     "vdd": "where its pictures come in",

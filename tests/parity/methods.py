@@ -3,7 +3,7 @@
 No part of the suite: it wants clones of the releases, and for each a Python that has torch,
 safetensors and the transformers that the release stands on:
 
-    python tests/parity/methods.py vcd=CLONE,PYTHON pai=CLONE,PYTHON ...
+    python tests/parity/methods.py [--half] vcd=CLONE,PYTHON pai=CLONE,PYTHON ...
 
 A tiny LLaVA of 32 layers, so that every layer number in a release means what it says, with 576
 image tokens at position 35 and random weights, is built here and handed over: ``released.py`` puts
@@ -11,18 +11,24 @@ the same weights and the same picture features into the release's own classes in
 own, and both decode four prompts greedily. Compared are, at every step, the set of tokens that
 survive, and their logits; beside the difference stands the effect, by how much the method itself
 moves the log-odds of two tokens that it keeps. "plain" is no method: how far apart the two
-transformers are. A step after the first one that chooses another token is not compared.
+transformers are. A step after the first one that chooses another token is not compared. With
+``--half`` all of it is in bfloat16, where "plain" says how much of a difference is rounding.
+
+OPERA is a beam search, compared as one (``searches.py``), on a toy of 4 layers. IMCCD is run once
+more with its marks, the image tokens that stand out, being this package's, for a score next to the
+mean is on one side of it or on the other by rounding.
 """
 
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,19 +42,21 @@ from transformers import (
 )
 
 import clva_lens as cl
+from clva_lens.methods import imccd
 from clva_lens.methods.base import Method
 from clva_lens.models.family import find_family
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+import searches  # noqa: E402
+from releases import PROMPTS, RELEASES, Release  # noqa: E402
 from tiny_models import tokenizer  # noqa: E402
 
-STEPS, PROMPTS, FIRST, VISUAL, IMAGE = 6, 4, 35, 576, 5
+STEPS, FIRST, VISUAL, IMAGE = 6, 35, 576, 5
 DECODER = {
     "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 32,
     "num_attention_heads": 4,
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
@@ -57,94 +65,10 @@ DECODER = {
 SCALES = {"q_proj": 0.2, "k_proj": 0.2, "v_proj": 0.12, "o_proj": 0.1, "lm_head": 0.44}
 SCALES |= {"gate_proj": 0.1, "up_proj": 0.1, "down_proj": 0.1, "embed_tokens": 1.0}
 SCALES |= {"linear_1": 0.3, "linear_2": 0.2, "patch_embedding": 0.5}
-Setting = tuple[dict[str, Any], Method]
-
-
-@dataclass(frozen=True)
-class Release:
-    """A release, what it stands on, and what is compared: its arguments and our method."""
-
-    repository: str
-    transformers: str
-    file: str
-    settings: list[Setting] = field(default_factory=list)
-
-
-def contrast(kind: type, alpha: float, beta: float, **more: Any) -> Setting:
-    return {"alpha": alpha, "beta": beta} | more, kind(alpha=alpha, beta=beta, **more)
-
-
-RELEASES = {
-    "vcd": Release(
-        "DAMO-NLP-SG/VCD",
-        "4.31",
-        "vcd_utils/vcd_sample.py",
-        [
-            contrast(cl.VCD, 1, 0.2, noise_step=500),
-            contrast(cl.VCD, 1, 0.1, noise_step=999),
-            contrast(cl.VCD, 0.5, 0.1, noise_step=500),
-        ],
-    ),
-    "icd": Release(
-        "p1k0pan/ICD",
-        "4.31",
-        "icd_utils/icd_sample_llava.py",
-        [contrast(cl.ICD, 1, 0.1), contrast(cl.ICD, 0.5, 0.3)],
-    ),
-    "pai": Release(
-        "LALBJ/PAI",
-        "4.37",
-        "attention.py",
-        [
-            ({"alpha": alpha, "guidance": guidance}, cl.PAI(alpha=alpha, guidance=guidance))
-            for alpha, guidance in ((0.2, 1), (0.5, 1), (0.2, 1.1), (0.5, 2))
-        ],
-    ),
-    "clearsight": Release(
-        "ustc-hyin/ClearSight",
-        "4.31",
-        "visaug/inference/AttnAdapter.py",
-        [({"enhance": 1.15, "suppress": 0.95}, cl.ClearSight())],
-    ),
-    "memvr": Release(
-        "1zhou-Wang/MemVR",
-        "4.40",
-        "memvr.py",
-        [
-            (
-                {"start": 5, "end": 16, "gamma": gamma, "ratio": ratio},
-                cl.MemVR(ratio=ratio, gamma=gamma),
-            )
-            for ratio, gamma in ((0.12, 0.75), (0.28, 0.6))
-        ],
-    ),
-    "deco": Release(
-        "zjunlp/Deco",
-        "4.31",
-        "transformers/generation/utils.py",
-        [({"alpha": 0.6, "top_p": 0.9, "top_k": 20}, cl.DeCo(alpha=0.6))],
-    ),
-    "only": Release(
-        "zifuwan/ONLY",
-        "4.31",
-        "only_utils/only_sample.py",
-        [
-            (
-                {"agreeing": 3, "alpha": 1, "beta": beta, "gamma": gamma},
-                cl.ONLY(beta=beta, gamma=gamma),
-            )
-            for beta, gamma in ((0.1, 0.2), (0.4, 0.25), (0.1, 2))
-        ],
-    ),
-}
-NOT_HERE = (
-    "IMCCD and OPERA change the search itself, in transformers of their own: this script has no "
-    "way of calling them yet. docs/methods.md says how they were compared."
-)
 
 
 @torch.no_grad()
-def build() -> LlavaForConditionalGeneration:
+def build(layers: int) -> LlavaForConditionalGeneration:
     """Return the model; its patterns are peaked, and its logits spread by about 3.5."""
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -156,7 +80,7 @@ def build() -> LlavaForConditionalGeneration:
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=LlamaConfig(**DECODER),
+        text_config=LlamaConfig(**DECODER, num_hidden_layers=layers),
         image_token_index=IMAGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -226,6 +150,20 @@ def noise_of(clone: Path):
     return module.add_diffusion_noise
 
 
+def marks_of(lens: Any, method: Method, given: dict) -> list[torch.Tensor]:
+    """Return what stands out of the image by IMCCD, [head, row, image token] of each layer."""
+    marks, means = [], imccd._means
+
+    def noting(looked: torch.Tensor, rows: torch.Tensor, old: int) -> torch.Tensor:
+        found = means(looked, rows, old)
+        marks.append((looked > found)[0])
+        return found
+
+    with patch.object(imccd, "_means", noting):
+        ours(lens, method, given)
+    return marks
+
+
 def hand_over(name: str, clone: Path, lens: Any, inputs: list, folder: Path) -> None:
     """Write the case for ``released.py``."""
     model, release = lens.hf_model, RELEASES[name]
@@ -240,15 +178,19 @@ def hand_over(name: str, clone: Path, lens: Any, inputs: list, folder: Path) -> 
         tensors[f"{item}.features"] = features(model, given["pixel_values"])
         if name == "icd":
             disturbed = find_family(model).disturb(
-                model, lens.processor, given, release.settings[0][1].instruction
+                model, lens.processor, given, release.settings[1][1].instruction
             )
             tensors[f"{item}.disturbed"] = one_for_picture(disturbed["input_ids"])
-        for step in {given["noise_step"] for given, _ in release.settings if name == "vcd"}:
+        for method in [one for told, one in release.settings if told.get("marks")]:
+            marks = marks_of(lens, method, given)
+            tensors |= {f"{item}.marks{number}": one for number, one in enumerate(marks)}
+        for step in {one["noise_step"] for one, _ in release.settings if "noise_step" in one}:
             torch.manual_seed(0)
             noisy = noise_of(clone)(given["pixel_values"], step)
             tensors[f"{item}.noisy{step}"] = features(model, noisy)
-    settings = [{"run": "plain"}, *({"run": name} | given for given, _ in release.settings)]
-    case = {"config": DECODER, "steps": STEPS, "count": len(inputs), "settings": settings}
+    settings = [{"run": name} | given for given, _ in release.settings]
+    config = DECODER | {"num_hidden_layers": release.layers}
+    case = {"config": config, "steps": STEPS, "count": len(inputs), "settings": settings}
     (folder / "case.json").write_text(json.dumps(case))
     save_file(weights, folder / "weights.safetensors")
     tensors = {key: value.contiguous() for key, value in tensors.items()}
@@ -278,6 +220,7 @@ def compared(found: list[torch.Tensor], mine: list, label: str) -> str:
     error, effect = 0.0, []
     for theirs, (logits, plain) in zip(found, mine, strict=True):
         for old, new, bare in zip(theirs, logits, plain, strict=True):
+            old, new, bare = old.float(), new.float(), bare.float()
             kept = old.isfinite() & new.isfinite()
             steps += 1
             cut += torch.equal(old.isfinite(), new.isfinite())
@@ -293,8 +236,31 @@ def compared(found: list[torch.Tensor], mine: list, label: str) -> str:
     )
 
 
-def compare(name: str, clone: Path, python: str) -> list[str]:
-    """Run both and return what is printed."""
+def compared_logits(found: dict, lens: Any, inputs: list, release: Release) -> Iterator[str]:
+    """Yield a line for each setting of a method that is decoded greedily."""
+    for number, (given, method) in enumerate(release.settings):
+        mine = [ours(lens, method, one) for one in inputs]
+        theirs = [found[f"{number}.{item}"] for item in range(len(inputs))]
+        yield compared(theirs, mine, said(given))
+
+
+def compared_searches(found: dict, lens: Any, inputs: list, release: Release) -> Iterator[str]:
+    """Yield a line for each setting of a beam search, the plain one being before the others."""
+    plain = []
+    for number, (given, method) in enumerate(release.settings):
+        some = inputs[: given["prompts"]]
+        mine = [searches.ours(lens, method, one, given, IMAGE) for one in some]
+        plain = mine if given["weight"] == 0 else plain
+        theirs = [searches.read(found, f"{number}.{item}") for item in range(len(some))]
+        yield searches.compared(theirs, mine, plain, said(given))
+
+
+def said(given: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in given.items())
+
+
+def compare(name: str, clone: Path, python: str, dtype: torch.dtype) -> Iterator[str]:
+    """Run both and yield what is printed."""
     release = RELEASES[name]
     if not (clone / release.file).is_file():
         raise SystemExit(
@@ -309,30 +275,29 @@ def compare(name: str, clone: Path, python: str) -> list[str]:
             f"{name}: {python} has transformers {version}, but {release.repository} stands on "
             f"{release.transformers}. Pass a Python that has it."
         )
-    lens = cl.load((build(), processor()))
-    inputs = prompts()
+    lens = cl.load((build(release.layers).to(dtype), processor()))
+    inputs = [given | {"pixel_values": given["pixel_values"].to(dtype)} for given in prompts()]
     with TemporaryDirectory() as folder:
         hand_over(name, clone, lens, inputs, Path(folder))
         subprocess.run([*other, folder], check=True, stdout=subprocess.DEVNULL)
         found = load_file(Path(folder) / "released.safetensors")
-    lines = [f"{name}: {release.repository}, transformers {version}"]
-    for number, (given, method) in enumerate([({}, None), *release.settings]):
-        mine = [ours(lens, method, one) for one in inputs]
-        theirs = [found[f"{number}.{item}"] for item in range(len(inputs))]
-        label = ", ".join(f"{key} {value}" for key, value in given.items()) or "plain"
-        lines.append("  " + compared(theirs, mine, label))
-    return lines
+    yield f"{name}: {release.repository}, transformers {version}, {dtype}"
+    kind = compared_searches if "steps" in release.settings[0][0] else compared_logits
+    for line in kind(found, lens, inputs, release):
+        yield f"  {line}"
 
 
 def main(arguments: list[str]) -> None:
-    """Print a comparison for each NAME=CLONE,PYTHON."""
-    for argument in arguments:
+    """Print a comparison for each NAME=CLONE,PYTHON, after --half in bfloat16."""
+    dtype = torch.bfloat16 if "--half" in arguments else torch.float32
+    for argument in [one for one in arguments if one != "--half"]:
         name, _, rest = argument.partition("=")
         clone, _, python = rest.partition(",")
         if name not in RELEASES or not clone:
             known = ", ".join(RELEASES)
-            raise SystemExit(f"{argument}: pass NAME=CLONE,PYTHON with NAME of {known}. {NOT_HERE}")
-        print("\n".join(compare(name, Path(clone), python or sys.executable)), flush=True)
+            raise SystemExit(f"{argument}: pass NAME=CLONE,PYTHON with NAME of {known}.")
+        for line in compare(name, Path(clone), python or sys.executable, dtype):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

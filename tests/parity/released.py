@@ -18,80 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from released_models import FIRST, IMAGE, VISUAL, Case, build
 from safetensors.torch import load_file, save_file
-
-IMAGE = -200  # stands for the picture, as in LLaVA's own code
-FIRST, VISUAL = 35, 576
-Case = dict[str, Any]
-
-
-def plain_class() -> type:
-    """Return the release's Llama with a picture's features in place of the image token."""
-    from transformers import LlamaForCausalLM
-
-    class Llava(LlamaForCausalLM):
-        def embedded(self, input_ids, images):
-            if images is None or input_ids.shape[1] == 1:
-                return {"input_ids": input_ids}
-            place, table = int((input_ids[0] == IMAGE).nonzero()), self.get_input_embeddings()
-            parts = [table(input_ids[:, :place]), images, table(input_ids[:, place + 1 :])]
-            return {"inputs_embeds": torch.cat(parts, dim=1)}
-
-        def forward(self, input_ids=None, images=None, **given):
-            return super().forward(**self.embedded(input_ids, images), **given)
-
-        def prepare_inputs_for_generation(
-            self, input_ids, past_key_values=None, images=None, **given
-        ):
-            if past_key_values:
-                input_ids = input_ids[:, -1:]
-            # One prompt, no padding: the mask is all ones, and counted by LLaVA's own wiring.
-            return {
-                "input_ids": input_ids,
-                "past_key_values": past_key_values,
-                "use_cache": True,
-                "images": images,
-            }
-
-        def prepare_inputs_for_generation_cd(self, input_ids, images_cd=None, **given):
-            return self.prepare_inputs_for_generation(input_ids, **(given | {"images": images_cd}))
-
-    return Llava
-
-
-def only_class() -> type:
-    """Return the same for ONLY's Llama, whose passes return two things, wired as it does itself."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    class Llava(plain_class()):
-        def forward(self, input_ids=None, images=None, use_only=False, return_dict=None, **given):
-            given |= self.embedded(input_ids, images)
-            out, other = self.model(return_dict=True, use_only=use_only, **given)
-            found = CausalLMOutputWithPast(
-                logits=self.lm_head(out[0]), past_key_values=out.past_key_values
-            )
-            return (found, self.lm_head(other + 0.5 * out[0])) if use_only else found
-
-        def prepare_inputs_for_generation(self, input_ids, use_only=False, **given):
-            return super().prepare_inputs_for_generation(input_ids, **given) | {
-                "use_only": use_only
-            }
-
-    return Llava
-
-
-def build(case: Case) -> Any:
-    """Return the model with the weights of the case."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(**case["config"], use_cache=True)
-    config._attn_implementation = "eager"
-    model = (only_class() if case["name"] == "only" else plain_class())(config).eval()
-    missing, unexpected = model.load_state_dict(case["weights"], strict=False)
-    assert not unexpected and all("inv_freq" in name for name in missing), (missing, unexpected)
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
-    return model
 
 
 class Kept(list):
@@ -181,6 +109,89 @@ def only(case: Case, settings: Case) -> list[list]:
     return sampled(build(case), case, import_module("only_utils.only_sample").sample, given)
 
 
+def told_marks(prompt: Case) -> Callable:
+    """Return what stands for the release's own decision, one layer after another."""
+    count = sum(name.startswith("marks") for name in prompt)
+    told = iter([prompt[f"marks{number}"] for number in range(count)])
+    return lambda scores: (next(told)[None].to(scores.dtype), None, None)
+
+
+def imccd(case: Case, settings: Case) -> list[list]:
+    """The released greedy search or sampler, over the release's own Llama.
+
+    With ``marks``, the image tokens that stand out are those that ``methods.py`` was told.
+    """
+    module, logits = import_module("vcd_utils.vcd_sample"), []
+    search, model = getattr(module, settings["search"]), build(case)
+    for prompt in case["prompts"]:
+        if settings["marks"]:
+            told = told_marks(prompt)
+            for layer in model.model.layers:
+                layer.self_attn.GMM_mask = told
+        kept, ids = Kept(), prompt["ids"]
+        given = {"cd_alpha": settings["alpha"], "cd_beta": settings["beta"]}
+        given |= {"images_cd": prompt["features"], "use_mask": True} if settings["alpha"] else {}
+        place = FIRST - ids.shape[1] + 1  # counted from the end of the tokens
+        where = {"image_token_start": FIRST, "image_token_end": place}
+        search(
+            model,
+            ids,
+            stopping_criteria=stopping(case),
+            images=prompt["features"],
+            mask_mode=settings["mode"],
+            key_pos=[where],
+            tokenizer=settings["gated"],
+            **{"logits_warper" if settings["search"] == "sample" else "logits_processor": kept},
+            **given,
+        )
+        logits.append(list(kept))
+    return logits
+
+
+class Watched(list):
+    """Rounds of a beam search, kept as a processor of logits: beams and log-probabilities."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.append((input_ids.clone(), scores.clone()))
+        return scores
+
+
+def opera(case: Case, settings: Case) -> list[dict[str, torch.Tensor]]:
+    """The released ``generate`` with its arguments, in the clone's own transformers."""
+    model, searches = build(case), []
+    for prompt in case["prompts"]:
+        watched, ids = Watched(), prompt["ids"]
+        out = model.generate(
+            ids,
+            images=prompt["features"],
+            attention_mask=torch.ones_like(ids),
+            num_beams=5,
+            max_new_tokens=settings["steps"],
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=settings["end"],
+            pad_token_id=0,
+            output_attentions=True,
+            logits_processor=[watched],
+            opera_decoding=settings["weight"] > 0,
+            key_position={
+                "image_start": FIRST,
+                "image_end": FIRST + VISUAL - 1,
+                "response_start": ids.shape[1] + VISUAL - 1,
+            },
+            scale_factor=settings["scale"],
+            threshold=settings["threshold"],
+            num_attn_candidates=settings["candidates"],
+            penalty_weights=settings["weight"],
+        )
+        count = ids.shape[1]
+        one = {"answer": out[0, count:]}
+        for number, (beams, scores) in enumerate(watched):
+            one |= {f"beams{number}": beams[:, count:], f"log_probs{number}": scores}
+        searches.append(one)
+    return searches
+
+
 def deco(case: Case, settings: Case) -> list[list]:
     """The released greedy search, in the clone's own transformers."""
     model, logits = build(case), []
@@ -222,7 +233,7 @@ def clearsight(case: Case, settings: Case) -> list[list]:
         if index > 8 and index < 15:
             new = adapter(model.config, settings["enhance"], settings["suppress"])
             new.load_state_dict(layer.self_attn.state_dict())
-            layer.self_attn = new.eval()
+            layer.self_attn = new.eval().to(model.dtype)
     return [greedy(model, case, prompt) for prompt in case["prompts"]]
 
 
@@ -260,6 +271,7 @@ def memvr(case: Case, settings: Case) -> list[list]:
 FOLDERS = {
     "clearsight": "visaug/inference",
     "deco": ".",  # its own transformers
+    "opera": "transformers-4.29.2/src",
     "only": "transformers/src",  # the same, and the clone's root
 }
 
@@ -289,8 +301,13 @@ def main(name: str, clone: str, folder: str) -> None:
     found, case = {}, read_case(Path(folder)) | {"name": name}
     for number, settings in enumerate(case["settings"]):
         with torch.no_grad():
-            logits = globals()[settings["run"]](case, settings)
-        found |= {f"{number}.{item}": torch.stack(x) for item, x in enumerate(logits)}
+            some = case | {"prompts": case["prompts"][: settings.get("prompts")]}
+            logits = globals()[settings["run"]](some, settings)
+        for item, x in enumerate(logits):
+            if isinstance(x, dict):
+                found |= {f"{number}.{item}.{key}": one.contiguous() for key, one in x.items()}
+            else:
+                found[f"{number}.{item}"] = torch.stack(x)
     save_file(found, Path(folder) / "released.safetensors")
 
 

@@ -6,7 +6,8 @@ from tiny_models import blip_of
 
 import clva_lens as cl
 from clva_lens.ground.errors import ParameterError, PromptError
-from clva_lens.lens.margins import answer_tokens, yes_margins
+from clva_lens.lens.margins import yes_margins
+from clva_lens.models.answer_tokens import answer_tokens
 
 
 def check(model, prompt, read):

@@ -11,7 +11,8 @@ from tiny_models import QUESTIONS, blip_of, lens_of, picture
 import clva_lens as cl
 from clva_lens.ground.errors import InterventionError, ParameterError, PromptError
 from clva_lens.lens.attribution import Attributing
-from clva_lens.lens.margins import answer_tokens, yes_margins
+from clva_lens.lens.margins import yes_margins
+from clva_lens.models.answer_tokens import answer_tokens
 from clva_lens.models.family import transformers_model
 from clva_lens.toy.scenes import render, sample_scenes
 

@@ -10,7 +10,8 @@ from tiny_models import blip_of
 import clva_lens as cl
 from clva_lens.ground.errors import InterventionError, ParameterError, PromptError
 from clva_lens.lens.logit_lens import lens_logits
-from clva_lens.lens.margins import answer_tokens, yes_margins
+from clva_lens.lens.margins import yes_margins
+from clva_lens.models.answer_tokens import answer_tokens
 
 
 def plain(model, prompt):

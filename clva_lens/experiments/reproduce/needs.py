@@ -15,7 +15,7 @@ from clva_lens.benchmarks.base import Benchmark
 from clva_lens.benchmarks.run_folder import SCORE, class_name, plain
 from clva_lens.experiments.reproduce.subjects import Subject
 from clva_lens.lens.asking import Asking
-from clva_lens.lens.decoding import Beam, Decoding
+from clva_lens.lens.decoding import Beam, Decoding, Greedy
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.provenance import describe
 from clva_lens.methods.base import Method
@@ -49,23 +49,21 @@ class Run:
     def set_key(self) -> str:
         """The benchmark with its settings, whatever its data lie in."""
         settings = {k: v for k, v in self.benchmark.settings.items() if k not in _PLACES}
-        return json.dumps(
-            [class_name(type(self.benchmark)), self.benchmark.version, plain(settings)],
-            sort_keys=True,
-        )
+        return _as_text([class_name(type(self.benchmark)), self.benchmark.version, settings])
 
     @property
     def key(self) -> str:
-        """A name for all that decides the answers, but for the model."""
-        decoding = None if self.decoding is None else asdict(self.decoding)  # pyright: ignore
+        """A name for all that decides the answers, but for the model: that of equal records."""
+        usual = Greedy(max_new_tokens=self.benchmark.max_new_tokens)
+        decoding = None if self.decoding == usual else self.decoding
         subject = self.subject
         told = [
             self.set_key,
-            plain(describe(self.method)),
-            [type(self.decoding).__name__, plain(decoding)],
+            describe(self.method),
+            [type(decoding).__name__, decoding and asdict(decoding)],  # pyright: ignore
             [self.limit, subject.seed, subject.batch_size],
         ]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(_as_text(told).encode()).hexdigest()[:12]
 
     def folder(self, root: Path) -> Path:
         """Return where it lies below the folder of a reproduction."""
@@ -86,6 +84,19 @@ class Run:
         if self.decoding is not None:
             tokens = self.decoding.max_new_tokens
         return tokens * beams * (1 if self.method is None else self.method.forwards)
+
+
+def _as_text(value: Any) -> str:
+    """Return a value as JSON, the same for equal ones: 6 and 6.0 are one number, as in records."""
+    return json.dumps(_numbered(plain(value)), sort_keys=True)
+
+
+def _numbered(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbered(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_numbered(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @dataclass(frozen=True, eq=False)

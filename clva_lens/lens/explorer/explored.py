@@ -11,6 +11,7 @@ import numpy as np
 
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.files import taking_place
+from clva_lens.ground.parameters import check_arguments
 from clva_lens.science.heads import SomeHeads, head_mask
 
 FORMAT = 1
@@ -198,6 +199,7 @@ class Explored:
         Raises:
             ParameterError: if the file is missing, damaged, or none of these.
         """
+        check_arguments(cls.load, path=path)
         path = npz_path(path)
         try:
             with np.load(path, allow_pickle=False) as file:

@@ -15,10 +15,10 @@ from clva_lens.lens.captions import TokenChances
 from clva_lens.lens.decoding import Greedy
 from clva_lens.lens.generate import generate_batch, generate_batches
 from clva_lens.lens.load import LensModel
-from clva_lens.lens.margins import AnswerTokens
 from clva_lens.lens.observers import Observer
 from clva_lens.methods.base import Method
 from clva_lens.methods.target import Target, shape_of
+from clva_lens.models.answer_tokens import AnswerTokens
 from clva_lens.models.prompt import Prompt
 from clva_lens.models.step import Step
 

@@ -15,11 +15,12 @@ from clva_lens.lens.explorer.forcing import Read, answer_of, read_given
 from clva_lens.lens.intervene import intervening
 from clva_lens.lens.load import LensModel
 from clva_lens.lens.logit_lens import logit_lens
-from clva_lens.lens.margins import answer_tokens, yes_margins
+from clva_lens.lens.margins import yes_margins
 from clva_lens.lens.trace import trace_attention
 from clva_lens.lens.words import Word, by_word, words_of
 from clva_lens.methods.base import Method, compose
 from clva_lens.methods.knockout import KnockOut
+from clva_lens.models.answer_tokens import answer_tokens
 from clva_lens.models.prompt import Prompt
 from clva_lens.science.anchors import VisualAnchors
 from clva_lens.science.drift import CURVES, attention_drift
