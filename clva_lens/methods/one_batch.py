@@ -31,6 +31,7 @@ EVERYBODYS = (
     everywhere._global_backward_pre_hooks,
     everywhere._global_backward_hooks,
 )
+PLAIN = (DynamicLayer, RoomyLayer)
 KEPT = ("output_hidden_states", "output_attentions")
 BY_ROW = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 
@@ -198,8 +199,7 @@ def is_plain(cache: Any) -> bool:
 
 def joinable(parts: Sequence[Any]) -> bool:
     """Whether layers of caches are the usual kind, and of one batch size."""
-    usual = (DynamicLayer, RoomyLayer)
-    plain = all(type(one) in usual and one.keys is not None for one in parts)
+    plain = all(type(one) in PLAIN and one.keys is not None for one in parts)
     return plain and len({len(one.keys) for one in parts}) == 1
 
 

@@ -177,8 +177,9 @@ def test_shared_pictures_are_read_so_too(monkeypatch):
     for name in ("vcd", "icd", "m3id"):
         with counting(monkeypatch, apart=True):
             wanted = cl.generate(lens, asked, METHODS[name], how, share="picture")
-        with counting(monkeypatch):
+        with counting(monkeypatch) as joined:
             found = cl.generate(lens, asked, METHODS[name], how, share="picture")
+        assert any(joined)
         assert [one.tolist() for one in found.ids] == [one.tolist() for one in wanted.ids]
         assert found.margins == pytest.approx(wanted.margins, abs=ATOL)
 
