@@ -200,7 +200,8 @@ def _dot(ax: Any, row: Row, y: float, ends: tuple[float, float], colour: str) ->
             ax.plot([end], [y], shape, color=colour, ms=4, mew=0, clip_on=False)
     if not ends[0] <= value <= ends[1]:
         side = "left" if value < ends[0] else "right"
-        place, shift = (ends[0], 4) if side == "left" else (ends[1], -4)
+        inner = min(max(high if side == "left" else low, ends[0]), ends[1])  # beside the interval
+        place, shift = (inner, 4) if side == "left" else (inner, -4)
         written = f"{value:.0f}".replace("-", "−")
         ax.annotate(
             written,
