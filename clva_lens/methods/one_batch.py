@@ -22,7 +22,6 @@ from transformers.cache_utils import DynamicLayer
 from clva_lens.methods.branch import Branch
 from clva_lens.models import belonging
 from clva_lens.models.kv_cache import cache_of
-from clva_lens.models.room import RoomyLayer
 from clva_lens.models.tree import tree
 
 EVERYBODYS = (
@@ -31,7 +30,6 @@ EVERYBODYS = (
     everywhere._global_backward_pre_hooks,
     everywhere._global_backward_hooks,
 )
-PLAIN = (DynamicLayer, RoomyLayer)
 KEPT = ("output_hidden_states", "output_attentions")
 BY_ROW = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 
@@ -198,8 +196,11 @@ def is_plain(cache: Any) -> bool:
 
 
 def joinable(parts: Sequence[Any]) -> bool:
-    """Whether layers of caches are the usual kind, and of one batch size."""
-    plain = all(type(one) in PLAIN and one.keys is not None for one in parts)
+    """Whether layers of caches are the usual kind, and of one batch size.
+
+    Those with room (``models/room.py``) are written in place, which is worth more than one pass.
+    """
+    plain = all(type(one) is DynamicLayer and one.keys is not None for one in parts)
     return plain and len({len(one.keys) for one in parts}) == 1
 
 
