@@ -18,6 +18,7 @@ from clva_lens.benchmarks.metrics import (
 from clva_lens.benchmarks.statistics import Bootstrap, Interval, cluster_index, mcnemar
 from clva_lens.ground.drawn import SelfDrawn, drawing
 from clva_lens.ground.errors import BenchmarkError
+from clva_lens.ground.parameters import check_arguments
 from clva_lens.ground.registry import Registry
 
 
@@ -173,6 +174,7 @@ def compare(
     >>> len(cl.compare(*(report.score for report in reports)).metrics) > 3
     True
     """
+    check_arguments(compare, score_a=score_a, score_b=score_b)
     kind = _kind(score_a, score_b)
     how = ROW_KINDS.get(kind)
     rows_a, rows_b = _paired_rows(score_a, score_b, how.same)

@@ -24,6 +24,7 @@ from clva_lens.experiments.record import (
 from clva_lens.ground.checkout import HOUSE, code_digest, origin, packages
 from clva_lens.ground.errors import RecordError
 from clva_lens.ground.files import sha256, taking_place
+from clva_lens.ground.parameters import check_arguments
 from clva_lens.ground.progress import progress_bar
 
 
@@ -120,7 +121,9 @@ class Archive:
                 one.thin()
 
 
-def open_record(slug: str, version: int | str | None = None, root: Path | None = None) -> Record:
+def open_record(
+    slug: str, version: int | str | None = None, root: str | Path | None = None
+) -> Record:
     """Return a record: the newest version unless one is named.
 
     Args:
@@ -130,13 +133,15 @@ def open_record(slug: str, version: int | str | None = None, root: Path | None =
 
     Raises:
         RecordError: if there is none.
+        ParameterError: if an argument is none of these.
 
     Example::
 
         drift = cl.open_record("03_drift")
         drift.metrics, drift.rows("regression")
     """
-    return Archive(find_root(root)).record(slug, version)
+    check_arguments(open_record, slug=slug, version=version, root=root)
+    return Archive(find_root(None if root is None else Path(root))).record(slug, version)
 
 
 @dataclass(frozen=True)

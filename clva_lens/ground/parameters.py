@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -85,6 +85,19 @@ def check_arguments(function: Any, **given: Any) -> None:
     known = inspect.signature(function).parameters
     for name, value in given.items():
         _checked(function, name, value, known[name].default)
+
+
+def check_several(name: str, value: Any, what: str) -> None:
+    """Refuse what is not several things, one after another.
+
+    Raises:
+        ParameterError: naming the argument, and what its items are.
+    """
+    one = isinstance(value, str | bytes | Mapping) or hasattr(value, "ndim")
+    if one or not isinstance(value, Iterable):
+        raise ParameterError(
+            f"{name} must be a list of {what}, but is {value!r:.80}. Pass a list of one or more."
+        )
 
 
 def _checked(owner: Any, name: str, value: Any, usual: Any) -> Any:

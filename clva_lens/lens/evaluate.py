@@ -111,8 +111,8 @@ def evaluate(
     >>> len(report.score.rows), report.metrics["failed"]
     (8, 0.0)
     """
+    check_arguments(evaluate, benchmark=benchmark, max_failed=max_failed)
     chosen = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
-    check_arguments(evaluate, max_failed=max_failed)
     common = {"batch_size": batch_size, "limit": limit, "seed": seed, "share": share}
     asking = Asking(method=as_method(method), decoding=decoding, **common)
     each = [asking]

@@ -13,6 +13,7 @@ from torch import Tensor
 from clva_lens.figures import Drawing, photo_maps
 from clva_lens.figures.photo_maps import COLUMNS, Box, Scale
 from clva_lens.ground.errors import ParameterError, PromptError
+from clva_lens.ground.parameters import check_arguments
 from clva_lens.models.pieces import Piece
 from clva_lens.models.prompt import Prompt
 
@@ -65,8 +66,9 @@ def overlay(
     >>> maps = cl.trace_attention(model, prompt).saliency()[4:6]
     >>> drawing = cl.overlay(prompt, maps, titles=["layer 4", "layer 5"])
     """
+    check_arguments(overlay, prompt=prompt)
     _check(prompt, photo)
-    values = torch.as_tensor(maps).detach().float().cpu()
+    values = _numbers(maps)
     values = values[None] if values.ndim == 1 else values
     piece = _piece(prompt, values, part, picture)
     image, box = _under(prompt.photos[piece.picture], piece, photo)
@@ -85,6 +87,18 @@ def overlay(
         outlines=masks,
         columns=columns,
     )
+
+
+def _numbers(maps: ArrayLike | Tensor) -> Float[Tensor, "*panel visual"]:
+    try:
+        values = torch.as_tensor(maps).detach().float().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ParameterError(
+            f"the maps are no numbers ({error}). Pass trace.saliency()."
+        ) from error
+    if not values.ndim:
+        raise ParameterError("the maps are one number. Pass one for each image token.")
+    return values
 
 
 def _check(prompt: Prompt, photo: str) -> None:

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from clva_lens.ground.errors import BenchmarkError, PromptError
+from clva_lens.ground.errors import BenchmarkError, ParameterError, PromptError
+from clva_lens.ground.parameters import check_arguments
 from clva_lens.lens.load import LensModel
 from clva_lens.models.pieces import Piece
 from clva_lens.models.prompt import Prompt, VisualTokens
@@ -190,7 +191,8 @@ def patch_mask(
 
     Raises:
         PromptError: if it is unknown where the site's image tokens lie.
-        ParameterError: if the prompt has several pictures, and none is named.
+        ParameterError: if the prompt has several pictures, and none is named, or an argument is
+            none of these.
         BenchmarkError: if the mask has another size than the prompt's picture; or, where no piece
             is known, if the processor does not make one picture of one picture, changes its colours
             although asked for raw ones, or does more than scale, crop, turn and pad it with a
@@ -201,6 +203,11 @@ def patch_mask(
     >>> int(cl.patch_mask(model, pixels, prompt=prompt).sum())
     4
     """
+    check_arguments(patch_mask, model=model, mask=mask, prompt=prompt)
+    if mask.ndim != 2:
+        raise ParameterError(
+            f"mask must be [height, width], but has {mask.ndim} axes. Pass one object's pixels."
+        )
     site = model.site.name if site is None else site
     if prompt is None:
         rows, columns = model.family.grid(model.hf_model, site)

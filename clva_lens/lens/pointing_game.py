@@ -13,6 +13,7 @@ from clva_lens.figures import Drawing, pointing_heads
 from clva_lens.figures import pointing as draw_pointing
 from clva_lens.ground.drawn import SelfDrawn
 from clva_lens.ground.errors import BenchmarkError, ParameterError
+from clva_lens.ground.parameters import check_arguments
 from clva_lens.models.prompt import Prompt
 from clva_lens.science.pointing import pointing
 
@@ -126,6 +127,9 @@ def pointing_game(
     >>> cl.pointing_game(cl.trace_attention(model, prompt).saliency(), on).chance
     0.25
     """
+    check_arguments(pointing_game, saliency=saliency, mask=mask, prompt=prompt)
+    if not saliency.ndim or not mask.ndim:
+        raise ParameterError("saliency or mask is one number. Pass one for each image token.")
     if prompt is not None:
         playing = _patches(prompt, saliency.shape[-1], part)
         saliency, mask = (one[..., playing.to(one.device)] for one in (saliency, mask))

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.axes import TokenSpans, last_true
 from clva_lens.ground.errors import PromptError, SpanError
+from clva_lens.ground.parameters import check_arguments
 from clva_lens.lens.load import LensModel
 from clva_lens.models.beginning import Beginning, read_beginning
 from clva_lens.models.kv_cache import CACHE
@@ -265,6 +266,7 @@ def read(
     >>> cl.generate(model, [(prefix, one) for one in questions]).texts
     ['no', 'no']
     """
+    check_arguments(read, model=model)
     prepared = prepared or Prepared(model.processor)
     shown: Any = image
     if image is not None:

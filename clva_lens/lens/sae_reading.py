@@ -13,7 +13,7 @@ from clva_lens.engine.stream import stream_hooks
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.drawn import SelfDrawn, on_photo
 from clva_lens.ground.errors import ParameterError
-from clva_lens.ground.parameters import is_integer
+from clva_lens.ground.parameters import check_arguments, is_integer
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.methods.base import MethodLike
 from clva_lens.methods.sae import SparseAutoencoder
@@ -103,7 +103,7 @@ def sae_features(
         method: holds in the pass.
 
     Raises:
-        ParameterError: if the span, the layer or the width does not fit.
+        ParameterError: if the span, the layer or the width does not fit, or ``sae`` is none.
         InterventionError: inside a trace.
 
     >>> from clva_lens.methods.sae import SparseAutoencoder
@@ -113,6 +113,7 @@ def sae_features(
     torch.Size([1, 64, 128])
     """
     refuse_in_trace("sae_features", "")
+    check_arguments(sae_features, sae=sae)
     found: Any = transformers_model(model)
     asked = as_prompt(model, prompt)
     sae.compare_model(model)

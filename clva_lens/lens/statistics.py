@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.parameters import check_several
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.trace import trace_attention
 from clva_lens.methods.base import MethodLike
@@ -82,6 +83,7 @@ def trace_statistics(
     >>> stats.maps.covariance.shape
     torch.Size([12, 64, 64])
     """
+    check_several("prompts", prompts, "prompts")
     maps, intensity, curves = RunningMoments(), RunningMoments(), RunningMoments()
     layers: tuple[int, ...] = ()
     anchors = (0, 0)

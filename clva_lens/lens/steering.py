@@ -12,6 +12,7 @@ from clva_lens.engine.stream import Part
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.checkout import code_digest, packages
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.parameters import check_several
 from clva_lens.lens.intervene import refuse_in_trace
 from clva_lens.lens.provenance import digest
 from clva_lens.lens.stream_reading import SpanLike, WithoutPicture, span_states, stack_layers_of
@@ -73,6 +74,8 @@ def steering_vector(
     """
     refuse_in_trace("steering_vector", "")
     _check_positions(positions, stack)
+    if pairs is not None:
+        check_several("pairs", pairs, "(prompt, other prompt)")
     found = transformers_model(model)
     numbers = stack_layers_of(found, stack, part, layers)
     where = span if span is not None else ("all" if stack == "vision" else "last")

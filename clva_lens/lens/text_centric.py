@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clva_lens.ground.errors import ParameterError
-from clva_lens.ground.parameters import check_arguments
+from clva_lens.ground.parameters import check_arguments, check_several
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.intervene import refuse_in_trace
 from clva_lens.lens.trace import trace_attention
@@ -92,11 +92,9 @@ def text_centric_heads(
     """
     refuse_in_trace("text_centric_heads", "")
     check_arguments(text_centric_heads, count=count, progress=progress)
-    if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not prompts:
-        raise ParameterError(
-            f"prompts must be a list of at least one prompt, but is {prompts!r:.80}. Pass prompts "
-            "of several pictures."
-        )
+    check_several("prompts", prompts, "prompts")
+    if not prompts:
+        raise ParameterError("there is no prompt. Pass prompts of several pictures.")
     shares, layers = [], ()
     with progress_bar("prompts", len(prompts), wanted=progress and len(prompts) > 1) as advance:
         for asked in prompts:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from clva_lens.engine.run import running
 from clva_lens.engine.session import Session
 from clva_lens.ground.ambient import undisturbed
+from clva_lens.ground.parameters import check_several
 from clva_lens.lens.attention_trace import AttentionTrace, HeadChoice
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.observers import Observer, QueryObserver
@@ -148,6 +149,7 @@ def head_means(
     ['no']
     """
     refuse_in_trace("head_means", "")
+    check_several("prompts", prompts, "prompts")
     found = transformers_model(model)
     session = MeanSession(shape_of(found, site), rows)
     for prompt in prompts:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.errors import ParameterError
-from clva_lens.ground.parameters import check_arguments
+from clva_lens.ground.parameters import check_arguments, check_several
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.load import LensModel
@@ -91,8 +91,8 @@ def vti(
     """
     refuse_in_trace("vti", "")
     told: dict[str, Any] = {"masked": masked, "trials": trials, "question": question, "seed": seed}
-    _check(text=text, vision=vision, **told)
-    shown = [Demo(*one) for one in (_toy_demos() if demos is None else demos)]
+    _check(model=model, text=text, vision=vision, **told)
+    shown = _toy_demos() if demos is None else _given(demos)
     if not shown:
         raise ParameterError("there is no demonstration. Pass (picture, true, false) captions.")
     told = {
@@ -112,6 +112,15 @@ def vti(
             read = _text(model, shown, question, progress)
         parts.append(_steer(_vector(model, read, "decoder", told), text, "all"))
     return compose(*parts)
+
+
+def _given(demos: Any) -> list[Demo]:
+    what = "(picture, true caption, false caption)"
+    check_several("demos", demos, what)
+    for one in demos:
+        if not isinstance(one, tuple | list) or len(one) != 3:
+            raise ParameterError(f"a demonstration is {one!r:.80}. Pass a list of {what}.")
+    return [Demo(*one) for one in demos]
 
 
 def _check(masked: Any, trials: Any, seed: Any, **given: Any) -> None:

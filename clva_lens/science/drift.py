@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clva_lens.ground.drawn import SelfDrawn, drawing
 from clva_lens.ground.errors import ParameterError
+from clva_lens.ground.parameters import check_arguments
 from clva_lens.science.anchors import anchor_mask, default_anchor_layers
 
 CURVES = (
@@ -205,6 +206,7 @@ def attention_drift(
     >>> drift.toward_positive.shape
     torch.Size([12])
     """
+    check_arguments(attention_drift, attn=attn)
     layers = tuple(attn.layers)
     attending = getattr(attn, "site_layers", ()) or range(attn.num_layers)
     if positive_layer is None:

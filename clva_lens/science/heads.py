@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clva_lens.ground.drawn import SelfDrawn, drawing
 from clva_lens.ground.errors import ParameterError, SpanError
+from clva_lens.ground.parameters import check_arguments
 
 HeadTable = tuple[tuple[bool, ...], ...]
 """A mask [layer, head] that cannot change."""
@@ -207,6 +208,7 @@ def classify_heads(
     """
     check_rule(threshold, empty)
     if check:
+        check_arguments(classify_heads, intensity=intensity)
         _require_finite(intensity)
     # Less the first head's: of equal heads, μ and σ are exactly 0.
     phi = intensity.detach()
