@@ -66,10 +66,8 @@ def overlay(
     >>> maps = cl.trace_attention(model, prompt).saliency()[4:6]
     >>> drawing = cl.overlay(prompt, maps, titles=["layer 4", "layer 5"])
     """
-    check_arguments(overlay, prompt=prompt)
     _check(prompt, photo)
     values = _numbers(maps)
-    values = values[None] if values.ndim == 1 else values
     piece = _piece(prompt, values, part, picture)
     image, box = _under(prompt.photos[piece.picture], piece, photo)
     given = (outlines or {}).items()
@@ -89,7 +87,7 @@ def overlay(
     )
 
 
-def _numbers(maps: ArrayLike | Tensor) -> Float[Tensor, "*panel visual"]:
+def _numbers(maps: ArrayLike | Tensor) -> Float[Tensor, "panel visual"]:
     try:
         values = torch.as_tensor(maps).detach().float().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -98,10 +96,11 @@ def _numbers(maps: ArrayLike | Tensor) -> Float[Tensor, "*panel visual"]:
         ) from error
     if not values.ndim:
         raise ParameterError("the maps are one number. Pass one for each image token.")
-    return values
+    return values[None] if values.ndim == 1 else values
 
 
-def _check(prompt: Prompt, photo: str) -> None:
+def _check(prompt: Any, photo: str) -> None:
+    check_arguments(overlay, prompt=prompt)
     if photo not in get_args(Photo):
         raise ParameterError(f"photo is {photo!r}. Pass 'seen' or 'whole'.")
     if len(prompt["input_ids"]) > 1:

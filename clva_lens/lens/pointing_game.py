@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +93,14 @@ class PointingGame(SelfDrawn):
         )
 
 
+def _check_given(part: str | None, **given: Any) -> None:
+    check_arguments(pointing_game, **given)
+    if not given["saliency"].ndim or not given["mask"].ndim:
+        raise ParameterError("saliency or mask is one number. Pass one for each image token.")
+    if given["prompt"] is None and part is not None:
+        raise ParameterError(f"part is {part!r}, but there is no prompt. Pass prompt= too.")
+
+
 def pointing_game(
     saliency: Float[Tensor, "*sample_axes visual"],
     mask: Bool[Tensor, "*sample visual"],
@@ -127,14 +136,10 @@ def pointing_game(
     >>> cl.pointing_game(cl.trace_attention(model, prompt).saliency(), on).chance
     0.25
     """
-    check_arguments(pointing_game, saliency=saliency, mask=mask, prompt=prompt)
-    if not saliency.ndim or not mask.ndim:
-        raise ParameterError("saliency or mask is one number. Pass one for each image token.")
+    _check_given(part, saliency=saliency, mask=mask, prompt=prompt)
     if prompt is not None:
         playing = _patches(prompt, saliency.shape[-1], part)
         saliency, mask = (one[..., playing.to(one.device)] for one in (saliency, mask))
-    elif part is not None:
-        raise ParameterError(f"part is {part!r}, but there is no prompt. Pass prompt= too.")
     found = pointing(saliency, mask)
     count = found.hit.shape[mask.ndim - 1] if found.hit.ndim >= mask.ndim else 1
     numbered = tuple(range(count) if layers is None else layers)

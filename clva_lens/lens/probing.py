@@ -22,7 +22,7 @@ from clva_lens.ground.ambient import undisturbed
 from clva_lens.ground.drawn import SelfDrawn
 from clva_lens.ground.errors import ParameterError
 from clva_lens.ground.files import Row
-from clva_lens.ground.parameters import check_arguments, check_several, is_integer
+from clva_lens.ground.parameters import check_arguments, is_integer
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.intervene import intervening, refuse_in_trace
 from clva_lens.lens.stream_reading import span_states, stack_layers_of
@@ -152,7 +152,6 @@ def probe(
     refuse_in_trace("probe", "")
     told: Any = {"folds": folds, "strength": strength, "shuffles": shuffles, "seed": seed}
     check_arguments(probe, span=span, **told)
-    check_several("prompts", prompts, "prompts")
     labels = _written_apart(labels)
     groups = groups if groups is None else _named("groups", groups)
     found = transformers_model(model)

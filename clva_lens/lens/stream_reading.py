@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from clva_lens.engine.stream import Part, stream_hooks
 from clva_lens.ground.axes import TokenSpans
 from clva_lens.ground.errors import LogitsError, ParameterError, PromptError
+from clva_lens.ground.parameters import check_several
 from clva_lens.ground.progress import progress_bar
 from clva_lens.lens.observers import chosen_layers
 from clva_lens.methods.contrast import text_only
@@ -66,6 +67,7 @@ def span_states(
         LogitsError: if what is read is not finite.
         PromptError: if a prompt is none.
     """
+    check_several("prompts", prompts, "prompts")
     if not prompts or not spans:
         raise ParameterError("there is no prompt or no span to read. Pass some.")
     found: Any = getattr(model, "hf_model", model)
