@@ -30,6 +30,8 @@ EVERYBODYS = (
     everywhere._global_backward_pre_hooks,
     everywhere._global_backward_hooks,
 )
+# Once transformers was asked for such a thing, its hooks stay, and look when it is asked again.
+CAPTURING = "transformers.utils.output_capturing"
 KEPT = ("output_hidden_states", "output_attentions")
 BY_ROW = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 
@@ -168,10 +170,8 @@ class OneBatch:
             return False
         if not self._at:
             self._within, self._at = watchers(self.entry, self.decoder)
-        hooks = [hook for hooks in self._at for hook in hooks.values()]
-        own = all(getattr(hook, "__module__", None) == belonging.__name__ for hook in hooks)
-        seen = any(self._within) or is_traced(self.decoder) or len(self._run.sessions) > 1
-        return own and not seen
+        seen = sees(self._within, CAPTURING) or sees(self._at, CAPTURING, belonging.__name__)
+        return not (seen or is_traced(self.decoder) or len(self._run.sessions) > 1)
 
     def _layers_of(self, cache: Any) -> Sequence[JoinedLayer]:
         """Return the layers of all caches, each as one of many rows; none if some are unusual."""
@@ -229,6 +229,16 @@ def watchers(entry: nn.Module, decoder: nn.Module) -> tuple[Hooks, Hooks]:
     own = (decoder, language.get_output_embeddings(), language.get_input_embeddings())
     seeing = {*tree(decoder), *between(entry, decoder)}.difference(own)
     return [*EVERYBODYS, *hooks_of(seeing)], hooks_of(own)
+
+
+def sees(places: Hooks, *blind: str) -> bool:
+    """Whether there is a hook that was not made in one of these modules."""
+    return any(
+        getattr(hook, "__module__", None) not in blind
+        for hooks in places
+        if hooks
+        for hook in hooks.values()
+    )
 
 
 def hooks_of(modules: Iterable[nn.Module]) -> Hooks:

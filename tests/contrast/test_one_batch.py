@@ -155,6 +155,24 @@ def test_what_is_kept_or_cached_otherwise_is_read_apart(monkeypatch, options):
         assert {len(one) for step in out.hidden_states for one in step} == {1}
 
 
+@pytest.mark.parametrize("kept", ["output_hidden_states", "output_attentions"])
+def test_a_model_that_was_asked_for_more_once_is_read_in_one_batch_again(monkeypatch, kept):
+    """transformers' hooks stay on the modules; asked again, they see the prompt's rows alone."""
+    lens = lens_of("grouped", "eager")
+    inputs = single(lens_inputs(lens), 0)
+    first = decode(lens, inputs, ONE, **{kept: True})
+    with counting(monkeypatch) as joined:
+        after = decode(lens, inputs, ONE)
+    assert sum(joined) == STEPS - 1
+    with counting(monkeypatch) as joined:
+        again = decode(lens, inputs, ONE, **{kept: True})
+    assert joined and not any(joined)
+    kind = kept.removeprefix("output_")
+    assert {len(one) for step in getattr(again, kind) for one in step} == {1}
+    assert torch.equal(first.sequences, after.sequences)
+    assert torch.equal(first.sequences, again.sequences)
+
+
 def test_other_sessions_and_traces_see_passes_of_their_own(monkeypatch):
     lens = lens_of("full", "sdpa")
     prompt = lens.prompt(picture(0), QUESTIONS[0])
