@@ -84,7 +84,7 @@ def text_centric_heads(
         ParameterError: if there is no prompt, or there are fewer heads than ``count``.
         InterventionError: inside a trace.
 
-    >>> found = cl.text_centric_heads(model, [prompt, (image, "is there a cat in the image?")])
+    >>> found = cl.text_centric_heads(model, [prompt, (image, "is there a car in the image?")])
     >>> found
     TextCentricHeads(3 of 12 × 8, each leads on ... of 2 prompts; halves agree in ..., chance 3%)
     >>> cl.generate(model, prompt, cl.ASCD(heads=found.heads)).texts

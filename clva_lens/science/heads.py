@@ -17,7 +17,6 @@ from torch import Tensor
 
 from clva_lens.ground.drawn import SelfDrawn, drawing
 from clva_lens.ground.errors import ParameterError, SpanError
-from clva_lens.ground.parameters import check_arguments
 
 HeadTable = tuple[tuple[bool, ...], ...]
 """A mask [layer, head] that cannot change."""
@@ -207,8 +206,9 @@ def classify_heads(
     (tensor([[ True, False, False, False]]), tensor([True]))
     """
     check_rule(threshold, empty)
+    if not isinstance(intensity, Tensor):
+        raise ParameterError(f"intensity must be a tensor, but is {intensity!r:.80}. Pass one.")
     if check:
-        check_arguments(classify_heads, intensity=intensity)
         _require_finite(intensity)
     # Less the first head's: of equal heads, μ and σ are exactly 0.
     phi = intensity.detach()

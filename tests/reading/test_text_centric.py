@@ -135,7 +135,7 @@ def test_ascd_takes_them_and_lists_them():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prompts": []}, "prompts must be a list of at least one prompt"),
+        ({"prompts": []}, "there is no prompt"),
         ({"prompts": "is there a cup ?"}, "prompts must be a list"),
         ({"prompts": asked(1)[0]}, "a prompt"),
         ({"count": 0}, "count must be from 1 to 48"),
