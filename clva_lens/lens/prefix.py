@@ -236,11 +236,14 @@ class Continued(Prompt):
         if beams > 1:  # their cache is copied whenever they are reordered
             rows = [picture for picture in self.pictures for _ in range(beams)]
             return {**self.inputs, CACHE: self.prefix.fork(rows)}
-        room = self.room or self.own_room()
+        room = self.room or self._own_room()
         return {**self.inputs, CACHE: self.prefix.fork(self.pictures, room)}
 
-    def own_room(self) -> Room:
-        """Return room for the questions and the first tokens of their answers."""
+    def for_several_runs(self) -> "Continued":
+        """Return the same, whose runs use one room after another."""
+        return replace(self, room=self._own_room())
+
+    def _own_room(self) -> Room:
         return Room(self.inputs["input_ids"].shape[1])
 
 

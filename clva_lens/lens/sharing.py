@@ -1,7 +1,6 @@
 """Whether the questions about a picture may share what the model reads of it, and the sharing."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -89,7 +88,7 @@ class Prefixes:
             reading = read(model, pictures, system=system, prepared=prepared)
             self._last = (known, system, pictures, reading)
         asked = self._last[3].ask(questions, [known.index(key) for key in keys])
-        return replace(asked, room=asked.own_room())
+        return asked.for_several_runs()
 
 
 def shared(

@@ -2,7 +2,6 @@
 
 import copy
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -144,7 +143,7 @@ def test_methods_that_take_turns_say_what_each_says_alone(tokens):
     """Answers of 40 tokens outgrow the room."""
     lens = lens_of("grouped", "sdpa")
     asked = read(lens, [picture(0), picture(1)]).ask(QUESTIONS, [0, 1, 1])
-    together = replace(asked, room=asked.own_room())
+    together = asked.for_several_runs()
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
 
     def logits(inputs, method):

@@ -1,7 +1,6 @@
 """Six questions on a picture: read whole each time, or onto the picture that was read once."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -52,7 +51,7 @@ def ways_to_ask(handle: LensModel) -> list[Asking]:
     def shared(*choices: list[Method]) -> None:
         prefix = read_prefix(handle, prompt)
         asked = prefix.continued([0] * QUESTIONS, each, [""] * QUESTIONS, batched=True)
-        asked = replace(asked, room=asked.own_room())
+        asked = asked.for_several_runs()
         for methods in choices:
             with intervening(model, *methods):
                 generate(**asked.by_beam(1), **options)

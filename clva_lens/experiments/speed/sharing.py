@@ -1,6 +1,5 @@
 """Ways to ask about a picture beside ours: by hand, of two questions, under thirty strengths."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def other_ways_to_ask(handle: LensModel) -> list[Asking]:
     def shared(each: list[dict[str, Any]], *methods: CLVA) -> None:
         prefix = read_prefix(handle, prompt)
         asked = prefix.continued([0] * len(each), each, [""] * len(each), batched=True)
-        asked = replace(asked, room=asked.own_room())
+        asked = asked.for_several_runs()
         for method in methods or (None,):
             with intervening(model, method):
                 model.generate(**asked.by_beam(1), **options)
